@@ -1,0 +1,583 @@
+"""Text to token files, and token files to batches.
+
+    python data.py                                        Python's own standard library -> data/stdlib
+    python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
+    python data.py --source a.txt https://host/b.jsonl.gz --weights 1 0.5 --name mix --tokenizer gpt2
+
+A prepared folder holds
+
+    train.bin, val.bin   a 1,024-byte header, then the tokens of all documents, each behind <|endoftext|>
+    encoding.json        the tokenizer, whole: no network and no cache is needed to read it back
+    meta.json            what went in: files, documents, bytes, tokens, sha256 of each file
+
+It is written aside and renamed when complete.  Nothing is held in memory but one block of text at a time.
+"""
+
+import argparse
+import base64
+import difflib
+import functools
+import gzip
+import hashlib
+import heapq
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import unittest.mock
+import urllib.request
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import regex  # comes with tiktoken, which splits text with the same syntax
+import tiktoken
+import torch
+from tqdm import tqdm
+
+TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
+SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+VAL_FRACTION = 0.05
+BLOCK = 1 << 20                                  # bytes of text in memory at a time
+BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on; more changes them little
+
+# GPT-2's split with digits in groups of three: contractions, words, numbers, punctuation, white space
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+# --- errors and command lines, as all three programs have them ----------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with exact names only, the nearest known name beside an unknown one, and one-line errors."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None):
+        settings, unknown = self.parse_known_args(args)
+        if unknown:
+            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            self.error(f"unknown setting {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return settings
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    """End the program with one line and exit code 2: a wrong setting or an unreadable input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOSIGMA_TRACEBACK"):
+            raise
+        fail(" ".join(str(error).split()))
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------
+
+def train_bpe(texts, n_ranks):
+    """Byte-pair ranks {bytes: rank} from an iterable of strings (Sennrich et al., arXiv 1508.07909).
+
+    Starts from the 256 bytes and joins the most frequent pair of neighbours inside words, ties to the smallest
+    pair of ranks, until there are n_ranks or no pair repeats.  Works on the table of distinct words, so the result
+    does not depend on the order of the texts.
+    """
+    table = Counter()
+    for text in texts:
+        table.update(regex.findall(PATTERN, text))
+    table = sorted(table.items(), key=lambda item: (-item[1], item[0]))[:200_000]        # bounds the memory
+    words, freq = [list(word.encode()) for word, _ in table], [n for _, n in table]
+    vocab = [bytes([i]) for i in range(256)]
+    ranks = {token: i for i, token in enumerate(vocab)}
+    count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that (may) have it
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count[pair] += freq[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    while len(vocab) < n_ranks and heap:
+        n, pair = heapq.heappop(heap)
+        if count[pair] != -n:                              # out of date: counts fall as neighbours are joined
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        if n > -2:
+            break
+        joined = vocab[pair[0]] + vocab[pair[1]]
+        new = ranks.setdefault(joined, len(vocab))         # two pairs can spell the same bytes
+        if new == len(vocab):
+            vocab.append(joined)
+        fresh = set()
+        for i in where.pop(pair):
+            old, words[i] = words[i], join(words[i], pair, new)
+            for p in zip(old, old[1:]):
+                count[p] -= freq[i]
+            for p in zip(words[i], words[i][1:]):
+                count[p] += freq[i]
+                if new in p:
+                    where[p].add(i)
+                    fresh.add(p)
+        for p in fresh:
+            heapq.heappush(heap, (-count[p], p))
+    return ranks
+
+
+def join(word, pair, new):
+    """Replace each occurrence of pair in the list word by new, from the left."""
+    out, i = [], 0
+    while i < len(word):
+        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+def make_encoding(name, pattern, ranks):
+    """A tiktoken encoding with the special tokens behind the ranks; those come from the start, so that a model
+    trained on text needs no new rows for chat."""
+    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def known_encoding(name):
+    """gpt2 or o200k_base from tiktoken's cache or, with a timeout, from the network."""
+    def fetch(url):                                        # tiktoken's own download waits for ever
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return response.read()
+    try:
+        with unittest.mock.patch("tiktoken.load.read_file", fetch):
+            known = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor to be had from the network ({error}); "
+                         "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
+    return make_encoding(name, known._pat_str, known._mergeable_ranks)
+
+
+def build_encoding(name, vocab_size, texts):
+    """The tokenizer called name; texts are only read to train the ranks of bpe."""
+    if name in ("gpt2", "o200k_base"):
+        return known_encoding(name)
+    single = {bytes([i]): i for i in range(256)}
+    return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)) if name == "bpe" else single)
+
+
+def save_encoding(encoding, path):
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    Path(path).write_text(json.dumps({
+        "name": encoding.name, "pattern": encoding._pat_str, "special": list(SPECIAL),
+        "ranks": [base64.b64encode(token).decode() for token in ranks]}, indent=0))
+
+
+def load_encoding(path):
+    """The tokenizer of a prepared folder or a run.  ValueError if the file is not one."""
+    path = Path(path)
+    path = path / "encoding.json" if path.is_dir() else path
+    try:
+        saved = json.loads(path.read_text())
+        ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"])}
+        if len(ranks) != len(saved["ranks"]) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("tokens are missing or there twice")     # tiktoken itself would panic
+        if saved["special"] != list(SPECIAL):
+            raise ValueError(f"its special tokens are {saved['special']}")
+        return make_encoding(saved["name"], saved["pattern"], ranks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer written by data.py ({error})") from None
+
+
+# --- token files ---------------------------------------------------------------------------------------------
+
+HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
+
+
+class TokenWriter:
+    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count), then tokens as
+    uint16 if the vocabulary allows, else uint32.  Little-endian, so that files travel."""
+
+    def __init__(self, path, vocab_size):
+        self.path, self.vocab_size, self.count = Path(path), vocab_size, 0
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.file = open(path, "wb")
+        self.file.write(bytes(HEADER))
+
+    def write(self, tokens):
+        tokens = np.asarray(tokens, self.dtype)
+        self.file.write(tokens.tobytes())
+        self.count += len(tokens)
+
+    def close(self):
+        header = np.array([MAGIC, VERSION, self.dtype.itemsize, self.vocab_size, self.count], "<i8")
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def load_tokens(path):
+    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped, not read: [n] uint16 or uint32.
+
+    Raises ValueError for a file that is foreign, cut short, or has a token beyond its own vocabulary."""
+    path = Path(path)
+    path = path / "train.bin" if path.is_dir() else path
+    header = np.fromfile(path, "<i8", 5)
+    if len(header) < 5 or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(f"{path} is not a token file written by data.py")
+    itemsize, vocab_size, count = (int(n) for n in header[2:])
+    size = path.stat().st_size
+    if itemsize not in (2, 4) or size != HEADER + count * itemsize:
+        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {HEADER + count * itemsize}")
+    tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,)) if count else np.empty(0, f"<u{itemsize}")
+    for a in range(0, count, 1 << 24):                     # one pass, about a second for 1 GB
+        if (top := int(tokens[a:a + (1 << 24)].max())) >= vocab_size:
+            raise ValueError(f"{path} is corrupt: it has token {top}, beyond its vocabulary of {vocab_size}")
+    return tokens
+
+
+def vocabulary(path):
+    """Size of the vocabulary that a token file was written with (load_tokens has checked the file)."""
+    return int(np.fromfile(path, "<i8", 5)[3])
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Sampler:
+    """An endless stream of windows of seq_len tokens, in which every window comes once per epoch.
+
+    Window w is tokens[w*T : w*T + T + 1]; the order within an epoch is a permutation drawn from (seed, epoch).
+    Which sequences a step has is therefore a pure function of the seed and of the number consumed before: nothing
+    need be saved to resume, on any number of processes.
+    """
+
+    def __init__(self, tokens, seq_len, seed):
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.n_windows = (len(tokens) - 1) // seq_len
+        if self.n_windows < 1:
+            raise ValueError(f"seq_len ({seq_len}) is too long for a corpus of {len(tokens)} tokens")
+        self.order = functools.lru_cache(2)(self.order)    # a batch can lie across two epochs
+
+    def order(self, epoch):
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n_windows)
+
+    def rows(self, first, count, rank=0, world=1):
+        """This rank's share of sequences first .. first+count-1 -> tokens, targets [share, T] int64."""
+        mine = range(first + count * rank // world, first + count * (rank + 1) // world)
+        out = np.empty((len(mine), self.seq_len + 1), np.int64)
+        for row, i in zip(out, mine):
+            epoch, place = divmod(i, self.n_windows)
+            start = int(self.order(epoch)[place]) * self.seq_len
+            row[:] = self.tokens[start:start + self.seq_len + 1]
+        out = torch.from_numpy(out)
+        return out[:, :-1].contiguous(), out[:, 1:].contiguous()
+
+
+# --- sources -------------------------------------------------------------------------------------------------
+
+class Piece(NamedTuple):
+    """Up to a block of one document."""
+
+    text: str
+    first: bool         # of its document
+    held_out: bool
+    copies: int         # how often it goes into the corpus
+
+
+def unit(key):
+    """A number in [0, 1) that depends on the string alone: the same choice on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+def standard_library():
+    """This Python's own .py files, without tests, installed packages and generated tables."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings",
+            "pydoc_data"}
+    return root, [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+
+
+def find_files(source, downloads):
+    """-> (folder that names are relative to, files) of one --source.  ValueError if there is nothing to read."""
+    if source == "stdlib":
+        root, files = standard_library()
+    elif re.match(r"https?://", source):
+        root, files = downloads, [download(source, downloads)]
+    elif not Path(source).exists():
+        raise ValueError(f"source {source} does not exist")
+    elif Path(source).is_dir():
+        root = Path(source)
+        files = sorted(f for f in root.rglob("*") if f.is_file() and f.name.lower().endswith(SUFFIXES)
+                       and not any(part.startswith(".") for part in f.relative_to(root).parts))
+    else:
+        root, files = Path(source).parent, [Path(source)]
+        if not source.lower().endswith(SUFFIXES):
+            raise ValueError(f"source {source} is none of {', '.join(SUFFIXES)}")
+    if not any(f.stat().st_size for f in files):
+        raise ValueError(f"source {source} is empty: no text in files that end in {', '.join(SUFFIXES)}")
+    return root, files
+
+
+def download(url, folder, tries=3, timeout=30):
+    """Fetch url into folder -> path.  A partial file never bears the final name."""
+    name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1]) or "download"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(tries):
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as file:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
+                    while block := response.read(1 << 16):
+                        bar.update(file.write(block))
+                if size and file.tell() != size:
+                    raise OSError(f"{file.tell()} of {size} bytes arrived")
+            os.replace(part, path)
+            return path
+        except (OSError, ValueError) as error:             # ValueError: a malformed URL
+            reason = error
+            if attempt + 1 < tries and not 400 <= getattr(error, "code", 0) < 500:
+                time.sleep(2 ** attempt)
+            else:
+                break
+    part.unlink(missing_ok=True)
+    raise ValueError(f"could not download {url} ({reason})")
+
+
+def text_blocks(path, start, end):
+    """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut: between
+    a letter or digit and the end of its line."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        rest, left = b"", end - start
+        while left > 0:
+            block = file.read(min(BLOCK, left))
+            if not block:
+                break
+            left, rest = left - len(block), rest + block
+            cuts = re.search(rb"(?s).*[A-Za-z0-9](?=\n)", rest)
+            if left > 0 and (cuts or len(rest) > 8 * BLOCK):
+                cut = cuts.end() if cuts else len(rest) - 4 + min(
+                    i for i in range(4) if rest[len(rest) - 4 + i] & 0xC0 != 0x80)       # at least not in a character
+                yield rest[:cut].decode()
+                rest = rest[cut:]
+        if rest:
+            yield rest.decode()
+
+
+def is_utf8(path):
+    """Whether the whole file decodes; so that a file is taken as a whole or not at all."""
+    try:
+        for _ in text_blocks(path, 0, path.stat().st_size):
+            pass
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def text_pieces(path, name, weight, whole):
+    """A text file as pieces.  whole: the file is held out as one, by its name; otherwise its last part is."""
+    size = path.stat().st_size
+    border = size
+    if not whole:
+        border = int(size * (1 - VAL_FRACTION))
+        with open(path, "rb") as file:
+            file.seek(border)
+            border += file.readline().find(b"\n") + 1 or 0            # the line is finished first
+    for held_out, start, end in ((False, 0, border), (True, border, size)):
+        held_out = held_out or (whole and unit(name) < VAL_FRACTION)
+        for i, text in enumerate(text_blocks(path, start, end)):
+            yield Piece(text, i == 0, held_out, copies(f"{name}:{start}:{i}", weight, held_out))
+
+
+def json_pieces(path, name, weight, skipped):
+    """The "text" of each line of a JSON-lines file; lines without one are counted in skipped."""
+    with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()                              # half of a surrogate pair is valid JSON, not text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                skipped["lines"] += 1
+                continue
+            key = f"{name}:{number}"
+            held_out = unit(key) < VAL_FRACTION
+            yield Piece(text, True, held_out, copies(key, weight, held_out))
+
+
+def copies(key, weight, held_out):
+    """How often a piece goes in: a weight of 2.5 is twice, and for half of the pieces once more."""
+    return 1 if held_out else int(weight) + (unit("copies " + key) < weight % 1)
+
+
+class Corpus:
+    """All sources of one preparation, read as often as asked."""
+
+    def __init__(self, sources, weights, downloads):
+        self.skipped, self.files, self.found = Counter(), [], []
+        for source, weight in zip(sources, weights):
+            root, files = find_files(source, downloads)
+            good = [f for f in files if ".jsonl" in f.name.lower() or is_utf8(f)]
+            self.skipped["files"] += len(files) - len(good)
+            self.found.append({"source": source, "weight": weight, "files": len(good),
+                               "bytes": sum(f.stat().st_size for f in good)})
+            self.files += [(f, f.relative_to(root).as_posix(), weight) for f in good]
+        self.bytes = sum(s["bytes"] for s in self.found)
+        # files are held out whole when there are enough of them
+        self.whole = len(self.files) * VAL_FRACTION >= 1
+        if not self.bytes:
+            raise ValueError(f"source {', '.join(sources)} has no UTF-8 text ({self.skipped['files']} files skipped)")
+
+    def pieces(self, description):
+        self.skipped["lines"] = 0
+        with tqdm(total=self.bytes, unit="B", unit_scale=True, desc=description, leave=False, disable=None) as bar:
+            for path, name, weight in self.files:
+                is_json = ".jsonl" in path.name.lower()
+                for piece in json_pieces(path, name, weight, self.skipped) if is_json else \
+                        text_pieces(path, name, weight, self.whole):
+                    yield piece
+                    if not path.name.endswith(".gz"):
+                        bar.update(len(piece.text))
+                bar.n = min(self.bytes, bar.n)
+
+    def sample(self):
+        """About BPE_BYTES of the training text, spread evenly."""
+        seen = taken = 0
+        share = min(1.0, BPE_BYTES / self.bytes)
+        for piece in self.pieces("training the tokenizer"):
+            if not piece.held_out and piece.copies:
+                seen += len(piece.text)
+                if taken <= share * seen:
+                    taken += len(piece.text)
+                    yield piece.text
+
+
+# --- preparing a folder ----------------------------------------------------------------------------------------
+
+def tokenize(corpus, encoding, folder):
+    """Write train.bin and val.bin -> {"train": counts, "val": counts}."""
+    end_of_text = encoding.encode_single_token("<|endoftext|>")
+    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab) for split in ("train", "val")}
+    counts = {split: Counter(documents=0, bytes=0) for split in writers}
+    for piece in corpus.pieces("writing tokens"):
+        split = "val" if piece.held_out else "train"
+        tokens = [end_of_text] * piece.first + encoding.encode_ordinary(piece.text)
+        for _ in range(piece.copies):
+            writers[split].write(tokens)
+            counts[split].update(documents=int(piece.first), bytes=len(piece.text.encode()))
+    for split, writer in writers.items():
+        writer.close()
+        counts[split].update(tokens=writer.count)
+        if not writer.count:
+            raise ValueError(f"the sources are too small: no document fell to {split}.bin "
+                             f"({corpus.skipped['lines']} lines without a \"text\" were skipped)")
+    return {split: dict(count) | {"sha256": file_sha256(folder / f"{split}.bin")} for split, count in counts.items()}
+
+
+def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=4096):
+    """Prepare a folder unless it is there, and return what its meta.json says.
+
+    Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
+    out, weights = Path(out), list(weights or [1.0] * len(sources))
+    request = {"sources": list(sources), "weights": weights, "tokenizer": tokenizer}
+    if tokenizer == "bpe":
+        request["vocab_size"] = vocab_size
+    if out.exists():
+        meta = load_meta(out)
+        if meta["request"] != request:
+            raise ValueError(f"{out} was prepared with other settings ({meta['request']}); "
+                             "choose another --name, or delete that folder yourself")
+        return meta
+    if len(weights) != len(sources) or not all(w > 0 for w in weights):
+        raise ValueError(f"weights must be one number above 0 for each source, got {weights}")
+    if tokenizer == "bpe" and not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
+        raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to {1 << 16} for bpe, got {vocab_size}")
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        corpus = Corpus(sources, weights, out.parent / "downloads")
+        encoding = build_encoding(tokenizer, vocab_size, corpus.sample())
+        save_encoding(encoding, aside / "encoding.json")
+        splits = tokenize(corpus, encoding, aside)
+        meta = {"request": request, "vocab_size": encoding.n_vocab, "sources": corpus.found,
+                "files": len(corpus.files), "documents": sum(s["documents"] for s in splits.values()),
+                "skipped": dict(corpus.skipped), "python": sys.version.split()[0],
+                "encoding_sha256": file_sha256(aside / "encoding.json"), **splits}
+        (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+        os.rename(aside, out)
+    except BaseException:                                  # Ctrl-C too: leave nothing half done
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return meta
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder.  ValueError if it is none, or its tokenizer is not the one of the tokens."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if file_sha256(folder / "encoding.json") != meta["encoding_sha256"]:
+            raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is not that "
+                             "in meta.json")
+        return meta
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
+
+
+def describe(out, meta):
+    """What a prepared folder holds, in two lines."""
+    train, val = meta["train"], meta["val"]
+    lines = [f"{out}: {meta['files']} files, {meta['documents']} documents; tokenizer {meta['request']['tokenizer']}, "
+             f"vocabulary {meta['vocab_size']:,}",
+             f"  train {train['tokens']:,} tokens, {train['tokens'] / train['bytes']:.3f} per byte; "
+             f"held out {val['tokens']:,} tokens in {val['documents']} documents; sha256 {train['sha256'][:12]}"]
+    skipped = ", ".join(f"{n} {what}" for what, n in meta["skipped"].items() if n)
+    return "\n".join(lines + ([f"  skipped (not UTF-8, or no \"text\"): {skipped}"] if skipped else []))
+
+
+def main(argv=None):
+    parser = Parser(prog="data.py", description=__doc__)
+    parser.add_argument("--source", nargs="+", default=["stdlib"], metavar="PATH|URL",
+                        help="files, folders, URLs, or the word stdlib (the default)")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W",
+                        help="how often each source goes in; 0.5 is half of its documents (default 1)")
+    parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
+    parser.add_argument("--tokenizer", default="bpe", choices=TOKENIZERS, metavar="NAME",
+                        help="bpe (ranks trained on the corpus, the default), bytes, gpt2 or o200k_base")
+    parser.add_argument("--vocab_size", type=int, default=4096, metavar="V",
+                        help="vocabulary of bpe, five special tokens included (default 4096)")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        out = Path("data") / (args.name or re.sub(r"\W.*", "", Path(args.source[0]).name) or "corpus")
+        print(describe(out, prepare(out, args.source, args.weights, args.tokenizer, args.vocab_size)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,583 @@
+"""The model: a decoder-only transformer in which every feed-forward layer is a mixture of experts.
+
+    tokens [B,T] -> embedding [B,T,D]
+      per layer:  x + attention(norm(x))       grouped-query attention, QK-norm, rotary positions
+                  x + moe(norm(x))
+         moe:     router     h [N,D] -> weights [N,K], experts [N,K], load [E], sums for the losses
+                  dispatch   rows sorted by expert [R,D]
+                  experts    SwiGLU on stacked weights [E,D,2F] and [E,F,D], one grouped product each -> [R,D]
+                  combine    back to token order, times weights, summed over K -> [N,D]
+    norm -> logits [B,T,V] -> cross-entropy SUMMED over the targets
+
+The architecture is Qwen3-MoE's (the weights load into transformers) at the sizes of Sigma-MoE-Tiny
+(arXiv 2512.16248).  A dense model is the same model with one expert.  The shape letters are in router.py.
+
+    python model.py --preset sigma-moe-tiny --ranks 64      parameters, FLOPs per token, bytes of state per rank
+"""
+
+import argparse
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from router import GATES, Router
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of a model.  Raises ValueError, naming the field, for values that cannot be."""
+
+    vocab_size: int               # V, the special tokens and any padding included
+    n_layer: int                  # L
+    n_head: int                   # H, query heads
+    n_kv_head: int                # G, key/value heads; H / G query heads share one
+    head_dim: int                 # even (rotary positions turn pairs); need not be d_model / n_head
+    d_model: int                  # D
+    n_expert: int                 # E; 1 is a dense model
+    d_expert: int                 # F
+    top_k: int = 1                # K, the same in all layers unless the forward pass is given another
+    gate: str = "softmax"         # softmax, sigmoid or normalized: see router.Router
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    max_seq_len: int = 4096
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "n_expert", "d_expert",
+                     "top_k", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("rope_base", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.top_k > self.n_expert:
+            raise ValueError(f"top_k ({self.top_k}) must not be above n_expert ({self.n_expert})")
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+
+
+PRESETS = {
+    # two CPU cores, minutes
+    "laptop": ModelConfig(
+        vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, d_model=128, n_expert=96, d_expert=64,
+        tie_embeddings=True, max_seq_len=512),
+    # one 24 GB card: 18 bytes of training state per parameter are 19 GB
+    "gpu": ModelConfig(
+        vocab_size=50304, n_layer=13, n_head=16, n_kv_head=4, head_dim=64, d_model=1024, n_expert=96, d_expert=256,
+        tie_embeddings=True, max_seq_len=2048),
+    # 19.98B parameters, 0.537B of them active without embeddings.  Head and expert widths are inferred from the
+    # published totals; vocabulary and rotary base are those of sibling models by the same authors.
+    "sigma-moe-tiny": ModelConfig(
+        vocab_size=200064, n_layer=56, n_head=16, n_kv_head=4, head_dim=96, d_model=1536, n_expert=96, d_expert=768),
+}
+
+
+# --- layers ------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in the weight's dtype (fp32) or wider."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rotary(positions, head_dim, base, dtype):
+    """cos and sin [T, head_dim/2] of the angles that positions [T] turn each pair by (arXiv 2104.09864)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
+    angle = positions.to(wide)[:, None] * (1.0 / base ** exponent)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn x [B, T, heads, head_dim]; dimension i is paired with i + head_dim/2, as in transformers."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, in memory taken once: L layers of [B, G, capacity, head_dim]."""
+
+    def __init__(self, config, batch, capacity, dtype, device):
+        shape = (config.n_layer, 2, batch, config.n_kv_head, capacity, config.head_dim)
+        self.memory = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0                                           # positions filled, the same in all layers
+
+    def append(self, layer, k, v):
+        """Add k, v [B, G, T, head_dim] behind the filled positions; returns all keys and values so far."""
+        end = self.length + k.shape[2]
+        for memory, new in zip(self.memory[layer], (k, v)):
+            memory[:, :, self.length:end] = new
+        return self.memory[layer][:, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with RMS-normalised queries and keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=None):
+        """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query may see; None is plainly causal."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)     # [B, T, heads, head_dim]
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                # [B, heads, T, head_dim]
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.heads[0] != self.heads[1])
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Gather(torch.autograd.Function):
+    """x[index], where every row of x is taken k times and inverse says where to.
+
+    The gradient is then a gather too, x' = sum over k of g[inverse], where autograd's own index_add would scatter
+    one row at a time (slow on CPU, and in no fixed order on a GPU).
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, k):
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, *ctx.saved_tensors)
+        return grad if ctx.k == 1 else grad.view(-1, ctx.k, grad.shape[-1]).sum(1), None, None, None
+
+
+def grouped_product(rows, weights, ends):
+    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out]; expert e owns rows ends[e-1] : ends[e].
+
+    torch's grouped_mm, or the loop below where grouped_mm refuses: fp64, rows whose stride is no multiple of
+    16 bytes, and anything but bf16 on a GPU.  Experts without rows are normal.
+    """
+    aligned = all(n * rows.element_size() % 16 == 0 for n in weights.shape[1:])
+    dtypes = (torch.bfloat16,) if rows.is_cuda else (torch.float32, torch.bfloat16, torch.float16)
+    if aligned and rows.dtype in dtypes and rows.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(rows, weights, offs=ends)
+    return looped_product(rows, weights, ends)
+
+
+def looped_product(rows, weights, ends):
+    """What grouped_product computes, one expert after the other."""
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights.unbind())])
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks without biases (arXiv 2002.05202), their weights stacked along dim 0."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, F_ = config.n_expert, config.d_model, config.d_expert
+        self.w_in = nn.Parameter(torch.empty(E, D, 2 * F_))       # gate and up projections side by side
+        self.w_out = nn.Parameter(torch.empty(E, F_, D))
+
+    def forward(self, rows, load):
+        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.
+
+        The seam of expert parallelism: parallel code replaces this method, and nothing outside changes."""
+        return self.compute(rows, load, self.w_in, self.w_out)
+
+    @staticmethod
+    def compute(rows, load, w_in, w_out):
+        ends = load.cumsum(0).to(torch.int32)
+        gate, up = grouped_product(rows, w_in, ends).chunk(2, -1)
+        return grouped_product(F.silu(gate) * up, w_out, ends)
+
+
+class MoE(nn.Module):
+    """Router and experts: dispatch, compute, combine.  No capacity: no token is ever dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = Router(config.d_model, config.n_expert, config.gate)
+        self.experts = Experts(config)
+
+    def forward(self, x, top_k, keep=None):
+        """x [B, T, D] -> output [B, T, D], load [E], prob_sum [E], z_sum [].
+
+        keep: indices of the tokens to route (None is all); the output of the others is zero."""
+        h = x.flatten(0, -2)
+        if keep is not None:
+            h = h.index_select(0, keep)
+        routing = self.router(h, top_k)
+        order = routing.experts.flatten().argsort(stable=True)    # row -> (token, slot), sorted by expert
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        rows = Gather.apply(h, order if top_k == 1 else order // top_k, inverse, top_k)
+        rows = self.experts(rows, routing.load)
+        out = Gather.apply(rows, inverse, order, 1).view(len(h), top_k, -1)              # [N, K, D]
+        out = (out * routing.weights.to(out.dtype)[:, :, None]).sum(1)
+        if keep is not None:
+            out = out.new_zeros(x.shape).flatten(0, -2).index_copy(0, keep, out)
+        return out.view_as(x), routing.load, routing.prob_sum, routing.z_sum
+
+
+class Block(nn.Module):
+    """One layer.  Returns a plain tuple of tensors: sharding and recomputation handle nothing else everywhere."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.moe = MoE(config)
+
+    def forward(self, x, top_k, cos, sin, mask=None, keep=None, cache=None, layer=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, layer)
+        y, load, prob_sum, z_sum = self.moe(self.moe_norm(x), top_k, keep)
+        return x + y, load, prob_sum, z_sum
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Output head and cross-entropy, a few hundred rows at a time: the [N, V] logits never exist.
+
+    At a vocabulary of 200,064 the logits of 4,096 tokens would be 3.3 GB.  The gradient is computed beside the
+    loss, so that no chunk is computed twice; softmax and loss are in fp32 or wider.
+    """
+
+    CHUNK = 1 << 21                                               # logits at a time
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_grad):
+        """x [N, D], weight [V, D], targets [N], -1 for none -> sum of the cross-entropies."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if with_grad else (None, None)
+        size = max(128, ChunkedCrossEntropy.CHUNK // len(weight))
+        for a in range(0, len(x), size):
+            rows, target = x[a:a + size], targets[a:a + size, None]
+            valid = (target != -1).to(wide)
+            logits = (rows @ weight.T).to(wide)
+            norm = logits.logsumexp(-1, keepdim=True)
+            target = target.clamp(min=0)
+            loss += ((norm - logits.gather(1, target)) * valid).sum()
+            if with_grad:                                         # d loss / d logits = softmax - one-hot
+                grad = (logits - norm).exp_().scatter_add_(1, target, -torch.ones_like(norm)).mul_(valid).to(x.dtype)
+                torch.mm(grad, weight, out=grad_x[a:a + size])
+                grad_w += grad.T @ rows
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None
+
+
+def pick_device(name="auto"):
+    """cuda, mps or cpu: the first there is, or the one named.  ValueError if that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not there; there is {', '.join(d for d in there if there[d])}")
+    return name
+
+
+# --- the model ---------------------------------------------------------------------------------------------
+
+class Output(NamedTuple):
+    """What a forward pass with targets returns.  All of it adds up over micro-batches and processes."""
+
+    loss: torch.Tensor      # [] cross-entropy in nats, SUMMED over the targets that are not -1
+    n_targets: int
+    n_tokens: int           # tokens routed: padding is not
+    load: torch.Tensor      # [L, E] int64
+    prob_sum: torch.Tensor  # [L, E] with gradient
+    z_sum: torch.Tensor     # [L] with gradient
+
+
+class Model(nn.Module):
+    """A sparse language model, initialised (see init_weights)."""
+
+    def __init__(self, config, seed=None):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie()
+        if not self.embed.weight.is_meta:
+            self.init_weights(torch.initial_seed() if seed is None else seed)
+
+    def tie(self):
+        """One tensor for embedding and head, if the config says so.  Needed again after to_empty(), which parts them."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draw all parameters.
+
+            norms                         1
+            routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
+            attention.out, experts.w_out  normal, std 0.5/sqrt(D) / sqrt(2L): 2L of them add up in the residual
+            everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536, where siblings have 0.0125
+
+        Each parameter has a generator of its own, seeded by its name, so that a process which holds only some of
+        the parameters draws the same ones.
+        """
+        D, L = self.config.d_model, self.config.n_layer
+        for name, p in self.named_parameters():
+            generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+            if p.dim() == 1:
+                p.fill_(1.0)
+            elif "router" in name:
+                p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+            else:
+                std = 0.5 * D ** -0.5
+                p.normal_(0.0, std / (2 * L) ** 0.5 if name.endswith(("attn.out.weight", "w_out")) else std,
+                          generator=generator)
+
+    def forward(self, tokens, targets=None, top_k=None, doc=None, cache=None):
+        """Logits, or with targets the loss and the routing statistics.
+
+        tokens, targets  [B, T] int64; a target of -1 is not counted
+        top_k            experts activated per token: one number, or one for each layer; default the config's
+        doc              [B, T] document ids: attention stays inside a document; -1 is padding, which is neither
+                         routed nor counted
+        cache            a KVCache: tokens continue what it holds, and only the last position's logits are returned
+
+        -> logits [B, T, V] (fp32 or wider), or Output.
+        """
+        B, T = tokens.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.max_seq_len:
+            raise ValueError(f"a sequence of {past + T} tokens is longer than max_seq_len ({self.config.max_seq_len})")
+        x = self.embed(tokens)
+        positions = torch.arange(past, past + T, device=tokens.device)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        mask = attention_mask(doc, T, past, tokens.device)
+        padded = doc is not None and bool((doc < 0).any())
+        keep = (doc.flatten() >= 0).nonzero().squeeze(1) if padded else None
+        sums = []
+        for layer, (block, k) in enumerate(zip(self.blocks, self.layer_top_k(top_k))):
+            x, *statistics = block(x, k, cos, sin, mask, keep, cache, layer)
+            sums.append(statistics)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x).to(torch.promote_types(x.dtype, torch.float32))
+        if padded:
+            targets = targets.masked_fill(doc < 0, -1)
+        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), torch.is_grad_enabled())
+        load, prob_sum, z_sum = (torch.stack(s) for s in zip(*sums))
+        return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, load, prob_sum, z_sum)
+
+    def layer_top_k(self, top_k=None):
+        """One K per layer from None, a number or a list.  Raises ValueError if a K is impossible."""
+        c = self.config
+        top_k = c.top_k if top_k is None else top_k
+        top_k = [top_k] * c.n_layer if isinstance(top_k, int) else list(top_k)
+        if len(top_k) != c.n_layer or not all(1 <= k <= c.n_expert for k in top_k):
+            raise ValueError(f"top_k must be {c.n_layer} numbers from 1 to n_expert ({c.n_expert}), got {top_k}")
+        return top_k
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None, generator=None,
+                 use_cache=True):
+        """Continue tokens [B, T] by sampling -> [B, T + new].
+
+        temperature 0 is greedy; top_p keeps the most probable tokens that together reach it; stop ends the text
+        when every sequence has produced that token (those that have repeat it).  When the context is full, the
+        older half of it is forgotten.  use_cache=False recomputes everything for each token: the slow reference.
+        """
+        window = self.config.max_seq_len
+        capacity = min(window, tokens.shape[1] + max_new_tokens)
+        out, start, cache = tokens, max(0, tokens.shape[1] - window), None       # the model sees out[:, start:]
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            if out.shape[1] - start > window:
+                start, cache = out.shape[1] - max(1, window // 2), None
+            if not use_cache:
+                logits = self(out[:, start:], top_k=top_k)[:, -1]
+            else:
+                if cache is None:
+                    cache = KVCache(self.config, len(out), capacity, self.embed.weight.dtype, out.device)
+                logits = self(out[:, start + cache.length:], top_k=top_k, cache=cache)[:, -1]
+            new = sample(logits, temperature, top_p, generator)
+            if stop is not None:
+                new = new.masked_fill(done, stop)
+                done |= new == stop
+            out = torch.cat([out, new[:, None]], 1)
+            if stop is not None and done.all():
+                break
+        return out
+
+
+def attention_mask(doc, T, past, device):
+    """Which of past + T positions each of the last T may see: [.., T, past + T] bool, or None for plainly causal."""
+    if doc is None and (past == 0 or T == 1):
+        return None                                               # a single new token may see everything
+    causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+    return causal if doc is None else (causal & (doc[:, :, None] == doc[:, None, :]))[:, None]
+
+
+def sample(logits, temperature=1.0, top_p=1.0, generator=None):
+    """One token for each row of logits [B, V] -> [B].  temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    prob, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    prob = prob * (prob.cumsum(-1) - prob < top_p)                # the most probable ones, until top_p is reached
+    return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
+
+
+# --- counting ----------------------------------------------------------------------------------------------
+
+def count_parameters(config, top_k=None):
+    """-> (total, active, active without embeddings): parameters, and those that one token makes use of.
+
+    Counted on the meta device, which takes no memory.  top_k as in Model.forward.  The output head counts as an
+    embedding, and once when tied.
+    """
+    with torch.device("meta"):
+        model = Model(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
+    embeddings = sum(n for name, n in sizes.items() if name in ("embed.weight", "head.weight"))
+    active = total - experts + experts // (config.n_layer * config.n_expert) * sum(model.layer_top_k(top_k))
+    return total, active, active - embeddings
+
+
+def flops_per_token(config, seq_len, top_k=None):
+    """Floating-point operations of forward and backward pass for one token: 6 per active weight of a product.
+
+    With the K of every layer as it is now, the router, the head and the causal half of attention (each query sees
+    seq_len / 2 keys on average); without recomputation, padding, and the optimizer.
+    """
+    matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
+    attention = config.n_layer * config.n_head * config.head_dim * seq_len        # 2 products, half of them masked
+    return 6 * (matrices + attention)
+
+
+def state_bytes(config, ranks=1):
+    """Bytes of training state on each of `ranks` processes, all parameters sharded over all of them.
+
+    fp32 weights, gradients and two AdamW moments (16), and the bf16 copy that computes (2), per parameter."""
+    return 18 * count_parameters(config)[0] // ranks
+
+
+# --- Hugging Face names ------------------------------------------------------------------------------------
+
+def hf_names(config):
+    """Pairs (our name, names and sizes along dim 0 of the tensors that transformers' files have in its place)."""
+    H, G, hd = config.n_head, config.n_kv_head, config.head_dim
+    yield "embed.weight", {"model.embed_tokens.weight": config.vocab_size}
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        yield ours + "attn_norm.weight", {theirs + "input_layernorm.weight": config.d_model}
+        yield ours + "attn.qkv.weight", {theirs + f"self_attn.{n}_proj.weight": heads * hd
+                                         for n, heads in (("q", H), ("k", G), ("v", G))}
+        yield ours + "attn.out.weight", {theirs + "self_attn.o_proj.weight": config.d_model}
+        yield ours + "attn.q_norm.weight", {theirs + "self_attn.q_norm.weight": hd}
+        yield ours + "attn.k_norm.weight", {theirs + "self_attn.k_norm.weight": hd}
+        yield ours + "moe_norm.weight", {theirs + "post_attention_layernorm.weight": config.d_model}
+        yield ours + "moe.router.weight", {theirs + "mlp.gate.weight": config.n_expert}
+        yield ours + "moe.experts.w_in", {theirs + f"mlp.experts.{e}.{n}_proj.weight": config.d_expert
+                                          for e in range(config.n_expert) for n in ("gate", "up")}
+        yield ours + "moe.experts.w_out", {theirs + f"mlp.experts.{e}.down_proj.weight": config.d_model
+                                           for e in range(config.n_expert)}
+    yield "norm.weight", {"model.norm.weight": config.d_model}
+    if not config.tie_embeddings:
+        yield "head.weight", {"lm_head.weight": config.vocab_size}
+
+
+def flat(p):
+    """Our tensor as the concatenation of theirs along dim 0 (a view): experts are stacked and multiply from the right."""
+    return p.transpose(1, 2).flatten(0, 1) if p.dim() == 3 else p
+
+
+def to_hf(model):
+    """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no lm_head
+    when tied."""
+    parameters, state = dict(model.named_parameters()), {}
+    for name, parts in hf_names(model.config):
+        pieces = flat(parameters[name].detach()).split(list(parts.values()))
+        state |= {theirs: piece.clone(memory_format=torch.contiguous_format) for theirs, piece in zip(parts, pieces)}
+    return state
+
+
+@torch.no_grad()
+def from_hf(state_dict, model):
+    """Fill model from a state dict with transformers' names.  Raises ValueError listing what is missing, unknown or
+    of another shape; nothing is changed then."""
+    parameters, wanted, new = dict(model.named_parameters()), set(), {}
+    problems = []
+    for name, parts in hf_names(model.config):
+        p = parameters[name]
+        wanted |= set(parts)
+        missing = [theirs for theirs in parts if theirs not in state_dict]
+        shapes = {theirs: (rows, *flat(p).shape[1:]) for theirs, rows in parts.items()}
+        wrong = [f"{t} is {tuple(state_dict[t].shape)}, should be {s}" for t, s in shapes.items()
+                 if t in state_dict and tuple(state_dict[t].shape) != s]
+        problems += [f"{theirs} is missing" for theirs in missing] + wrong
+        if not missing and not wrong:
+            whole = torch.cat([state_dict[theirs] for theirs in parts])
+            new[name] = whole.view(p.shape[0], p.shape[2], p.shape[1]).transpose(1, 2) if p.dim() == 3 else whole
+    extra = set(state_dict) - wanted - ({"lm_head.weight"} if model.config.tie_embeddings else set())
+    problems += [f"{theirs} is unknown" for theirs in sorted(extra)]
+    if problems:
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:20])}"
+                         + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""))
+    for name, value in new.items():
+        parameters[name].copy_(value)
+    return model
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="model.py", description="Count parameters, FLOPs and bytes of a preset.")
+    parser.add_argument("--preset", default="laptop", choices=PRESETS, help="laptop (default), gpu, sigma-moe-tiny")
+    parser.add_argument("--top_k", type=lambda text: [int(k) for k in text.split(",")], metavar="K,K,...",
+                        help="experts activated in each layer, from layer 0 up; the rest activate the preset's")
+    parser.add_argument("--seq_len", type=int, metavar="T", help="for the FLOPs of attention (default: the longest)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that share the state (default 1)")
+    args = parser.parse_args(argv)
+    config = PRESETS[args.preset]
+    top_k = (args.top_k or []) + [config.top_k] * (config.n_layer - len(args.top_k or []))
+    seq_len = args.seq_len or config.max_seq_len
+    try:
+        total, active, core = count_parameters(config, top_k)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.ranks < 1 or seq_len < 1:
+        parser.error("ranks and seq_len must be at least 1")
+    print(f"""{args.preset}: {config.n_layer} layers of {config.n_expert} experts, top {config.top_k}, width {config.d_model}
+parameters         {total:>16,}
+active per token   {active:>16,}   {core:,} without embeddings
+FLOPs per token    {flops_per_token(config, seq_len, top_k):>16.4g}   forward and backward, sequences of {seq_len}
+state per rank     {state_bytes(config, args.ranks):>16,}   bytes on each of {args.ranks}: weights, gradients, moments, bf16 copy""")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""Train a sparse language model, or resume the run in --out.
+
+    python train.py                                   the laptop preset on Python's standard library, in minutes
+    python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
+    python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
+
+A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).  Every
+schedule is a pure function of the step, and the rows of a step of the seed and of the sequences before it; so a
+checkpoint need hold only weights, optimizer state and the step, and a resumed run repeats the uninterrupted one.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import parallel
+from model import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    count_parameters,
+    flops_per_token,
+    pick_device,
+)
+from router import (
+    BALANCE,
+    active_experts,
+    differentiate_at,
+    load_balancing_loss,
+    router_z_loss,
+)
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def setting(default, group, help):
+    default = {"default_factory": list} if default == [] else {"default": default}
+    return dataclasses.field(**default, metadata={"group": group, "help": help})
+
+
+@dataclass
+class Settings:
+    """Everything about a run but the model's sizes.  check() raises ValueError, naming the field."""
+
+    preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
+    out: str = setting("", "run", "the run's directory (default: out/PRESET)")
+    data: str = setting("data/stdlib", "run", "a folder made by data.py, or a token file (default: made if missing)")
+    init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it)")
+    device: str = setting("auto", "run", "cpu, cuda or mps (default: the best there is)")
+    dtype: str = setting("float32", "run", "float32 or bfloat16: what the matrices compute in; weights stay fp32")
+    seed: int = setting(0, "run", "of the initial weights and the order of the data")
+
+    steps: int = setting(1000, "schedule", "updates of the weights")
+    batch_size: int = setting(32, "schedule", "sequences per step")
+    ramp_from: int = setting(0, "schedule", "sequences of the first step, if the batch is to grow; 0 is off")
+    ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
+    accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
+    seq_len: int = setting(128, "schedule", "tokens per sequence")
+    lr: float = setting(4e-3, "schedule", "learning rate after warm-up")
+    warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
+    decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
+
+    beta1: float = setting(0.9, "optimizer", "AdamW's average of the gradient")
+    beta2: float = setting(0.95, "optimizer", "AdamW's average of its square")
+    eps: float = setting(1e-8, "optimizer", "AdamW's epsilon")
+    weight_decay: float = setting(0.1, "optimizer", "on matrices only")
+    clip: float = setting(1.0, "optimizer", "largest norm of the gradient")
+
+    balance: str = setting("lbl", "balance", f"{' or '.join(BALANCE)}: what keeps the experts evenly used")
+    lbl_coef: float = setting(0.01, "balance", "weight of each layer's balance loss")
+    lbl_scope: str = setting("global", "balance", "global: load of the whole step so far; micro: of a micro-batch")
+    z_coef: float = setting(0.0, "balance", "weight of each layer's router z-loss")
+    initial_top_k: list = setting([], "balance", "experts activated in the low layers before the switch: 8,8,4,2")
+    switch: float = setting(0.9, "balance", "fraction of the steps after which all layers activate top_k; 1 is never")
+
+    log_every: int = setting(10, "watching", "steps between lines of log.jsonl")
+    eval_every: int = setting(0, "watching", "steps between validations (default: a quarter of the run)")
+    eval_tokens: int = setting(1 << 17, "watching", "held-out tokens of a validation, at most")
+    save_every: int = setting(0, "watching", "steps between checkpoints (default: a quarter of the run)")
+    keep: int = setting(2, "watching", "checkpoints kept, the newest ones")
+    sample_tokens: int = setting(120, "watching", "tokens of text generated at the end")
+
+    def check(self, config):
+        for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens", "weight_decay",
+                     "lbl_coef", "z_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name, known in (("dtype", ("float32", "bfloat16")), ("balance", BALANCE), ("lbl_scope", ("global", "micro"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 < self.switch <= 1:
+            raise ValueError(f"switch must be above 0 and at most 1, got {self.switch}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+        if self.ramp_from > self.batch_size:
+            raise ValueError(f"ramp_from ({self.ramp_from}) must not be above batch_size ({self.batch_size})")
+        if self.seq_len > config.max_seq_len:
+            raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
+        if len(self.initial_top_k) > config.n_layer or not all(1 <= k <= config.n_expert for k in self.initial_top_k):
+            raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
+                             f"(n_layer) from 1 to {config.n_expert} (n_expert)")
+
+
+TRAINING = {                                                      # what a preset sets beside the model's sizes
+    "laptop": dict(steps=2000),
+    "gpu": dict(steps=20000, batch_size=64, seq_len=1024, accumulate=4, lr=6e-4, dtype="bfloat16"),
+    "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4, dtype="bfloat16",
+                           lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
+}
+# what may differ when a run is resumed; everything else must be the run's own
+MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_tokens"}
+
+
+def parse(argv):
+    """The settings that were typed: {field: value}."""
+    parser = data.Parser(prog="train.py", description=__doc__)
+    groups = {}
+    fields = [(f, f.metadata["group"], f.metadata["help"], f.default) for f in dataclasses.fields(Settings)]
+    fields += [(f, "model (default: the preset's)", SIZES[f.name], "") for f in dataclasses.fields(ModelConfig)]
+    for field, group, help, default in fields:
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        shown = "" if default in ("", 0) or "default" in help or field.type is list else f" ({default})"
+        groups[group].add_argument(f"--{field.name}", type=READ.get(field.type, field.type), metavar="", help=help + shown)
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def truth(text):
+    return {"true": True, "false": False}[text.lower()]
+
+
+def numbers(text):
+    return [int(n) for n in text.split(",") if n]
+
+
+READ = {bool: truth, list: numbers}
+SIZES = {
+    "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
+    "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads", "head_dim": "width of a head",
+    "d_model": "width of the residual stream", "n_expert": "experts per layer; 1 is a dense model",
+    "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
+    "gate": "softmax, sigmoid or normalized", "rope_base": "base of the rotary positions",
+    "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
+    "max_seq_len": "longest sequence, prompt and generated text together"}
+
+
+def resolve(typed):
+    """Typed settings -> (Settings, ModelConfig, whether the run exists).
+
+    What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
+    preset = typed.get("preset", "laptop")
+    if preset not in PRESETS:
+        near = data.difflib.get_close_matches(preset, PRESETS, 1)
+        raise ValueError(f"preset {preset!r} is unknown; " + (f"did you mean {near[0]}?" if near else
+                                                            f"there are {', '.join(PRESETS)}"))
+    out = Path(typed.get("out") or f"out/{preset}")
+    exists = (out / "settings.json").exists()
+    if exists:
+        saved = evaluation.read_settings(out)
+        given, sizes = saved["settings"], saved["model"]
+        for name, value in typed.items():
+            old = given.get(name, sizes.get(name))
+            if name not in MAY_CHANGE and value != old:
+                raise ValueError(f"{out} was made with {name} {old}, not {value}; leave out --{name} to resume it, or "
+                                 "choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
+    else:
+        given = dataclasses.asdict(Settings()) | {"out": str(out)} | TRAINING[preset]
+        sizes = dataclasses.asdict(PRESETS[preset])
+        if typed.get("init_from"):
+            sizes = evaluation.read_settings(evaluation.run_folder(typed["init_from"]))["model"]
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
+    config = ModelConfig(**sizes | {k: v for k, v in typed.items() if k in names})
+    if "initial_top_k" not in typed and not exists:               # a preset's list is cut to the layers there are
+        settings.initial_top_k = settings.initial_top_k[:config.n_layer]
+    settings.check(config)
+    return settings, config, exists
+
+
+# --- schedules: pure functions of the step -----------------------------------------------------------------
+
+def learning_rate(step, s):
+    """Warm-up, stable, decay (arXiv 2404.06395): both ends linear."""
+    rise = (step + 1) / (s.warmup * s.steps) if s.warmup else 1.0
+    fall = (s.steps - step) / (s.decay * s.steps) if s.decay else 1.0
+    return s.lr * min(1.0, rise, fall)
+
+
+def sequences(step, s):
+    """Sequences of this step: batch_size, after a linear ramp, always a multiple of accumulate."""
+    if not s.ramp_from or step >= s.ramp * s.steps:
+        return s.batch_size
+    size = s.ramp_from + (s.batch_size - s.ramp_from) * step / (s.ramp * s.steps)
+    return max(1, int(size) // s.accumulate) * s.accumulate
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What a training step works on."""
+
+    settings: Settings
+    config: ModelConfig
+    model: Model
+    masters: parallel.Masters
+    optimizer: torch.optim.Optimizer
+    train: data.Sampler
+    val: np.ndarray             # held-out tokens, or None
+    encoding: tiktoken.Encoding     # or None, if there is none beside the token file
+    device: str
+
+
+def start(settings, config, exists, typed):
+    """Prepare data and model, and load the newest checkpoint of the run -> (Run, steps done)."""
+    s, out, device = settings, Path(settings.out), pick_device(settings.device)
+    folder = Path(s.data)
+    if not folder.exists() and s.data == Settings.data:
+        print("preparing the corpus, once:")
+        print(data.describe(folder, data.prepare(folder)))
+    file, folder = (folder, folder.parent) if folder.is_file() else (folder / "train.bin", folder)
+    if not file.exists():
+        raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py")
+    if (folder / "meta.json").exists():
+        data.load_meta(folder)                                    # the tokenizer fits the tokens
+    tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
+    if not exists and "vocab_size" not in typed and not s.init_from:
+        config.vocab_size = -(-vocab_size // 64) * 64             # the data's, rounded up for the matrix products
+    if vocab_size > config.vocab_size:
+        raise ValueError(f"vocab_size ({config.vocab_size}) is below the {vocab_size} of {file}")
+    val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
+    encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
+
+    model = Model(config, s.seed).to(device)
+    masters = parallel.Masters(model, getattr(torch, s.dtype))
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    run = Run(s, config, model, masters, optimizer, data.Sampler(tokens, s.seq_len, s.seed), val, encoding, device)
+    if not exists:
+        if s.init_from:
+            parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
+            masters.refresh()
+        write_new_run(run, folder)
+        return run, 0
+    done = (parallel.checkpoints(out) or [0])[-1]
+    if done:
+        parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer))
+        masters.refresh()
+    cut_log(out / "log.jsonl", done)
+    return run, done
+
+
+def write_new_run(run, folder):
+    """Make the run directory: settings, tokenizer, and the log with its header."""
+    s, out = run.settings, Path(run.settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if run.encoding:
+        shutil.copy(folder / "encoding.json", out / "encoding.json")
+    settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "tiktoken": tiktoken.__version__}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    header = settings | {"versions": versions, "commit": git.stdout.strip() or None, "device": device_name(run.device)}
+    (out / "log.jsonl").write_text(json.dumps(header) + "\n")
+    (out / "settings.json").write_text(json.dumps(settings, indent=1))        # last: now it is a run
+
+
+def cut_log(path, step):
+    """Drop the lines after a checkpoint's step, which will be written again."""
+    lines = path.read_text().splitlines(keepends=True)
+    kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def train_step(run, step, first):
+    """One update of the weights, from sequences first, first + 1, ... -> what the log says of it.
+
+    Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever add up.
+    """
+    s, model = run.settings, run.model
+    top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
+    count = sequences(step, s)
+    micro, n_tokens = count // s.accumulate, count * s.seq_len
+    loss, load, prob_sum, seen = 0.0, 0, 0, 0                     # sums over the micro-batches so far
+    for m in range(s.accumulate):
+        tokens, targets = (t.to(run.device) for t in run.train.rows(first + m * micro, micro))
+        out = model(tokens, targets, top_k)
+        loss, seen = loss + out.loss.detach(), seen + out.n_tokens
+        load, prob_sum = load + out.load, prob_sum + out.prob_sum.detach()
+        total = out.loss / n_tokens
+        if s.balance == "lbl" and s.lbl_coef:
+            f, p, n = (load, prob_sum, seen) if s.lbl_scope == "global" else (out.load, out.prob_sum, out.n_tokens)
+            _, lbl = differentiate_at(functools.partial(load_balancing_loss, f, n_tokens=n), p, out.prob_sum)
+            total = total + s.lbl_coef * n / n_tokens * lbl
+        if s.z_coef:
+            total = total + s.z_coef * router_z_loss(out.z_sum, n_tokens).sum()
+        total.backward()
+    norm, norms = parallel.clip_gradients(run.masters, s.clip)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(step, s)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.masters.refresh()
+    share = load / load.sum(-1, keepdim=True) * run.config.n_expert - 1       # relative deviation from uniform
+    lbl = load_balancing_loss(load, prob_sum, seen)
+    return {"loss": loss / n_tokens, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": norm,
+            "top_k": top_k, "load_max": share.amax(-1), "load_min": share.amin(-1), "lbl_layer": lbl,
+            "grad_norm_layer": layer_norms(norms, run.config.n_layer), "sequences": count}
+
+
+def layer_norms(norms, n_layer):
+    """Norms of tensors {name: []} -> norm of each layer [L]."""
+    layers = [[n for name, n in norms.items() if name.startswith(f"blocks.{i}.")] for i in range(n_layer)]
+    return torch.stack([torch.stack(layer).square().sum().sqrt() for layer in layers])
+
+
+# dense bf16 FLOP/s as published; on any other device MFU is null rather than wrong
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def utilisation(run, top_k, tokens_per_s):
+    """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
+    name = device_name(run.device) if run.settings.dtype == "bfloat16" else ""
+    peak = next((peak for known, peak in PEAK.items() if known in name), None)
+    return peak and flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s / peak
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends it at once."""
+
+    def __enter__(self):
+        self.asked, self.old = False, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.old[number] = signal.signal(number, self.ask)
+            except ValueError:                                    # not the main thread: leave signals alone
+                pass
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, old in self.old.items():
+            signal.signal(number, old)
+
+
+def train(run, done):
+    """The loop: steps done .. steps-1, with its log, validations and checkpoints -> steps done in the end."""
+    s, out = run.settings, Path(run.settings.out)
+    quarter = max(1, s.steps // 4)
+    eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
+    first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
+    saved, clock, since = done, time.perf_counter(), 0
+    bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
+               bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}")
+    with Stop() as stop, open(out / "log.jsonl", "a", buffering=1) as log, bar:
+        while done < s.steps and not stop.asked:
+            row = train_step(run, done, first)
+            done, first, since = done + 1, first + row["sequences"], since + row["sequences"] * s.seq_len
+            bar.update()
+            evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
+            if done % s.log_every == 0 or evaluate:
+                row = {k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()}    # waits for the device
+                rate = since / (time.perf_counter() - clock)
+                row = {"step": done} | row | {"tokens_per_s": rate, "mfu": utilisation(run, row["top_k"], rate)}
+                worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
+                                    f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
+                if evaluate:
+                    row["val_loss"] = validation(run, row["top_k"])[0]
+                    say(bar, f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}")
+                print(json.dumps(row), file=log)
+                clock, since = time.perf_counter(), 0
+            if done % save_every == 0 or done == s.steps or stop.asked:
+                parallel.save_checkpoint(out, done, parallel.training_state(run.masters, run.optimizer), s.keep)
+                saved = done
+                clock, since = time.perf_counter(), 0
+        if saved < done:
+            parallel.save_checkpoint(out, done, parallel.training_state(run.masters, run.optimizer), s.keep)
+    return done
+
+
+def validation(run, top_k):
+    s = run.settings
+    return evaluation.validate(run.model, run.val, s.seq_len, top_k, run.device, s.eval_tokens)
+
+
+def say(bar, line):
+    bar.write(line, file=sys.stdout)
+
+
+def report(run, done, seconds):
+    """What there is to see at the end of a run."""
+    s = run.settings
+    top_k = active_experts(done - 1, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
+    if run.val is not None:
+        loss, load, _ = validation(run, top_k)
+        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {math.log(run.config.vocab_size):.4f})")
+        print("load of each expert on held-out text; half height is the uniform share:")
+        print(evaluation.draw_load(load))
+    if run.encoding and s.sample_tokens:
+        print("\nit writes:")
+        print(evaluation.write_text(run.model, run.encoding, "", s.sample_tokens, top_k))
+    out = s.out
+    print(f"""
+{done} steps in {seconds / 60:.1f} minutes.  log: {out}/log.jsonl   checkpoint: {out}/step-{done}
+try next:
+  python eval.py loss --ckpt {out}                     beside a uniform model and a trigram
+  python eval.py sample --ckpt {out} --prompt "def "   more text
+  python train.py --n_expert 1 --out out/dense         the dense control
+  python train.py --help                               everything that can be changed""")
+
+
+def main(argv=None):
+    typed = parse(argv)
+    began = time.perf_counter()
+    with data.one_line_errors():
+        settings, config, exists = resolve(typed)
+        run, done = start(settings, config, exists, typed)
+    s = run.settings
+    if done >= s.steps:
+        print(f"{s.out} is complete: {done} steps.  To go on, --steps {2 * done}; for a new run, --out ANOTHER")
+        return
+    total, active, _ = count_parameters(config)
+    print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token; {config.n_layer} layers of "
+          f"{config.n_expert} experts, top {config.top_k}; {device_name(run.device)}, {s.dtype}")
+    print(f"from step {done}" if exists else f"a step is {s.batch_size * s.seq_len:,} tokens, an epoch "
+          f"{run.train.n_windows / s.batch_size:,.0f} steps, the run {s.steps:,} steps; Ctrl-C saves and ends")
+    if not exists and run.val is not None:
+        top_k = active_experts(0, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
+        print(f"step 0: held out {validation(run, top_k)[0]:.4f}")
+    try:
+        done = train(run, done)
+    except OSError as error:                                      # a full disk: what was saved before is whole
+        data.fail(f"{error}; resume with the same command")
+    if done < s.steps:
+        print(f"stopped and saved after step {done}; the same command resumes")
+        return
+    report(run, done, time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
