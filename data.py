@@ -51,7 +51,7 @@ BPE_BYTES = 16 << 20                             # bytes of text that ranks are 
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-# --- errors and command lines, as all three programs have them ----------------------------------------------
+# --- errors and command lines, as all three programs have them --------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with exact names only, the nearest known name beside an unknown one, and one-line errors."""
@@ -88,14 +88,14 @@ def one_line_errors():
         fail(" ".join(str(error).split()))
 
 
-# --- tokenizers ----------------------------------------------------------------------------------------------
+# --- tokenizers -------------------------------------------------------------------------------------------
 
 def train_bpe(texts, n_ranks):
     """Byte-pair ranks {bytes: rank} from an iterable of strings (Sennrich et al., arXiv 1508.07909).
 
-    Starts from the 256 bytes and joins the most frequent pair of neighbours inside words, ties to the smallest
-    pair of ranks, until there are n_ranks or no pair repeats.  Works on the table of distinct words, so the result
-    does not depend on the order of the texts.
+    Starts from the 256 bytes and joins the most frequent pair of neighbours inside words, ties to the
+    smallest pair of ranks, until there are n_ranks or no pair repeats.  Works on the table of distinct words,
+    so the result does not depend on the order of the texts.
     """
     table = Counter()
     for text in texts:
@@ -152,8 +152,8 @@ def join(word, pair, new):
 
 
 def make_encoding(name, pattern, ranks):
-    """A tiktoken encoding with the special tokens behind the ranks; those come from the start, so that a model
-    trained on text needs no new rows for chat."""
+    """A tiktoken encoding with the special tokens behind the ranks; those come from the start, so that a
+    model trained on text needs no new rows for chat."""
     special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -203,14 +203,14 @@ def load_encoding(path):
         raise ValueError(f"{path} is not a tokenizer written by data.py ({error})") from None
 
 
-# --- token files ---------------------------------------------------------------------------------------------
+# --- token files ------------------------------------------------------------------------------------------
 
 HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
 
 
 class TokenWriter:
-    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count), then tokens as
-    uint16 if the vocabulary allows, else uint32.  Little-endian, so that files travel."""
+    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count), then tokens
+    as uint16 if the vocabulary allows, else uint32.  Little-endian, so that files travel."""
 
     def __init__(self, path, vocab_size):
         self.path, self.vocab_size, self.count = Path(path), vocab_size, 0
@@ -233,7 +233,8 @@ class TokenWriter:
 
 
 def load_tokens(path):
-    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped, not read: [n] uint16 or uint32.
+    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped, not read: [n] uint16
+    or uint32.
 
     Raises ValueError for a file that is foreign, cut short, or has a token beyond its own vocabulary."""
     path = Path(path)
@@ -268,9 +269,9 @@ def file_sha256(path):
 class Sampler:
     """An endless stream of windows of seq_len tokens, in which every window comes once per epoch.
 
-    Window w is tokens[w*T : w*T + T + 1]; the order within an epoch is a permutation drawn from (seed, epoch).
-    Which sequences a step has is therefore a pure function of the seed and of the number consumed before: nothing
-    need be saved to resume, on any number of processes.
+    Window w is tokens[w*T : w*T + T + 1]; the order within an epoch is a permutation drawn from (seed,
+    epoch).  Which sequences a step has is therefore a pure function of the seed and of the number consumed
+    before: nothing need be saved to resume, on any number of processes.
     """
 
     def __init__(self, tokens, seq_len, seed):
@@ -295,7 +296,7 @@ class Sampler:
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
 
 
-# --- sources -------------------------------------------------------------------------------------------------
+# --- sources ----------------------------------------------------------------------------------------------
 
 class Piece(NamedTuple):
     """Up to a block of one document."""
@@ -320,7 +321,8 @@ def standard_library():
 
 
 def find_files(source, downloads):
-    """-> (folder that names are relative to, files) of one --source.  ValueError if there is nothing to read."""
+    """-> (folder that names are relative to, files) of one --source.  ValueError if there is nothing to
+    read."""
     if source == "stdlib":
         root, files = standard_library()
     elif re.match(r"https?://", source):
@@ -370,8 +372,8 @@ def download(url, folder, tries=3, timeout=30):
 
 
 def text_blocks(path, start, end):
-    """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut: between
-    a letter or digit and the end of its line."""
+    """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut:
+    between a letter or digit and the end of its line."""
     with open(path, "rb") as file:
         file.seek(start)
         rest, left = b"", end - start
@@ -479,7 +481,7 @@ class Corpus:
                     yield piece.text
 
 
-# --- preparing a folder ----------------------------------------------------------------------------------------
+# --- preparing a folder -----------------------------------------------------------------------------------
 
 def tokenize(corpus, encoding, folder):
     """Write train.bin and val.bin -> {"train": counts, "val": counts}."""
@@ -539,7 +541,8 @@ def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=
 
 
 def load_meta(folder):
-    """meta.json of a prepared folder.  ValueError if it is none, or its tokenizer is not the one of the tokens."""
+    """meta.json of a prepared folder.  ValueError if it is none, or its tokenizer is not the one of the
+    tokens."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())

@@ -23,7 +23,8 @@ from router import active_experts
 
 
 def load_run(ckpt, device="cpu"):
-    """-> (model with the weights of a run's newest checkpoint or of a step-N folder, its settings, K per layer)."""
+    """-> (model with the weights of a run's newest checkpoint or of a step-N folder, its settings, K per
+    layer)."""
     out = run_folder(ckpt)
     saved, path = read_settings(out), newest(ckpt)
     config = ModelConfig(**saved["model"])
@@ -66,7 +67,8 @@ def read_settings(out):
 
 @torch.no_grad()
 def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32):
-    """Cross-entropy alone over windows of held-out tokens, evenly spread if there are more than `limit` tokens.
+    """Cross-entropy alone over windows of held-out tokens, evenly spread if there are more than `limit`
+    tokens.
 
     -> (nats per token, load [L, E] int64, indices of the windows)."""
     n = (len(tokens) - 1) // seq_len
@@ -91,11 +93,13 @@ def token_bytes(encoding):
 
 
 class Trigram:
-    """An interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24): the model to beat without a network.
+    """An interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24): the model to beat without a
+    network.
 
-    p(c|ab) = max(n(abc) - d, 0) / n(ab) + d N(ab) / n(ab) * p(c|b), where N counts distinct successors; p(c|b) is
-    the same with every count replaced by the number of distinct tokens before it; p(c) likewise, and below it the
-    uniform 1/V.  The discounts are d = n1 / (n1 + 2 n2), from how many n-grams occur once and twice.
+    p(c|ab) = max(n(abc) - d, 0) / n(ab) + d N(ab) / n(ab) * p(c|b), where N counts distinct successors;
+    p(c|b) is the same with every count replaced by the number of distinct tokens before it; p(c) likewise,
+    and below it the uniform 1/V.  The discounts are d = n1 / (n1 + 2 n2), from how many n-grams occur once
+    and twice.
     """
 
     def __init__(self, tokens, vocab_size, limit=20_000_000):
@@ -114,7 +118,8 @@ class Trigram:
         return self.level(self.three, (a * V + b) * V + c, a * V + b, p)
 
     def level(self, table, key, context, lower):
-        """One order: table (n-grams, counts), the n-grams asked for, their contexts, the lower order's answer."""
+        """One order: table (n-grams, counts), the n-grams asked for, their contexts, the lower order's
+        answer."""
         grams, counts = table
         d = (counts == 1).sum() / max(1, (counts == 1).sum() + 2 * (counts == 2).sum())
         contexts, start = np.unique(grams // self.V if grams is not self.one[0] else grams * 0, return_index=True)
@@ -130,7 +135,8 @@ def lookup(keys, values, asked):
 
 
 def compare_losses(ckpts, source=None, device="cpu"):
-    """Rows (name, nats per token, bits per byte, parameters active) for baselines and runs, on the same text."""
+    """Rows (name, nats per token, bits per byte, parameters active) for baselines and runs, on the same
+    text."""
     runs = [load_run(ckpt, device) for ckpt in ckpts]
     saved = runs[0][1]
     folder = Path(source or saved["settings"]["data"])
@@ -189,7 +195,8 @@ def read_log(out):
 # --- text -------------------------------------------------------------------------------------------------
 
 def write_text(model, encoding, prompt, max_new_tokens, top_k, temperature=0.8, top_p=0.95, seed=0):
-    """Let the model continue a prompt (from the beginning of a document) until it ends the document itself."""
+    """Let the model continue a prompt (from the beginning of a document) until it ends the document
+    itself."""
     device = model.embed.weight.device
     end = encoding.encode_single_token("<|endoftext|>")
     tokens = torch.tensor([[end] + encoding.encode_ordinary(prompt)], device=device)
@@ -212,8 +219,8 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def draw_load(load, width=48):
-    """Text, 80 columns wide: for each layer a bar per expert; half height is the uniform share, full is twice it or
-    more, a blank is an expert without a token.  load [L, E] counts."""
+    """Text, 80 columns wide: for each layer a bar per expert; half height is the uniform share, full is twice
+    it or more, a blank is an expert without a token.  load [L, E] counts."""
     share = (load / load.sum(-1, keepdim=True) * load.shape[-1]).tolist()
     lines = []
     for layer, row in enumerate(share):

@@ -74,14 +74,14 @@ PRESETS = {
     "gpu": ModelConfig(
         vocab_size=50304, n_layer=13, n_head=16, n_kv_head=4, head_dim=64, d_model=1024, n_expert=96, d_expert=256,
         tie_embeddings=True, max_seq_len=2048),
-    # 19.98B parameters, 0.537B of them active without embeddings.  Head and expert widths are inferred from the
-    # published totals; vocabulary and rotary base are those of sibling models by the same authors.
+    # 19.98B parameters, 0.537B of them active without embeddings.  Head and expert widths are inferred from
+    # the published totals; vocabulary and rotary base are those of sibling models by the same authors.
     "sigma-moe-tiny": ModelConfig(
         vocab_size=200064, n_layer=56, n_head=16, n_kv_head=4, head_dim=96, d_model=1536, n_expert=96, d_expert=768),
 }
 
 
-# --- layers ------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in the weight's dtype (fp32) or wider."""
@@ -112,7 +112,8 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in memory taken once: L layers of [B, G, capacity, head_dim]."""
+    """Keys and values of the positions seen so far, in memory taken once: L layers of [B, G, capacity,
+    head_dim]."""
 
     def __init__(self, config, batch, capacity, dtype, device):
         shape = (config.n_layer, 2, batch, config.n_kv_head, capacity, config.head_dim)
@@ -140,7 +141,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=None):
-        """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query may see; None is plainly causal."""
+        """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query may see; None is plainly
+        causal."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)     # [B, T, heads, head_dim]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -155,8 +157,8 @@ class Attention(nn.Module):
 class Gather(torch.autograd.Function):
     """x[index], where every row of x is taken k times and inverse says where to.
 
-    The gradient is then a gather too, x' = sum over k of g[inverse], where autograd's own index_add would scatter
-    one row at a time (slow on CPU, and in no fixed order on a GPU).
+    The gradient is then a gather too, x' = sum over k of g[inverse], where autograd's own index_add would
+    scatter one row at a time (slow on CPU, and in no fixed order on a GPU).
     """
 
     @staticmethod
@@ -172,7 +174,8 @@ class Gather(torch.autograd.Function):
 
 
 def grouped_product(rows, weights, ends):
-    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out]; expert e owns rows ends[e-1] : ends[e].
+    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out]; expert e owns rows ends[e-1] :
+    ends[e].
 
     torch's grouped_mm, or the loop below where grouped_mm refuses: fp64, rows whose stride is no multiple of
     16 bytes, and anything but bf16 on a GPU.  Experts without rows are normal.
@@ -240,7 +243,8 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer.  Returns a plain tuple of tensors: sharding and recomputation handle nothing else everywhere."""
+    """One layer.  Returns a plain tuple of tensors: sharding and recomputation handle nothing else
+    everywhere."""
 
     def __init__(self, config):
         super().__init__()
@@ -258,8 +262,8 @@ class Block(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Output head and cross-entropy, a few hundred rows at a time: the [N, V] logits never exist.
 
-    At a vocabulary of 200,064 the logits of 4,096 tokens would be 3.3 GB.  The gradient is computed beside the
-    loss, so that no chunk is computed twice; softmax and loss are in fp32 or wider.
+    At a vocabulary of 200,064 the logits of 4,096 tokens would be 3.3 GB.  The gradient is computed beside
+    the loss, so that no chunk is computed twice; softmax and loss are in fp32 or wider.
     """
 
     CHUNK = 1 << 21                                               # logits at a time
@@ -302,7 +306,7 @@ def pick_device(name="auto"):
     return name
 
 
-# --- the model ---------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------
 
 class Output(NamedTuple):
     """What a forward pass with targets returns.  All of it adds up over micro-batches and processes."""
@@ -330,7 +334,8 @@ class Model(nn.Module):
             self.init_weights(torch.initial_seed() if seed is None else seed)
 
     def tie(self):
-        """One tensor for embedding and head, if the config says so.  Needed again after to_empty(), which parts them."""
+        """One tensor for embedding and head, if the config says so.  Needed again after to_empty(), which
+        parts them."""
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -340,11 +345,11 @@ class Model(nn.Module):
 
             norms                         1
             routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
-            attention.out, experts.w_out  normal, std 0.5/sqrt(D) / sqrt(2L): 2L of them add up in the residual
+            attention.out, experts.w_out normal, std 0.5/sqrt(D) / sqrt(2L): 2L of them add up in the residual
             everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536, where siblings have 0.0125
 
-        Each parameter has a generator of its own, seeded by its name, so that a process which holds only some of
-        the parameters draws the same ones.
+        Each parameter has a generator of its own, seeded by its name, so that a process which holds only some
+        of the parameters draws the same ones.
         """
         D, L = self.config.d_model, self.config.n_layer
         for name, p in self.named_parameters():
@@ -409,9 +414,10 @@ class Model(nn.Module):
                  use_cache=True):
         """Continue tokens [B, T] by sampling -> [B, T + new].
 
-        temperature 0 is greedy; top_p keeps the most probable tokens that together reach it; stop ends the text
-        when every sequence has produced that token (those that have repeat it).  When the context is full, the
-        older half of it is forgotten.  use_cache=False recomputes everything for each token: the slow reference.
+        temperature 0 is greedy; top_p keeps the most probable tokens that together reach it; stop ends the
+        text when every sequence has produced that token (those that have repeat it).  When the context is
+        full, the older half of it is forgotten.  use_cache=False recomputes everything for each token: the
+        slow reference.
         """
         window = self.config.max_seq_len
         capacity = min(window, tokens.shape[1] + max_new_tokens)
@@ -437,7 +443,8 @@ class Model(nn.Module):
 
 
 def attention_mask(doc, T, past, device):
-    """Which of past + T positions each of the last T may see: [.., T, past + T] bool, or None for plainly causal."""
+    """Which of past + T positions each of the last T may see: [.., T, past + T] bool, or None for plainly
+    causal."""
     if doc is None and (past == 0 or T == 1):
         return None                                               # a single new token may see everything
     causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
@@ -453,13 +460,13 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
-# --- counting ----------------------------------------------------------------------------------------------
+# --- counting ---------------------------------------------------------------------------------------------
 
 def count_parameters(config, top_k=None):
     """-> (total, active, active without embeddings): parameters, and those that one token makes use of.
 
-    Counted on the meta device, which takes no memory.  top_k as in Model.forward.  The output head counts as an
-    embedding, and once when tied.
+    Counted on the meta device, which takes no memory.  top_k as in Model.forward.  The output head counts as
+    an embedding, and once when tied.
     """
     with torch.device("meta"):
         model = Model(config)
@@ -473,8 +480,8 @@ def count_parameters(config, top_k=None):
 def flops_per_token(config, seq_len, top_k=None):
     """Floating-point operations of forward and backward pass for one token: 6 per active weight of a product.
 
-    With the K of every layer as it is now, the router, the head and the causal half of attention (each query sees
-    seq_len / 2 keys on average); without recomputation, padding, and the optimizer.
+    With the K of every layer as it is now, the router, the head and the causal half of attention (each query
+    sees seq_len / 2 keys on average); without recomputation, padding, and the optimizer.
     """
     matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_dim * seq_len        # 2 products, half of them masked
@@ -488,10 +495,11 @@ def state_bytes(config, ranks=1):
     return 18 * count_parameters(config)[0] // ranks
 
 
-# --- Hugging Face names ------------------------------------------------------------------------------------
+# --- Hugging Face names -----------------------------------------------------------------------------------
 
 def hf_names(config):
-    """Pairs (our name, names and sizes along dim 0 of the tensors that transformers' files have in its place)."""
+    """Pairs (our name, names and sizes along dim 0 of the tensors that transformers' files have in its
+    place)."""
     H, G, hd = config.n_head, config.n_kv_head, config.head_dim
     yield "embed.weight", {"model.embed_tokens.weight": config.vocab_size}
     for i in range(config.n_layer):
@@ -514,13 +522,14 @@ def hf_names(config):
 
 
 def flat(p):
-    """Our tensor as the concatenation of theirs along dim 0 (a view): experts are stacked and multiply from the right."""
+    """Our tensor as the concatenation of theirs along dim 0 (a view): experts are stacked and multiply from
+    the right."""
     return p.transpose(1, 2).flatten(0, 1) if p.dim() == 3 else p
 
 
 def to_hf(model):
-    """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no lm_head
-    when tied."""
+    """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
+    lm_head when tied."""
     parameters, state = dict(model.named_parameters()), {}
     for name, parts in hf_names(model.config):
         pieces = flat(parameters[name].detach()).split(list(parts.values()))
@@ -530,8 +539,8 @@ def to_hf(model):
 
 @torch.no_grad()
 def from_hf(state_dict, model):
-    """Fill model from a state dict with transformers' names.  Raises ValueError listing what is missing, unknown or
-    of another shape; nothing is changed then."""
+    """Fill model from a state dict with transformers' names.  Raises ValueError listing what is missing,
+    unknown or of another shape; nothing is changed then."""
     parameters, wanted, new = dict(model.named_parameters()), set(), {}
     problems = []
     for name, parts in hf_names(model.config):

@@ -20,10 +20,11 @@ import torch.nn as nn
 class Masters:
     """The fp32 parameters that the optimizer owns, by name, while the model computes in `dtype`.
 
-    With float32 they are the model's own.  With bfloat16 the matrices of the model become copies, refreshed once
-    per step: casting all experts in every forward pass costs more than their own work, since most of them see few
-    tokens.  A copy's gradient is added to its master's in fp32 as soon as it is complete, so that accumulation over
-    micro-batches does not round.  Routers and norms are not copied; they compute in fp32.
+    With float32 they are the model's own.  With bfloat16 the matrices of the model become copies, refreshed
+    once per step: casting all experts in every forward pass costs more than their own work, since most of
+    them see few tokens.  A copy's gradient is added to its master's in fp32 as soon as it is complete, so
+    that accumulation over micro-batches does not round.  Routers and norms are not copied; they compute in
+    fp32.
     """
 
     def __init__(self, model, dtype=torch.float32):
@@ -52,7 +53,8 @@ def move_gradient(copy, master):
 
 
 def adamw(masters, lr, betas, eps, weight_decay):
-    """AdamW with decay on matrices only, its state laid out at once, so that a checkpoint can be loaded into it."""
+    """AdamW with decay on matrices only, its state laid out at once, so that a checkpoint can be loaded into
+    it."""
     matrices = [p for p in masters.named.values() if p.dim() > 1]
     others = [p for p in masters.named.values() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -94,7 +96,8 @@ def checkpoints(out):
 def save_checkpoint(out, step, state, keep):
     """Write out/step-N: aside, made durable, renamed; only then are all but the newest `keep` deleted.
 
-    Whatever goes wrong, the checkpoints that were there stay whole.  OSError says what did (a full disk, say).
+    Whatever goes wrong, the checkpoints that were there stay whole.  OSError says what did (a full disk,
+    say).
     """
     path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
     shutil.rmtree(aside, ignore_errors=True)                      # left by a crash
@@ -118,7 +121,8 @@ def save_checkpoint(out, step, state, keep):
 
 
 def load_checkpoint(path, state):
-    """Fill the tensors of state, in place, from a checkpoint.  ValueError if it is corrupt or lacks one of them."""
+    """Fill the tensors of state, in place, from a checkpoint.  ValueError if it is corrupt or lacks one of
+    them."""
     path = Path(path)
     problem = damage(path)
     if not problem:
@@ -131,7 +135,8 @@ def load_checkpoint(path, state):
 
 
 def damage(path):
-    """What is wrong with the files of a checkpoint, or None: sizes and checksums are compared with its manifest."""
+    """What is wrong with the files of a checkpoint, or None: sizes and checksums are compared with its
+    manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, expected in manifest.items():

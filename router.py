@@ -39,8 +39,8 @@ class Router(nn.Module):
 
     Computed in fp32 (or wider): rounding the scores to bf16 flips choices between near-equal experts.
 
-    Every gate must leave the router a gradient from the language-model loss at K = 1.  Probabilities divided by
-    the sum of the chosen ones are the constant 1 there, and the router learns nothing; hence
+    Every gate must leave the router a gradient from the language-model loss at K = 1.  Probabilities divided
+    by the sum of the chosen ones are the constant 1 there, and the router learns nothing; hence
 
       softmax      the plain probability p_k, softmax taken over ALL experts and never renormalised
                    (Switch Transformer, arXiv 2101.03961, eq. 2)
@@ -69,24 +69,24 @@ class Router(nn.Module):
         return Routing(weights, experts, load, prob.sum(0), logits.logsumexp(-1).square().sum())
 
 
-# --- losses: functions of sums -----------------------------------------------------------------------------
+# --- losses: functions of sums ----------------------------------------------------------------------------
 
 def load_balancing_loss(load, prob_sum, n_tokens):
     """The conventional load-balancing loss: E * sum_i f_i p_i, per layer (arXiv 2101.03961, eq. 4-6).
 
     f_i is the fraction of routed rows that expert i gets (no gradient), p_i the mean probability of expert i.
-    1.0 is balanced, for every K, and E is full collapse onto one expert.  1.0 is also reached by a flat p with
-    any f at all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
+    1.0 is balanced, for every K, and E is full collapse onto one expert.  1.0 is also reached by a flat p
+    with any f at all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
 
     load [..., E] counts, prob_sum [..., E], n_tokens a number -> [...], one value per layer.
     """
-    f = load / load.sum(-1, keepdim=True).clamp(min=1)
-    p = prob_sum / n_tokens
-    return load.shape[-1] * (f * p).sum(-1)
+    load = load.to(prob_sum.dtype)
+    return load.shape[-1] * (load * prob_sum).sum(-1) / (load.sum(-1).clamp(min=1) * n_tokens)
 
 
 def router_z_loss(z_sum, n_tokens):
-    """Mean squared logsumexp of the router's logits, which keeps them small (ST-MoE, arXiv 2202.08906, eq. 5).
+    """Mean squared logsumexp of the router's logits, which keeps them small (ST-MoE, arXiv 2202.08906, eq.
+    5).
 
     z_sum [...] -> [...]."""
     return z_sum / n_tokens
@@ -95,9 +95,10 @@ def router_z_loss(z_sum, n_tokens):
 def differentiate_at(loss, total, local):
     """Evaluate a loss at global sums, and give its gradient to the local ones.
 
-    A balance loss wants the statistics of the whole batch, but a process (or a micro-batch) only has the graph of
-    its own part.  By the chain rule the whole gradient is the sum over parts of (d loss / d sums)(global) * d sums
-    (local), so no gradient need cross a collective: exact for every differentiable function of the sums.
+    A balance loss wants the statistics of the whole batch, but a process (or a micro-batch) only has the
+    graph of its own part.  By the chain rule the whole gradient is the sum over parts of (d loss / d
+    sums)(global) * d sums (local), so no gradient need cross a collective: exact for every differentiable
+    function of the sums.
 
     loss: sums -> [L].  total: global sums.  local: this part's sums, with graph.
     Returns (value [L], detached; a scalar whose gradient, summed over the parts, is that of loss.sum()).
@@ -109,14 +110,15 @@ def differentiate_at(loss, total, local):
     return value.detach(), (slope * local).sum()
 
 
-# --- schedule ----------------------------------------------------------------------------------------------
+# --- schedule ---------------------------------------------------------------------------------------------
 
 def active_experts(step, steps, initial, target, switch, n_layer):
     """Experts activated per token in each layer at this step: a list of n_layer integers.
 
-    Progressive sparsification (arXiv 2512.16248): the low layers, where routing collapses first, start with more
-    experts (`initial`, from layer 0 up; layers beyond the list use `target`) and change to `target` at once when
-    the fraction `switch` of the steps is over.  switch = 1 never changes.  Without `initial` all layers use target.
+    Progressive sparsification (arXiv 2512.16248): the low layers, where routing collapses first, start with
+    more experts (`initial`, from layer 0 up; layers beyond the list use `target`) and change to `target` at
+    once when the fraction `switch` of the steps is over.  switch = 1 never changes.  Without `initial` all
+    layers use target.
     """
     before = switch >= 1 or step < round(switch * steps, 6)      # 0.29 * 100 is 28.999999999999996
     initial = list(initial or [])[:n_layer] if before else []

@@ -4,9 +4,10 @@
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
 
-A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).  Every
-schedule is a pure function of the step, and the rows of a step of the seed and of the sequences before it; so a
-checkpoint need hold only weights, optimizer state and the step, and a resumed run repeats the uninterrupted one.
+A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
+Every schedule is a pure function of the step, and the rows of a step of the seed and of the sequences before
+it; so a checkpoint need hold only weights, optimizer state and the step, and a resumed run repeats the
+uninterrupted one.
 """
 
 import dataclasses
@@ -205,7 +206,7 @@ def resolve(typed):
     return settings, config, exists
 
 
-# --- schedules: pure functions of the step -----------------------------------------------------------------
+# --- schedules: pure functions of the step ----------------------------------------------------------------
 
 def learning_rate(step, s):
     """Warm-up, stable, decay (arXiv 2404.06395): both ends linear."""
@@ -222,7 +223,7 @@ def sequences(step, s):
     return max(1, int(size) // s.accumulate) * s.accumulate
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -311,7 +312,8 @@ def device_name(device):
 def train_step(run, step, first):
     """One update of the weights, from sequences first, first + 1, ... -> what the log says of it.
 
-    Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever add up.
+    Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever
+    add up.
     """
     s, model = run.settings, run.model
     top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
@@ -362,7 +364,8 @@ def utilisation(run, top_k, tokens_per_s):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends it at
+    once."""
 
     def __enter__(self):
         self.asked, self.old = False, {}

@@ -1,0 +1,391 @@
+"""The model against slow references and against transformers."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small
+
+import model as M
+from model import (PRESETS, ChunkedCrossEntropy, Experts, KVCache, Model, count_parameters, flops_per_token, from_hf,
+                   grouped_product, looped_product, sample, to_hf)
+from router import GATES
+
+
+def randomised(config, seed=1):
+    """A model whose norms matter."""
+    model = Model(config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.normal_(1.0, 0.2, generator=generator)
+    return model
+
+
+# --- parts ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("load", [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0]])
+def test_grouped_product_equals_the_loop(load):
+    """Forward and backward, with empty experts, and with no row at all."""
+    results = []
+    for product in (grouped_product, looped_product):
+        torch.manual_seed(0)
+        rows = torch.randn(sum(load), 8, requires_grad=True)
+        weights = torch.randn(4, 8, 12, requires_grad=True)
+        out = product(rows, weights, torch.tensor(load).cumsum(0).int())
+        (out * torch.randn(out.shape)).sum().backward()
+        results.append((out, rows.grad, weights.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (results[0][2][torch.tensor(load) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, d_in, grouped", [(torch.float32, 8, True), (torch.bfloat16, 8, True),
+                                                  (torch.float64, 8, False), (torch.float32, 6, False)])
+def test_what_grouped_mm_refuses_goes_to_the_loop(monkeypatch, dtype, d_in, grouped):
+    calls = []
+    real = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    rows, weights = torch.randn(5, d_in).to(dtype), torch.randn(2, d_in, 8).to(dtype)
+    out = grouped_product(rows, weights, torch.tensor([2, 5], dtype=torch.int32))
+    assert out.dtype == dtype and bool(calls) == grouped
+    torch.testing.assert_close(out[:2], rows[:2] @ weights[0])
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("K", [1, 3])
+def test_moe_equals_one_token_at_a_time(gate, K):
+    """Output and every gradient, in fp64: routing, sorting, experts, and the way back."""
+    moe = randomised(small(gate=gate)).double().blocks[0].moe
+    moe.router.weight.data *= 5
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 9, 16, dtype=torch.float64)
+    out, load, _, _ = moe(x, K)
+    got = torch.autograd.grad((out * upstream).sum(), [x, *moe.parameters()])
+    rows = []
+    for token in x.view(-1, 16):
+        routing = moe.router(token[None], K)
+        y = 0
+        for weight, e in zip(routing.weights[0], routing.experts[0]):
+            gate_, up = (token @ moe.experts.w_in[e]).chunk(2)
+            y = y + weight * ((F.silu(gate_) * up) @ moe.experts.w_out[e])
+        rows.append(y)
+    slow = torch.stack(rows).view_as(x)
+    want = torch.autograd.grad((slow * upstream).sum(), [x, *moe.parameters()])
+    torch.testing.assert_close(out, slow, rtol=1e-12, atol=1e-12)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert load.sum() == 18 * K
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 21])
+def test_chunked_cross_entropy_equals_torch(monkeypatch, chunk):
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)      # 1: chunks of 128 rows, the last one shorter
+    x = torch.randn(300, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(-1, 11, (300,))
+    want = F.cross_entropy(x @ w.T, targets, ignore_index=-1, reduction="sum")
+    got = ChunkedCrossEntropy.apply(x, w, targets, True)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got * 0.3, [x, w]), torch.autograd.grad(want * 0.3, [x, w])):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_logits_of_all_tokens_never_exist_in_training():
+    """The largest tensor that autograd keeps is far below N x V."""
+    model = Model(small(vocab_size=4096, tie_embeddings=True))
+    tokens = torch.randint(0, 4096, (16, 64))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        model(tokens, tokens)
+    assert max(kept) <= 4096 * 16 < tokens.numel() * 4096 / 16
+
+
+def test_attention_equals_its_definition():
+    """Grouped queries, normalised queries and keys, rotary positions, causality: written out with loops."""
+    config = small()
+    attention = randomised(config).double().blocks[0].attn
+    x = torch.randn(1, 7, 16, dtype=torch.float64)
+    cos, sin = M.rotary(torch.arange(7), 8, config.rope_base, torch.float64)
+    qkv = (x[0] @ attention.qkv.weight.T).view(7, 8, 8)           # 4 query, 2 key, 2 value heads of 8
+
+    def turn(v, norm, t):
+        v = v / (v.square().mean() + 1e-6).sqrt() * norm.weight
+        out = v.clone()
+        for i in range(4):
+            angle = t * config.rope_base ** (-i / 4)
+            out[i] = v[i] * math.cos(angle) - v[i + 4] * math.sin(angle)
+            out[i + 4] = v[i + 4] * math.cos(angle) + v[i] * math.sin(angle)
+        return out
+    want = torch.zeros(7, 4, 8, dtype=torch.float64)
+    for t in range(7):
+        for h in range(4):
+            q = turn(qkv[t, h], attention.q_norm, t)
+            score = torch.stack([q @ turn(qkv[s, 4 + h // 2], attention.k_norm, s) for s in range(t + 1)]) / 8 ** 0.5
+            want[t, h] = score.softmax(0) @ qkv[:t + 1, 6 + h // 2]
+    want = want.view(7, 32) @ attention.out.weight.T
+    torch.testing.assert_close(attention(x, cos, sin)[0], want, rtol=1e-10, atol=1e-12)
+
+
+# --- the whole model --------------------------------------------------------------------------------------
+
+def test_the_future_is_not_seen():
+    model = Model(small()).double()
+    tokens = torch.randint(0, 64, (2, 12))
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 64
+    a, b = model(tokens), model(changed)
+    torch.testing.assert_close(a[:, :8], b[:, :8], rtol=1e-12, atol=1e-12)
+    assert (a[:, 8:] - b[:, 8:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("K", [1, 2])
+def test_packed_documents_equal_one_by_one(tied, K):
+    """Loss, statistics and every gradient; padding is neither routed nor counted."""
+    documents = [torch.randint(0, 64, (n + 1,)) for n in (5, 9, 3)]
+    packed = torch.cat([d[:-1] for d in documents] + [torch.zeros(4, dtype=torch.int64)])[None]
+    targets = torch.cat([d[1:] for d in documents] + [torch.full((4,), 7)])[None]
+    doc = torch.tensor([[0] * 5 + [1] * 9 + [2] * 3 + [-1] * 4])
+    config = small(top_k=K, tie_embeddings=tied)
+    together, apart = randomised(config).double(), randomised(config).double()
+    one = together(packed, targets, doc=doc)
+    many = [apart(d[None, :-1], d[None, 1:]) for d in documents]
+    assert one.n_tokens == one.n_targets == 17 == sum(o.n_tokens for o in many)
+    assert torch.equal(one.load, sum(o.load for o in many)) and (one.load.sum(-1) == 17 * K).all()
+    for got, want in zip((one.loss, one.prob_sum, one.z_sum), map(sum, zip(*((o.loss, o.prob_sum, o.z_sum) for o in many)))):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    one.loss.backward()
+    sum(o.loss for o in many).backward()
+    for (name, a), b in zip(together.named_parameters(), apart.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_targets_of_minus_one_are_not_counted():
+    model = Model(small()).double()
+    tokens = torch.randint(0, 64, (2, 10))
+    targets = torch.randint(0, 64, (2, 10))
+    targets[:, ::2] = -1
+    out = model(tokens, targets)
+    want = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    assert out.n_targets == 10 and out.n_tokens == 20
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_each_layer_can_have_its_own_top_k():
+    model = Model(small())
+    tokens = torch.randint(0, 64, (2, 10))
+    assert model(tokens, tokens, top_k=[4, 1]).load.sum(-1).tolist() == [80, 20]
+    for wrong in ([1], [1, 7], [0, 1], 7):
+        with pytest.raises(ValueError, match="top_k"):
+            model(tokens, top_k=wrong)
+
+
+@pytest.mark.parametrize("config", [PRESETS["laptop"], small(), small(tie_embeddings=True), small(gate="normalized"),
+                                    small(n_expert=1)], ids=["laptop", "untied", "tied", "normalized", "dense"])
+def test_loss_at_init_is_that_of_a_uniform_guess(config):
+    tokens = torch.randint(0, config.vocab_size, (4, 65))
+    with torch.no_grad():
+        out = Model(config)(tokens[:, :-1], tokens[:, 1:]) if config.max_seq_len >= 64 else None
+    assert out.loss.item() / out.n_targets == pytest.approx(math.log(config.vocab_size), rel=0.05)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_one_batch_can_be_overfitted(gate):
+    model = Model(small(gate=gate, d_model=32, d_expert=32, tie_embeddings=True))
+    tokens = torch.randint(0, 64, (4, 17))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(150):
+        out = model(tokens[:, :-1], tokens[:, 1:])
+        (out.loss / out.n_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert out.loss.item() / out.n_targets < 0.1
+
+
+def test_init_is_drawn_by_name_and_seed():
+    a, b, other = Model(small(), seed=5), Model(small(n_layer=3), seed=5), Model(small(), seed=6)
+    assert torch.equal(a.blocks[1].moe.experts.w_in, b.blocks[1].moe.experts.w_in)       # w_out depends on n_layer
+    assert not torch.equal(a.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+    assert not torch.equal(a.blocks[0].attn.qkv.weight, a.blocks[1].attn.qkv.weight)
+    big = Model(PRESETS["laptop"], seed=0)
+    D, L = big.config.d_model, big.config.n_layer
+    for p, std in ((big.embed.weight, 0.5 / D ** 0.5), (big.blocks[0].moe.experts.w_out, 0.5 / D ** 0.5 / (2 * L) ** 0.5),
+                   (big.blocks[0].moe.router.weight, (1 / 3 / D) ** 0.5)):
+        assert p.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_bf16_weights_give_nearly_the_same_logits():
+    model = randomised(small(d_model=64, d_expert=64))
+    tokens = torch.randint(0, 64, (2, 30))
+    want = model(tokens)
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and "router" not in name:
+            p.data = p.data.bfloat16()
+    got = model(tokens)
+    assert got.dtype == torch.float32
+    assert F.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.999
+
+
+# --- generation -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt, new", [(1, 30), (10, 40), (64, 5), (70, 90)])
+def test_greedy_text_with_cache_equals_without(prompt, new):
+    """Also across the end of the context (64), where the older half is forgotten."""
+    model = randomised(small()).double()
+    tokens = torch.randint(0, 64, (3, prompt))
+    a = model.generate(tokens, new, temperature=0)
+    assert a.shape == (3, prompt + new) and torch.equal(a[:, :prompt], tokens)
+    assert torch.equal(a, model.generate(tokens, new, temperature=0, use_cache=False))
+
+
+def test_a_cached_token_costs_one_token(monkeypatch):
+    """With the cache every pass after the first one sees a single token, so its cost does not grow by recomputation."""
+    model, seen = Model(small()), []
+    monkeypatch.setattr(model.embed, "forward", lambda t, f=model.embed.forward: seen.append(t.shape[1]) or f(t))
+    model.generate(torch.zeros(1, 5, dtype=torch.int64), 20)
+    assert seen == [5] + [1] * 19
+
+
+@torch.no_grad()
+def test_cache_accepts_several_tokens_at_once():
+    model = randomised(small()).double()
+    tokens = torch.randint(0, 64, (2, 20))
+    cache = KVCache(model.config, 2, 20, torch.float64, "cpu")
+    model(tokens[:, :7], cache=cache)
+    got = model(tokens[:, 7:], cache=cache)
+    torch.testing.assert_close(got[:, -1], model(tokens)[:, -1], rtol=1e-10, atol=1e-10)
+
+
+def test_top_p_keeps_the_most_probable_tokens_that_reach_it():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    counts = torch.bincount(sample(logits, top_p=0.7), minlength=4)
+    assert counts[2] == counts[3] == 0 and counts[0] / 2000 == pytest.approx(0.5 / 0.8, abs=0.05)
+    assert torch.bincount(sample(logits, top_p=1.0), minlength=4)[3] > 0
+    assert (sample(logits, temperature=0) == 0).all() and (sample(logits, top_p=1e-9) == 0).all()
+    hot = torch.bincount(sample(logits, temperature=5.0), minlength=4)
+    assert hot[3] > 2 * torch.bincount(sample(logits), minlength=4)[3]
+
+
+def test_generation_stops_and_repeats_with_its_seed():
+    model = Model(small())
+    tokens = torch.randint(0, 64, (2, 3))
+    a, b = (model.generate(tokens, 20, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(a, b)
+    stop = int(a[0, 5])
+    out = model.generate(tokens, 20, stop=stop, generator=torch.Generator().manual_seed(4))
+    assert (out[0, 5:] == stop).all() and torch.equal(out[0, :6], a[0, :6])
+
+
+# --- counting ---------------------------------------------------------------------------------------------
+
+def test_parameters_of_sigma_moe_tiny():
+    """The published 20B and 0.5B, and 0.65B before the switch."""
+    config = PRESETS["sigma-moe-tiny"]
+    total, _, core = count_parameters(config)
+    assert round(total / 1e9, 2) == 19.98 and round(core / 1e9, 3) == 0.537
+    before = count_parameters(config, [8, 8, 6, 6, 4, 4, 2, 2] + [1] * 48)[2]
+    assert round(before / 1e9, 3) == 0.650
+
+
+def test_gpu_preset_fits_24_GB():
+    total, active, _ = count_parameters(PRESETS["gpu"])
+    assert total > 1e9 and active == pytest.approx(100e6, rel=0.1) and M.state_bytes(PRESETS["gpu"]) < 20e9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_are_those_of_a_real_model(tied):
+    config = small(tie_embeddings=tied, top_k=2)
+    model = Model(config)
+    total, active, core = count_parameters(config)
+    assert total == sum(p.numel() for p in model.parameters())
+    expert = 3 * 16 * 12
+    assert active == total - 2 * (6 - 2) * expert and core == active - 64 * 16 * (1 if tied else 2)
+    assert count_parameters(config, [3, 1])[1] == active
+    # 6 per weight of a product: attention, router, experts, head; norms multiply no matrix
+    matrices = 2 * (16 * 64 + 32 * 16 + 16 * 6 + 2 * expert) + 64 * 16
+    assert flops_per_token(config, 40) == pytest.approx(6 * (matrices + 2 * 4 * 8 * 40), rel=0.02)
+
+
+# --- transformers -----------------------------------------------------------------------------------------
+
+def hf_folder(model, path):
+    """A folder as transformers reads it: config.json and one safetensors file with our exported names."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra hf")
+    c = model.config
+    (path / "config.json").write_text(json.dumps(dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=c.vocab_size, hidden_size=c.d_model,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim, num_experts=c.n_expert, num_experts_per_tok=c.top_k, moe_intermediate_size=c.d_expert,
+        intermediate_size=c.d_expert, norm_topk_prob=c.gate == "normalized", decoder_sparse_step=1, mlp_only_layers=[],
+        rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, max_position_embeddings=c.max_seq_len,
+        tie_word_embeddings=c.tie_embeddings)))
+    safetensors.save_file(to_hf(model), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("gate", ["softmax", "normalized"])
+@pytest.mark.parametrize("K", [1, 8])
+def test_logits_equal_transformers(tmp_path, K, gate, tied):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    model = randomised(small(n_expert=16, top_k=K, gate=gate, tie_embeddings=tied))
+    for block in model.blocks:
+        block.moe.router.weight.data *= 3
+    theirs = transformers.Qwen3MoeForCausalLM.from_pretrained(hf_folder(model, tmp_path), dtype=torch.float32)
+    tokens = torch.randint(0, 64, (3, 50))
+    with torch.no_grad():
+        want, got = theirs(tokens).logits, model(tokens)
+    assert want.std() > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hf_names_round_trip(tied):
+    a, b = randomised(small(tie_embeddings=tied), 1), Model(small(tie_embeddings=tied), seed=2)
+    state = to_hf(a)
+    assert ("lm_head.weight" in state) != tied
+    assert state["model.layers.1.mlp.experts.3.gate_proj.weight"].shape == (12, 16)
+    torch.testing.assert_close(state["model.layers.1.mlp.experts.3.up_proj.weight"],
+                               a.blocks[1].moe.experts.w_in[3, :, 12:].T)
+    from_hf(state, b)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    if not tied:
+        assert not torch.equal(b.head.weight, b.embed.weight)
+
+
+def test_from_hf_lists_everything_that_does_not_fit():
+    model = Model(small())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = to_hf(Model(small(), seed=9))
+    del state["model.norm.weight"]
+    state["model.layers.0.mlp.gate.weight"] = torch.zeros(5, 16)
+    state["nonsense"] = torch.zeros(1)
+    with pytest.raises(ValueError) as error:
+        from_hf(state, model)
+    for part in ("model.norm.weight is missing", "mlp.gate.weight is (5, 16), should be (6, 16)", "nonsense is unknown"):
+        assert part in str(error.value)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_experts_are_a_seam():
+    """Expert parallelism replaces Experts.forward; everything goes through it, rows sorted by expert."""
+    model, seen = Model(small(top_k=2)), []
+    real = Experts.forward
+
+    def spy(rows, load, experts=model.blocks[0].moe.experts):
+        seen.append((rows.shape, load.clone()))
+        return real(experts, rows, load)
+    model.blocks[0].moe.experts.forward = spy
+    tokens = torch.randint(0, 64, (2, 10))
+    out = model(tokens, tokens)
+    assert seen[0][0] == (40, 16) and torch.equal(seen[0][1], out.load[0])
+
+
+def test_model_program_prints_the_counts(capsys):
+    M.main(["--preset", "sigma-moe-tiny", "--ranks", "64"])
+    out = capsys.readouterr().out
+    assert "19,978,702,848" in out and "536,924,160" in out
