@@ -226,8 +226,8 @@ def draw_load(load, width=48):
     for layer, row in enumerate(share):
         bars = "".join(BARS[0 if x == 0 else min(8, max(1, round(4 * x)))] for x in row)
         parts = [bars[i:i + width] for i in range(0, len(bars), width)]
-        lines.append(f"layer {layer:<3}{parts[0]:{width}}  max {100 * max(row) - 100:+5.0f} %  "
-                     f"min {100 * min(row) - 100:+4.0f} %")
+        lines.append(f"layer {layer:<3}{parts[0]:{width}} max {100 * max(row) - 100:+5.0f}% "
+                     f"min {100 * min(row) - 100:+4.0f}%")
         lines += [f"         {part}" for part in parts[1:]]
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,17 @@ def clip_gradients(masters, max_norm):
 
 # --- checkpoints ------------------------------------------------------------------------------------------
 
+FAILURES = (Exception, dcp.CheckpointException)                   # the latter is no Exception
+
+
+@contextmanager
+def quiet():
+    """Without torch's warning that there is only one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def training_state(masters, optimizer=None):
     """All tensors of a checkpoint under flat names: model.NAME and, with an optimizer, its state of each."""
     state = {f"model.{name}": p.detach() for name, p in masters.named.items()}
@@ -102,20 +115,21 @@ def save_checkpoint(out, step, state, keep):
     path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
     shutil.rmtree(aside, ignore_errors=True)                      # left by a crash
     try:
-        dcp.save(state, checkpoint_id=aside, no_dist=True)        # syncs its files
+        with quiet():
+            dcp.save(state, checkpoint_id=aside, no_dist=True)    # syncs its files
         manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())}
         with open(aside / "manifest.json", "w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(aside)
-    except BaseException as error:
+        os.rename(aside, path)
+        sync_folder(out)
+    except BaseException as error:                                # Ctrl-C too
         shutil.rmtree(aside, ignore_errors=True)
-        if not isinstance(error, Exception) or isinstance(error, OSError):
-            raise
-        raise OSError(f"could not write {path}: {reason(error)}") from error
-    os.rename(aside, path)
-    sync_folder(out)
+        if isinstance(error, FAILURES):
+            raise OSError(f"could not write {path}: {reason(error)}") from error
+        raise
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(Path(out) / f"step-{old}")
 
@@ -127,9 +141,10 @@ def load_checkpoint(path, state):
     problem = damage(path)
     if not problem:
         try:
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            with quiet():
+                dcp.load(state, checkpoint_id=path, no_dist=True)
             return
-        except Exception as error:                                # torch wraps what happens in a class of its own
+        except FAILURES as error:
             problem = reason(error)
     raise ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
 
