@@ -1,5 +1,6 @@
 """Validation, baselines, text, drawings."""
 
+import json
 import math
 from collections import Counter, defaultdict
 
@@ -99,7 +100,6 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     ([(2, 5.0), (4, 3.0), (6, 2.0)], [(3, 4.0), (6, 3.0)], "after 4 of its 6"),
     ([(2, 5.0), (4, 4.5)], [(4, 4.0)], "did not reach")])
 def test_steps_to_another_runs_loss(tmp_path, a, b, words):
-    import json
     for name, rows in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()
         lines = [{"settings": {}}] + [{"step": s, "loss": 9.0, "val_loss": v} for s, v in rows]

@@ -9,8 +9,20 @@ import torch.nn.functional as F
 from conftest import small
 
 import model as M
-from model import (PRESETS, ChunkedCrossEntropy, Experts, KVCache, Model, count_parameters, flops_per_token, from_hf,
-                   grouped_product, looped_product, sample, to_hf)
+from model import (
+    PRESETS,
+    ChunkedCrossEntropy,
+    Experts,
+    KVCache,
+    Model,
+    count_parameters,
+    flops_per_token,
+    from_hf,
+    grouped_product,
+    looped_product,
+    sample,
+    to_hf,
+)
 from router import GATES
 
 

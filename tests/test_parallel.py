@@ -10,7 +10,15 @@ from conftest import small
 
 import parallel
 from model import Model
-from parallel import Masters, adamw, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
+from parallel import (
+    Masters,
+    adamw,
+    checkpoints,
+    clip_gradients,
+    load_checkpoint,
+    save_checkpoint,
+    training_state,
+)
 
 
 def build(dtype=torch.float32, seed=0, **changes):

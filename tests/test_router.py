@@ -7,7 +7,7 @@ import torch
 from conftest import small
 
 from model import Model
-from router import (GATES, Router, active_experts, differentiate_at, load_balancing_loss, router_z_loss)
+from router import GATES, Router, active_experts, differentiate_at, load_balancing_loss, router_z_loss
 
 
 def make_router(gate, E=7, D=5, dtype=torch.float64):

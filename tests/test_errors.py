@@ -1,0 +1,168 @@
+"""Whatever is wrong with the input: one line that names it, exit code 2, nothing overwritten."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SIZES, write_corpus
+
+import data
+import eval as evaluation
+import model
+import train
+
+
+def T(*args):
+    return lambda: train.main(["--data", "small", "--out", "run", "--steps", "2", *SIZES, *args])
+
+
+def D(*args):
+    return lambda: data.main(list(args))
+
+
+def E(*args):
+    return lambda: evaluation.main(list(args))
+
+
+def vocabulary_of_a_smaller_tokenizer():
+    """A tokenizer file that does not belong to the tokens beside it."""
+    data.save_encoding(data.build_encoding("bytes", 0, ()), "small/encoding.json")
+
+
+def run_with_other_settings():
+    T()()
+
+
+def truncated():
+    Path("small/train.bin").write_bytes(Path("small/train.bin").read_bytes()[:-100])
+
+
+def foreign():
+    np.arange(5000, dtype=np.uint16).tofile("small/train.bin")
+
+
+def corrupt_checkpoint():
+    T()()
+    next(Path("run/step-2").glob("*.distcp")).write_bytes(b"broken")
+
+
+CASES = [
+    # (what is prepared, the command, what the line must say)
+    ("missing source", None, D("--source", "nowhere"), "nowhere"),
+    ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
+    ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),
+    ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"), "a.pdf is none of .txt"),
+    ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"), "1 files skipped"),
+    ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7), D("--source", "a.jsonl"), "7 lines"),
+    ("bad URL", None, D("--source", "http://127.0.0.1:9/x.txt"), "could not download http://127.0.0.1:9/x.txt"),
+    ("weights that do not fit", None, D("--source", "text", "--weights", "1", "2", "--name", "w"), "weights"),
+    ("negative weight", None, D("--source", "text", "--weights", "-1", "--name", "w"), "weights"),
+    ("unknown tokenizer", None, D("--tokenizer", "bpf"), "bpf"),
+    ("vocabulary too small", None, D("--source", "text", "--vocab_size", "100", "--name", "w"), "vocab_size"),
+    ("name already used", D("--source", "text", "--name", "n", "--tokenizer", "bytes"),
+     D("--source", "text", "--name", "n", "--vocab_size", "300"), "data/n was prepared with other settings"),
+    ("no network for gpt2", lambda: os.environ.update(TIKTOKEN_CACHE_DIR="nothing_here", HTTPS_PROXY="http://127.0.0.1:9"),
+     D("--source", "text", "--tokenizer", "gpt2", "--name", "w"), "TIKTOKEN_CACHE_DIR"),
+    ("data that is nothing", None, T("--data", "nowhere"), "nowhere"),
+    ("truncated token file", truncated, T(), "train.bin is corrupt"),
+    ("foreign token file", foreign, T(), "train.bin is not a token file"),
+    ("token beyond the vocabulary", None, T("--vocab_size", "128"), "vocab_size (128)"),
+    ("tokenizer of other tokens", vocabulary_of_a_smaller_tokenizer, T(), "encoding.json does not fit"),
+    ("broken tokenizer", lambda: (T()(), Path("run/encoding.json").write_text("{}")), E("sample", "--ckpt", "run"),
+     "encoding.json is not a tokenizer"),
+    ("odd head_dim", None, T("--head_dim", "7"), "head_dim"),
+    ("heads that do not divide", None, T("--n_head", "5", "--n_kv_head", "2"), "n_head (5)"),
+    ("top_k above n_expert", None, T("--top_k", "7"), "top_k (7)"),
+    ("zero layers", None, T("--n_layer", "0"), "n_layer"),
+    ("negative width", None, T("--d_model", "-8"), "d_model"),
+    ("zero steps", None, T("--steps", "0"), "steps"),
+    ("negative batch", None, T("--batch_size", "-1"), "batch_size"),
+    ("zero learning rate", None, T("--lr", "0"), "lr"),
+    ("learning rate that is no number", None, T("--lr", "nan"), "lr"),
+    ("steps that are no number", None, T("--steps", "many"), "--steps"),
+    ("sequence longer than the context", None, T("--seq_len", "65"), "seq_len (65)"),
+    ("sequence longer than the corpus", None, T("--max_seq_len", "9999999", "--seq_len", "9999999"), "seq_len"),
+    ("batch that does not divide", None, T("--accumulate", "3"), "accumulate (3)"),
+    ("unknown gate", None, T("--gate", "softmox"), "gate"),
+    ("unknown balance", None, T("--balance", "lbo"), "balance"),
+    ("unknown dtype", None, T("--dtype", "float8"), "dtype"),
+    ("switch of 0", None, T("--switch", "0"), "switch"),
+    ("typed list longer than the layers", None, T("--initial_top_k", "4,4,4"), "initial_top_k"),
+    ("list entry above the experts", None, T("--initial_top_k", "9"), "initial_top_k"),
+    ("list that is no list", None, T("--initial_top_k", "a,b"), "--initial_top_k"),
+    ("unknown setting", None, T("--batchsize", "4"), "did you mean --batch_size"),
+    ("unknown preset", None, T("--preset", "labtop"), "did you mean laptop"),
+    ("unknown device", None, T("--device", "tpu"), "device"),
+    ("run made with other settings", run_with_other_settings, T("--lr", "0.5"), "run was made with lr"),
+    ("run made with another model", run_with_other_settings, T("--n_expert", "4"), "run was made with n_expert"),
+    ("directory of something else", lambda: (os.mkdir("run"), Path("run/thesis.txt").write_text("all of it")), T(),
+     "run is not empty"),
+    ("init_from nothing", None, T("--init_from", "nowhere"), "nowhere"),
+    ("corrupt checkpoint", corrupt_checkpoint, T("--steps", "4"), "corrupt"),
+    ("evaluation of nothing", None, E("loss", "--ckpt", "nowhere"), "nowhere"),
+    ("run without a checkpoint", lambda: (T()(), [shutil.rmtree(p) for p in Path("run").glob("step-*")]),
+     E("sample", "--ckpt", "run"), "no checkpoint"),
+    ("unknown command", None, E("los"), "los"),
+]
+
+
+@pytest.fixture
+def workshop(corpus, in_folder, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", ""))
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    shutil.copytree(corpus, "small")
+    write_corpus(Path("text"))
+    return in_folder
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("prepare, command, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_one_line_and_exit_code_2(workshop, capsys, prepare, command, words):
+    if prepare:
+        prepare()
+    before = contents(workshop)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command()
+    err = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert err.count("\n") == 0 and err.startswith("error: ") and words in err, err
+    assert contents(workshop) == before
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", 0), ("n_layer", -1), ("n_layer", 1.5), ("n_head", True), ("head_dim", 7), ("d_expert", 0),
+    ("top_k", 97), ("gate", "topk"), ("rope_base", 0.0), ("norm_eps", -1e-6), ("max_seq_len", 0)])
+def test_impossible_sizes_name_the_field(field, value):
+    sizes = dataclasses.asdict(model.PRESETS["laptop"]) | {field: value}
+    with pytest.raises(ValueError, match=field):
+        model.ModelConfig(**sizes)
+
+
+def test_n_head_must_be_a_multiple_of_n_kv_head():
+    with pytest.raises(ValueError, match="n_head.*n_kv_head"):
+        model.ModelConfig(**dataclasses.asdict(model.PRESETS["laptop"]) | {"n_head": 6, "n_kv_head": 4})
+
+
+@pytest.mark.parametrize("program", ["data.py", "train.py", "eval.py", "model.py"])
+def test_help_is_readable_at_80_columns(program):
+    done = subprocess.run([sys.executable, str(Path(train.__file__).parent / program), "--help"], capture_output=True,
+                          text=True, env=os.environ | {"COLUMNS": "80"})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 8
+    options = [line for line in done.stdout.splitlines() if line.startswith("  ") and not line.startswith("    python")]
+    assert max(map(len, options)) <= 110
+
+
+def test_a_traceback_is_one_variable_away(monkeypatch):
+    monkeypatch.setenv("NANOSIGMA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluation.main(["loss", "--ckpt", "nowhere"])

@@ -1,0 +1,276 @@
+"""Schedules, the training step against a slow reference, the loop, its log, and resuming."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SIZES, small
+
+import data
+import eval as evaluation
+import parallel
+import train
+from model import Model
+from router import active_experts
+from train import Run, Settings, learning_rate, sequences, train_step
+
+ROOT = Path(train.__file__).parent
+
+
+def rows(out):
+    return evaluation.read_log(out)[1:]
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_stays_and_decays():
+    s = Settings(steps=100, lr=1.0, warmup=0.1, decay=0.2)
+    assert [round(learning_rate(i, s), 3) for i in (0, 4, 9, 50, 80, 90, 99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]
+    assert learning_rate(0, Settings(steps=10, lr=1.0, warmup=0, decay=0)) == 1.0
+
+
+def test_batch_ramp_grows_in_multiples_of_accumulate():
+    s = Settings(steps=100, batch_size=32, accumulate=4, ramp_from=4, ramp=0.5)
+    sizes = [sequences(i, s) for i in range(100)]
+    assert sizes[0] == 4 and sizes[50:] == [32] * 50 and sizes == sorted(sizes) and not any(n % 4 for n in sizes)
+    assert [sequences(i, Settings(batch_size=7)) for i in (0, 999)] == [7, 7]
+
+
+# --- one step ---------------------------------------------------------------------------------------------
+
+def make_run(**changes):
+    """A run in fp64 on random tokens, without files."""
+    sizes = {k: changes.pop(k) for k in ("n_expert", "gate") if k in changes}
+    config = small(**sizes)
+    s = Settings(seq_len=8, batch_size=12, lr=1e-2, steps=10, **changes)
+    s.check(config)
+    model = Model(config, seed=0).double()
+    masters = parallel.Masters(model)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
+    return Run(s, config, model, masters, optimizer, data.Sampler(tokens, 8, 0), None, None, "cpu")
+
+
+def slow_objective(run, top_k):
+    """Loss of a step written down as its definition, with the statistics of the micro-batches so far:
+
+    mean cross-entropy + coef * sum over micro-batches m and layers of (share of m) * E * sum_i f_i p_i, where f is
+    counted over the micro-batches up to m and p is the mean probability in m."""
+    s, model, E = run.settings, run.model, run.config.n_expert
+    x, y = run.train.rows(0, s.batch_size)
+    total, counts = 0.0, [torch.zeros(E, dtype=torch.float64) for _ in model.blocks]
+    for tokens, targets in zip(x.chunk(s.accumulate), y.chunk(s.accumulate)):
+        gates, chosen = [], []
+        hooks = [b.moe.router.register_forward_pre_hook(lambda m, a: gates.append(a[0] @ m.weight.T))
+                 for b in model.blocks]
+        logits = model(tokens, top_k=top_k)
+        for hook in hooks:
+            hook.remove()
+        total = total + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / y.numel()
+        chosen = [z.topk(k).indices for z, k in zip(gates, top_k)]
+        for layer, (z, c) in enumerate(zip(gates, chosen)):
+            now = torch.bincount(c.flatten(), minlength=E).double()
+            counts[layer] += now
+            f = counts[layer] / counts[layer].sum() if s.lbl_scope == "global" else now / now.sum()
+            if s.balance == "lbl":
+                total = total + s.lbl_coef * tokens.numel() / y.numel() * E * (f * z.softmax(-1).mean(0)).sum()
+            total = total + s.z_coef * z.logsumexp(-1).square().sum() / y.numel()
+    return total
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(accumulate=3), dict(accumulate=3, lbl_scope="micro"), dict(balance="none"), dict(z_coef=0.3),
+    dict(accumulate=4, initial_top_k=[3, 2], z_coef=0.1), dict(gate="normalized"), dict(gate="sigmoid", accumulate=2)],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "plain")
+def test_a_step_has_the_gradient_of_its_definition(changes, monkeypatch):
+    run = make_run(lbl_coef=0.5, clip=1e9, **changes)
+    top_k = active_experts(0, 10, run.settings.initial_top_k, 1, 0.9, 2)
+    want = torch.autograd.grad(slow_objective(run, top_k), list(run.model.parameters()))
+    got = {}
+    monkeypatch.setattr(run.optimizer, "step", lambda: got.update({n: p.grad.clone() for n, p in run.model.named_parameters()}))
+    row = train_step(run, 0, 0)
+    for (name, g), w in zip(got.items(), want):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-13, msg=name)
+    assert row["grad_norm"].item() == pytest.approx(torch.stack([w.norm() for w in want]).norm().item(), rel=1e-9)
+    layer = [w.norm() for (n, _), w in zip(got.items(), want) if n.startswith("blocks.1.")]
+    assert row["grad_norm_layer"][1].item() == pytest.approx(torch.stack(layer).norm().item(), rel=1e-9)
+
+
+def test_micro_batches_change_nothing_but_rounding_without_balance():
+    one, four = make_run(balance="none"), make_run(balance="none", accumulate=4)
+    for i in range(3):
+        a, b = train_step(one, i, 12 * i), train_step(four, i, 12 * i)
+        assert a["loss"].item() == pytest.approx(b["loss"].item(), rel=1e-12)
+        assert torch.equal(a["load_max"], b["load_max"])
+    for p, q in zip(one.model.parameters(), four.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_reported_lbl_and_load_are_those_of_the_whole_step():
+    one, four = make_run(lbl_coef=0.0), make_run(lbl_coef=0.0, accumulate=4)
+    a, b = train_step(one, 0, 0), train_step(four, 0, 0)
+    torch.testing.assert_close(a["lbl_layer"], b["lbl_layer"], rtol=1e-12, atol=0)
+    x, y = one.train.rows(0, 12)
+    load = make_run().model(x, y, 1).load
+    torch.testing.assert_close(b["load_max"], load.amax(-1) * 6 / 96 - 1)
+    torch.testing.assert_close(b["load_min"], load.amin(-1) * 6 / 96 - 1)
+
+
+def test_balance_loss_balances():
+    """Forty steps on random tokens: with the loss the worst expert is far less loaded than without."""
+    worst = {}
+    for balance in ("lbl", "none"):
+        run = make_run(balance=balance, lbl_coef=0.3, n_expert=12)
+        run.settings.steps = 40
+        with torch.no_grad():
+            for block in run.model.blocks:
+                block.moe.router.weight[0] += 0.5                 # a favourite expert
+        worst[balance] = [train_step(run, i, 12 * i)["load_max"].max().item() for i in range(40)][-1]
+    assert worst["lbl"] < 0.6 * worst["none"]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------
+
+def test_a_run_explains_itself(finished, corpus):
+    header, *lines = evaluation.read_log(finished)
+    assert header["settings"]["steps"] == 12 and header["model"]["n_expert"] == 6
+    assert {"python", "torch", "numpy", "tiktoken"} <= set(header["versions"]) and "cpu" in header["device"]
+    assert [r["step"] for r in lines] == list(range(1, 13))
+    for r in lines:
+        assert {"loss", "lbl", "lr", "grad_norm", "tokens_per_s", "mfu", "top_k", "load_max", "load_min"} <= set(r)
+        assert r["mfu"] is None and r["top_k"] == [1, 1] and len(r["load_max"]) == len(r["grad_norm_layer"]) == 2
+        assert -1 <= min(r["load_min"]) <= 0 <= max(r["load_max"]) <= 5
+        assert np.linalg.norm(r["grad_norm_layer"]) <= r["grad_norm"]
+    assert [r["step"] for r in lines if "val_loss" in r] == [3, 6, 9, 12]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert parallel.checkpoints(finished) == [9, 12]
+    assert data.load_encoding(finished).n_vocab == data.load_meta(corpus)["vocab_size"]
+    saved = evaluation.read_settings(finished)
+    assert saved["model"]["vocab_size"] == 320                    # 300 of the data, rounded up to a multiple of 64
+
+
+def test_validation_has_no_balance_loss_in_it(finished, corpus):
+    """The logged held-out loss is the plain cross-entropy of the saved weights."""
+    model, _, _ = evaluation.load_run(finished)
+    val = torch.from_numpy(np.array(data.load_tokens(corpus / "val.bin")).astype(np.int64))
+    n = (len(val) - 1) // 16 * 16
+    logits = model(val[:n].view(-1, 16)).flatten(0, 1)
+    want = F.cross_entropy(logits, val[1:n + 1]).item()
+    assert rows(finished)[-1]["val_loss"] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"], ["--initial_top_k", "3,2", "--switch", "0.6"],
+                                     ["--ramp_from", "2", "--ramp", "0.8", "--accumulate", "2"]],
+                         ids=["plain", "bf16", "switch", "ramp"])
+def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
+    base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
+    train.main([*base, "--out", str(tmp_path / "whole")])
+    real = train.train_step
+
+    def crash(run, step, first):
+        if step == 8 and not (tmp_path / "crashed").exists():
+            (tmp_path / "crashed").touch()
+            raise MemoryError
+        return real(run, step, first)
+    monkeypatch.setattr(train, "train_step", crash)
+    with pytest.raises(MemoryError):                              # after step 8; the checkpoint is of step 6
+        train.main([*base, "--out", str(tmp_path / "cut")])
+    assert parallel.checkpoints(tmp_path / "cut") == [3, 6] and rows(tmp_path / "cut")[-1]["step"] == 8
+    train.main(["--out", str(tmp_path / "cut")])                  # everything else comes from the run
+    a, b = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    keys = ("step", "loss", "lbl", "grad_norm", "lr", "top_k", "load_max", "val_loss")
+    assert [[r.get(k) for k in keys] for r in a] == [[r.get(k) for k in keys] for r in b]
+
+
+def test_a_complete_run_is_left_alone(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    train.main(["--out", str(finished)])
+    assert "complete" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_steps_can_be_added(corpus, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    train.main(["--data", str(corpus), "--out", out, "--steps", "4", *SIZES])
+    train.main(["--out", out, "--steps", "6", "--log_every", "2"])
+    assert [r["step"] for r in rows(out)] == [1, 2, 3, 4, 5, 6] or [r["step"] for r in rows(out)] == [1, 2, 3, 4, 6]
+    assert parallel.checkpoints(out)[-1] == 6
+    assert "from step 4" in capsys.readouterr().out
+
+
+def test_what_is_shown(corpus, tmp_path, capsys):
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "4", *SIZES])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"held out \d", out)) >= 4 and "step 0: held out" in out
+    for part in ("layer 0", "layer 1", "it writes:", "log.jsonl", "step-4", "try next", "eval.py loss"):
+        assert part in out
+    assert max(len(line) for line in evaluation.draw_load(torch.ones(2, 96)).splitlines()) <= 80
+
+
+def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_path):
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "next"), "--init_from", str(finished), "--steps", "1",
+                "--lr", "1e-9", "--batch_size", "8", "--seq_len", "16", "--sample_tokens", "0"])
+    assert rows(tmp_path / "next")[-1]["val_loss"] == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-4)
+    with pytest.raises(SystemExit):                               # other sizes cannot take these weights
+        train.main(["--data", str(corpus), "--out", str(tmp_path / "wrong"), "--init_from", str(finished), "--d_model",
+                    "32"])
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
+    (tmp_path / "alone.bin").write_bytes((corpus / "train.bin").read_bytes())
+    train.main(["--data", str(tmp_path / "alone.bin"), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES])
+    assert len(rows(tmp_path / "run")) == 2 and "val_loss" not in rows(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(out), "--steps", "100000",
+               "--save_every", "100000", "--eval_every", "100000", *SIZES]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((out / "log.jsonl").exists() and len(rows(out)) > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped and saved" in shown
+    (step,) = parallel.checkpoints(out)
+    assert step == rows(out)[-1]["step"] >= 3
+    train.main(["--out", str(out), "--steps", str(step + 2)])
+    assert rows(out)[-1]["step"] == step + 2
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    """On a real file system of its own, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs privileges")
+    try:
+        command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(disk / "run"), "--steps",
+                   "40", "--save_every", "1", "--keep", "40", *SIZES]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert "No space left" in done.stderr and "resume" in done.stderr
+        kept = parallel.checkpoints(disk / "run")
+        assert kept and kept == list(range(1, len(kept) + 1))
+        for step in kept:
+            assert not parallel.damage(disk / "run" / f"step-{step}")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_settings_are_recorded_where_the_log_begins(finished):
+    first = json.loads((finished / "log.jsonl").read_text().splitlines()[0])
+    assert first["settings"] == evaluation.read_settings(finished)["settings"]
+    assert first["settings"]["out"] == str(finished)
