@@ -29,6 +29,7 @@ import sysconfig
 import time
 import unittest.mock
 import urllib.request
+import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 VAL_FRACTION = 0.05
 BLOCK = 1 << 20                                  # bytes of text in memory at a time
-BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on; more changes them little
+BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on
 
 # GPT-2's split with digits in groups of three: contractions, words, numbers, punctuation, white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -63,12 +64,17 @@ class Parser(argparse.ArgumentParser):
         settings, unknown = self.parse_known_args(args)
         if unknown:
             known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            self.error(f"unknown setting {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            self.error(f"unknown setting {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], known))
         return settings
 
     def error(self, message):
         fail(message)
+
+
+def did_you_mean(name, known):
+    """The end of an error about an unknown name: the nearest known one, or all."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
 
 
 def fail(message):
@@ -86,6 +92,9 @@ def one_line_errors():
         if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
         fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------
@@ -104,7 +113,7 @@ def train_bpe(texts, n_ranks):
     words, freq = [list(word.encode()) for word, _ in table], [n for _, n in table]
     vocab = [bytes([i]) for i in range(256)]
     ranks = {token: i for i, token in enumerate(vocab)}
-    count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that (may) have it
+    count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that have it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             count[pair] += freq[i]
@@ -167,8 +176,8 @@ def known_encoding(name):
         with unittest.mock.patch("tiktoken.load.read_file", fetch):
             known = tiktoken.get_encoding(name)
     except OSError as error:
-        raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor to be had from the network ({error}); "
-                         "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
+        raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
+                         "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
@@ -176,8 +185,9 @@ def build_encoding(name, vocab_size, texts):
     """The tokenizer called name; texts are only read to train the ranks of bpe."""
     if name in ("gpt2", "o200k_base"):
         return known_encoding(name)
-    single = {bytes([i]): i for i in range(256)}
-    return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)) if name == "bpe" else single)
+    if name == "bpe":
+        return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
+    return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
 
 
 def save_encoding(encoding, path):
@@ -243,10 +253,10 @@ def load_tokens(path):
     if len(header) < 5 or header[0] != MAGIC or header[1] != VERSION:
         raise ValueError(f"{path} is not a token file written by data.py")
     itemsize, vocab_size, count = (int(n) for n in header[2:])
-    size = path.stat().st_size
-    if itemsize not in (2, 4) or size != HEADER + count * itemsize:
-        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {HEADER + count * itemsize}")
-    tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,)) if count else np.empty(0, f"<u{itemsize}")
+    size, expected = path.stat().st_size, HEADER + count * itemsize
+    if itemsize not in (2, 4) or count < 1 or size != expected:
+        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
+    tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
     for a in range(0, count, 1 << 24):                     # one pass, about a second for 1 GB
         if (top := int(tokens[a:a + (1 << 24)].max())) >= vocab_size:
             raise ValueError(f"{path} is corrupt: it has token {top}, beyond its vocabulary of {vocab_size}")
@@ -304,7 +314,6 @@ class Piece(NamedTuple):
     text: str
     first: bool         # of its document
     held_out: bool
-    copies: int         # how often it goes into the corpus
 
 
 def unit(key):
@@ -315,9 +324,12 @@ def unit(key):
 def standard_library():
     """This Python's own .py files, without tests, installed packages and generated tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings",
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings",
             "pydoc_data"}
-    return root, [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+    files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
+    if not files:
+        raise ValueError("this Python came without the .py files of its standard library; give a --source")
+    return root, files
 
 
 def find_files(source, downloads):
@@ -354,7 +366,7 @@ def download(url, folder, tries=3, timeout=30):
         try:
             with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as file:
                 size = int(response.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
+                with progress(size or None, name) as bar:
                     while block := response.read(1 << 16):
                         bar.update(file.write(block))
                 if size and file.tell() != size:
@@ -371,6 +383,11 @@ def download(url, folder, tries=3, timeout=30):
     raise ValueError(f"could not download {url} ({reason})")
 
 
+def progress(total, description):
+    """A bar of bytes, on a terminal only."""
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
+
+
 def text_blocks(path, start, end):
     """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut:
     between a letter or digit and the end of its line."""
@@ -382,14 +399,20 @@ def text_blocks(path, start, end):
             if not block:
                 break
             left, rest = left - len(block), rest + block
-            cuts = re.search(rb"(?s).*[A-Za-z0-9](?=\n)", rest)
-            if left > 0 and (cuts or len(rest) > 8 * BLOCK):
-                cut = cuts.end() if cuts else len(rest) - 4 + min(
-                    i for i in range(4) if rest[len(rest) - 4 + i] & 0xC0 != 0x80)       # at least not in a character
+            cut = re.search(rb"(?s).*[A-Za-z0-9](?=\n)", rest)
+            if left > 0 and (cut or len(rest) > 8 * BLOCK):
+                cut = cut.end() if cut else whole_character(rest, len(rest) - 4)
                 yield rest[:cut].decode()
                 rest = rest[cut:]
         if rest:
             yield rest.decode()
+
+
+def whole_character(raw, at):
+    """The first position from `at` on where a UTF-8 character begins."""
+    while at < len(raw) and raw[at] & 0xC0 == 0x80:
+        at += 1
+    return at
 
 
 def is_utf8(path):
@@ -402,19 +425,28 @@ def is_utf8(path):
         return False
 
 
+def line_end(path, position):
+    """The end of the line (or, in endless ones, of the character) that a position in a file falls into."""
+    with open(path, "rb") as file:
+        file.seek(position)
+        line = file.readline(BLOCK)
+    return position + (len(line) if line.endswith(b"\n") else whole_character(line, 0))
+
+
 def text_pieces(path, name, weight, whole):
     """A text file as pieces.  whole: the file is held out as one, by its name; otherwise its last part is."""
     size = path.stat().st_size
-    border = size
-    if not whole:
-        border = int(size * (1 - VAL_FRACTION))
-        with open(path, "rb") as file:
-            file.seek(border)
-            border += file.readline().find(b"\n") + 1 or 0            # the line is finished first
-    for held_out, start, end in ((False, 0, border), (True, border, size)):
-        held_out = held_out or (whole and unit(name) < VAL_FRACTION)
+    if whole:
+        held_out = unit(name) < VAL_FRACTION
+        parts = [(held_out, 0, size)] * copies(name, weight, held_out)
+    else:
+        border = line_end(path, int(size * (1 - VAL_FRACTION)))
+        parts = [(False, 0, border)] * int(weight) + [(True, border, size)]
+        if weight % 1:
+            parts.append((False, 0, line_end(path, int(border * (weight % 1)))))
+    for held_out, start, end in parts:
         for i, text in enumerate(text_blocks(path, start, end)):
-            yield Piece(text, i == 0, held_out, copies(f"{name}:{start}:{i}", weight, held_out))
+            yield Piece(text, i == 0, held_out)
 
 
 def json_pieces(path, name, weight, skipped):
@@ -429,13 +461,13 @@ def json_pieces(path, name, weight, skipped):
             except (ValueError, KeyError, TypeError, AttributeError):
                 skipped["lines"] += 1
                 continue
-            key = f"{name}:{number}"
-            held_out = unit(key) < VAL_FRACTION
-            yield Piece(text, True, held_out, copies(key, weight, held_out))
+            held_out = unit(f"{name}:{number}") < VAL_FRACTION
+            for _ in range(copies(f"{name}:{number}", weight, held_out)):
+                yield Piece(text, True, held_out)
 
 
 def copies(key, weight, held_out):
-    """How often a piece goes in: a weight of 2.5 is twice, and for half of the pieces once more."""
+    """How often a document goes in: a weight of 2.5 is twice, and for half of them once more."""
     return 1 if held_out else int(weight) + (unit("copies " + key) < weight % 1)
 
 
@@ -446,39 +478,44 @@ class Corpus:
         self.skipped, self.files, self.found = Counter(), [], []
         for source, weight in zip(sources, weights):
             root, files = find_files(source, downloads)
-            good = [f for f in files if ".jsonl" in f.name.lower() or is_utf8(f)]
+            good = [f for f in files if is_json(f) or is_utf8(f)]
             self.skipped["files"] += len(files) - len(good)
             self.found.append({"source": source, "weight": weight, "files": len(good),
                                "bytes": sum(f.stat().st_size for f in good)})
             self.files += [(f, f.relative_to(root).as_posix(), weight) for f in good]
         self.bytes = sum(s["bytes"] for s in self.found)
-        # files are held out whole when there are enough of them
-        self.whole = len(self.files) * VAL_FRACTION >= 1
+        # text files are held out whole when there are enough of them
+        self.whole = sum(not is_json(f) for f, _, _ in self.files) * VAL_FRACTION >= 1
         if not self.bytes:
-            raise ValueError(f"source {', '.join(sources)} has no UTF-8 text ({self.skipped['files']} files skipped)")
+            raise ValueError(f"no UTF-8 text in {', '.join(sources)} ({self.skipped['files']} files skipped)")
 
     def pieces(self, description):
         self.skipped["lines"] = 0
-        with tqdm(total=self.bytes, unit="B", unit_scale=True, desc=description, leave=False, disable=None) as bar:
+        with progress(self.bytes, description) as bar:
             for path, name, weight in self.files:
-                is_json = ".jsonl" in path.name.lower()
-                for piece in json_pieces(path, name, weight, self.skipped) if is_json else \
-                        text_pieces(path, name, weight, self.whole):
-                    yield piece
-                    if not path.name.endswith(".gz"):
-                        bar.update(len(piece.text))
-                bar.n = min(self.bytes, bar.n)
+                pieces = json_pieces(path, name, weight, self.skipped) if is_json(path) else \
+                    text_pieces(path, name, weight, self.whole)
+                try:
+                    for piece in pieces:
+                        yield piece
+                        bar.update(len(piece.text.encode()))
+                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                    raise ValueError(f"{path} is not a whole gzip file ({error})") from None
 
     def sample(self):
         """About BPE_BYTES of the training text, spread evenly."""
         seen = taken = 0
         share = min(1.0, BPE_BYTES / self.bytes)
         for piece in self.pieces("training the tokenizer"):
-            if not piece.held_out and piece.copies:
+            if not piece.held_out:
                 seen += len(piece.text)
                 if taken <= share * seen:
                     taken += len(piece.text)
                     yield piece.text
+
+
+def is_json(path):
+    return ".jsonl" in path.name.lower()
 
 
 # --- preparing a folder -----------------------------------------------------------------------------------
@@ -491,16 +528,16 @@ def tokenize(corpus, encoding, folder):
     for piece in corpus.pieces("writing tokens"):
         split = "val" if piece.held_out else "train"
         tokens = [end_of_text] * piece.first + encoding.encode_ordinary(piece.text)
-        for _ in range(piece.copies):
-            writers[split].write(tokens)
-            counts[split].update(documents=int(piece.first), bytes=len(piece.text.encode()))
+        writers[split].write(tokens)
+        counts[split].update(documents=int(piece.first), bytes=len(piece.text.encode()))
     for split, writer in writers.items():
         writer.close()
         counts[split].update(tokens=writer.count)
         if not writer.count:
             raise ValueError(f"the sources are too small: no document fell to {split}.bin "
                              f"({corpus.skipped['lines']} lines without a \"text\" were skipped)")
-    return {split: dict(count) | {"sha256": file_sha256(folder / f"{split}.bin")} for split, count in counts.items()}
+        counts[split]["sha256"] = file_sha256(folder / f"{split}.bin")
+    return {split: dict(count) for split, count in counts.items()}
 
 
 def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=4096):
@@ -520,7 +557,7 @@ def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=
     if len(weights) != len(sources) or not all(w > 0 for w in weights):
         raise ValueError(f"weights must be one number above 0 for each source, got {weights}")
     if tokenizer == "bpe" and not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
-        raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to {1 << 16} for bpe, got {vocab_size}")
+        raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536 for bpe, got {vocab_size}")
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
@@ -547,8 +584,8 @@ def load_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if file_sha256(folder / "encoding.json") != meta["encoding_sha256"]:
-            raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is not that "
-                             "in meta.json")
+            raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is "
+                             "not the one in meta.json")
         return meta
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
@@ -556,13 +593,15 @@ def load_meta(folder):
 
 def describe(out, meta):
     """What a prepared folder holds, in two lines."""
-    train, val = meta["train"], meta["val"]
-    lines = [f"{out}: {meta['files']} files, {meta['documents']} documents; tokenizer {meta['request']['tokenizer']}, "
-             f"vocabulary {meta['vocab_size']:,}",
-             f"  train {train['tokens']:,} tokens, {train['tokens'] / train['bytes']:.3f} per byte; "
-             f"held out {val['tokens']:,} tokens in {val['documents']} documents; sha256 {train['sha256'][:12]}"]
-    skipped = ", ".join(f"{n} {what}" for what, n in meta["skipped"].items() if n)
-    return "\n".join(lines + ([f"  skipped (not UTF-8, or no \"text\"): {skipped}"] if skipped else []))
+    train, val, skipped = meta["train"], meta["val"], {what: n for what, n in meta["skipped"].items() if n}
+    text = (f"{out}: {meta['files']} files, {meta['documents']} documents; tokenizer "
+            f"{meta['request']['tokenizer']}, vocabulary {meta['vocab_size']:,}\n"
+            f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
+            f"{val['tokens']:,}; sha256 {train['sha256'][:12]}")
+    if skipped:
+        text += "\n  skipped (not UTF-8, or no \"text\"): "
+        text += ", ".join(f"{n} {what}" for what, n in skipped.items())
+    return text
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """Look at what a run has learned.
 
-    python eval.py loss   --ckpt out/laptop [out/dense ...]    held-out loss beside a uniform model and a trigram
-    python eval.py sample --ckpt out/laptop --prompt 'def '    let it write
+    python eval.py loss   --ckpt out/laptop out/dense    held-out loss, beside a uniform model and a trigram
+    python eval.py sample --ckpt out/laptop --prompt 'def '
 
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
@@ -77,8 +77,8 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32):
     windows = np.unique(np.linspace(0, n - 1, min(n, max(1, (limit or n * seq_len) // seq_len))).astype(int))
     loss, n_targets, load = 0.0, 0, 0
     for a in range(0, len(windows), rows):
-        batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in windows[a:a + rows]]).astype(np.int64)
-        batch = torch.from_numpy(batch).to(device)
+        batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in windows[a:a + rows]])
+        batch = torch.from_numpy(batch.astype(np.int64)).to(device)
         out = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), top_k)
         loss, n_targets, load = loss + out.loss.item(), n_targets + out.n_targets, load + out.load
     return loss / n_targets, load, windows
@@ -122,7 +122,7 @@ class Trigram:
         answer."""
         grams, counts = table
         d = (counts == 1).sum() / max(1, (counts == 1).sum() + 2 * (counts == 2).sum())
-        contexts, start = np.unique(grams // self.V if grams is not self.one[0] else grams * 0, return_index=True)
+        contexts, start = np.unique(grams // self.V, return_index=True)        # 0: the empty one
         total, distinct = np.add.reduceat(counts, start), np.diff(np.append(start, len(grams)))
         n, (m, k) = lookup(grams, counts, key), (lookup(contexts, x, context) for x in (total, distinct))
         return np.where(m > 0, (np.maximum(n - d, 0) + d * k * lower) / np.maximum(m, 1), lower)
@@ -135,29 +135,26 @@ def lookup(keys, values, asked):
 
 
 def compare_losses(ckpts, source=None, device="cpu"):
-    """Rows (name, nats per token, bits per byte, parameters active) for baselines and runs, on the same
-    text."""
-    runs = [load_run(ckpt, device) for ckpt in ckpts]
-    saved = runs[0][1]
-    folder = Path(source or saved["settings"]["data"])
+    """Baselines and runs on the same held-out text, cut as the first run was trained.
+
+    -> (rows (name, nats per token, perplexity, bits per byte), number of targets, folder of the text)."""
+    settings = read_settings(run_folder(ckpts[0]))["settings"]
+    folder = Path(source or settings["data"])
     folder = folder.parent if folder.is_file() else folder
     encoding = data.load_encoding(folder)
-    val, train = data.load_tokens(folder / "val.bin"), data.load_tokens(folder / "train.bin")
-    seq_len = saved["settings"]["seq_len"]
-    sizes, rows = token_bytes(encoding), []
+    train, val = (data.load_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     losses = []
-    for ckpt, (model, _, top_k) in zip(ckpts, runs):
+    for ckpt in ckpts:
+        model, _, top_k = load_run(ckpt, device)
         if model.config.vocab_size < encoding.n_vocab:
             raise ValueError(f"vocab_size of {ckpt} ({model.config.vocab_size}) is below that of {folder}")
-        loss, _, windows = validate(model, val, seq_len, top_k, device)
+        loss, _, windows = validate(model, val, settings["seq_len"], top_k, device)
         losses.append((str(ckpt), loss))
-    # all targets of those windows, for models that need no windows
-    targets = np.concatenate([np.arange(w * seq_len + 1, (w + 1) * seq_len + 1) for w in windows])
-    targets = targets[targets >= 2]
+    targets = np.arange(2, len(windows) * settings["seq_len"] + 1)       # a trigram needs two tokens
     prob = Trigram(train, encoding.n_vocab).prob(val)[targets - 2]
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
             ("interpolated trigram", float(-np.log(prob).mean()))] + losses
-    per_byte = len(targets) / sizes[np.asarray(val)[targets]].sum() / math.log(2)
+    per_byte = len(targets) / token_bytes(encoding)[val[targets]].sum() / math.log(2)
     return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
 
 
@@ -209,8 +206,10 @@ def sample_command(args):
     model, saved, top_k = load_run(args.ckpt[0], args.device)
     encoding = data.load_encoding(run_folder(args.ckpt[0]))
     for i in range(args.n):
-        print(write_text(model, encoding, args.prompt, args.tokens, top_k, args.temperature, args.top_p, args.seed + i))
-        print("-" * 80 if i + 1 < args.n else "", end="\n" if i + 1 < args.n else "")
+        if i:
+            print("-" * 80)
+        print(write_text(model, encoding, args.prompt, args.tokens, top_k, args.temperature, args.top_p,
+                         args.seed + i))
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -239,7 +238,8 @@ def main(argv=None):
     def command(name, function, help):
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=function)
-        sub.add_argument("--ckpt", nargs="+", required=True, metavar="RUN", help="run directory, or a step-N in it")
+        sub.add_argument("--ckpt", nargs="+", required=True, metavar="RUN",
+                         help="run directory, or a step-N in it")
         sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
         return sub
 
@@ -250,7 +250,7 @@ def main(argv=None):
     sub.add_argument("--tokens", type=int, default=200, help="at most this many new tokens (default 200)")
     sub.add_argument("--n", type=int, default=1, help="how many texts (default 1)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    sub.add_argument("--top_p", type=float, default=0.95, help="keep the most probable tokens up to this (0.95)")
+    sub.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this (0.95)")
     sub.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with data.one_line_errors():

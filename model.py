@@ -12,7 +12,7 @@
 The architecture is Qwen3-MoE's (the weights load into transformers) at the sizes of Sigma-MoE-Tiny
 (arXiv 2512.16248).  A dense model is the same model with one expert.  The shape letters are in router.py.
 
-    python model.py --preset sigma-moe-tiny --ranks 64      parameters, FLOPs per token, bytes of state per rank
+    python model.py --preset sigma-moe-tiny --ranks 64    parameters, FLOPs per token, bytes of state per rank
 """
 
 import argparse
@@ -47,8 +47,8 @@ class ModelConfig:
     max_seq_len: int = 4096
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "n_expert", "d_expert",
-                     "top_k", "max_seq_len"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "n_expert",
+                     "d_expert", "top_k", "max_seq_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -72,12 +72,13 @@ PRESETS = {
         tie_embeddings=True, max_seq_len=512),
     # one 24 GB card: 18 bytes of training state per parameter are 19 GB
     "gpu": ModelConfig(
-        vocab_size=50304, n_layer=13, n_head=16, n_kv_head=4, head_dim=64, d_model=1024, n_expert=96, d_expert=256,
-        tie_embeddings=True, max_seq_len=2048),
+        vocab_size=50304, n_layer=13, n_head=16, n_kv_head=4, head_dim=64, d_model=1024, n_expert=96,
+        d_expert=256, tie_embeddings=True, max_seq_len=2048),
     # 19.98B parameters, 0.537B of them active without embeddings.  Head and expert widths are inferred from
     # the published totals; vocabulary and rotary base are those of sibling models by the same authors.
     "sigma-moe-tiny": ModelConfig(
-        vocab_size=200064, n_layer=56, n_head=16, n_kv_head=4, head_dim=96, d_model=1536, n_expert=96, d_expert=768),
+        vocab_size=200064, n_layer=56, n_head=16, n_kv_head=4, head_dim=96, d_model=1536, n_expert=96,
+        d_expert=768),
 }
 
 
@@ -144,9 +145,9 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query may see; None is plainly
         causal."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)     # [B, T, heads, head_dim]
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                # [B, heads, T, head_dim]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)            # [B, heads, T, hd]
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -273,7 +274,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """x [N, D], weight [V, D], targets [N], -1 for none -> sum of the cross-entropies."""
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x.device)
-        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if with_grad else (None, None)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         size = max(128, ChunkedCrossEntropy.CHUNK // len(weight))
         for a in range(0, len(x), size):
             rows, target = x[a:a + size], targets[a:a + size, None]
@@ -283,7 +284,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = target.clamp(min=0)
             loss += ((norm - logits.gather(1, target)) * valid).sum()
             if with_grad:                                         # d loss / d logits = softmax - one-hot
-                grad = (logits - norm).exp_().scatter_add_(1, target, -torch.ones_like(norm)).mul_(valid).to(x.dtype)
+                grad = (logits - norm).exp_().scatter_add_(1, target, -torch.ones_like(norm))
+                grad = grad.mul_(valid).to(x.dtype)
                 torch.mm(grad, weight, out=grad_x[a:a + size])
                 grad_w += grad.T @ rows
         if with_grad:
@@ -345,8 +347,8 @@ class Model(nn.Module):
 
             norms                         1
             routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
-            attention.out, experts.w_out normal, std 0.5/sqrt(D) / sqrt(2L): 2L of them add up in the residual
-            everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536, where siblings have 0.0125
+            attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
+            everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125
 
         Each parameter has a generator of its own, seeded by its name, so that a process which holds only some
         of the parameters draws the same ones.
@@ -368,16 +370,17 @@ class Model(nn.Module):
 
         tokens, targets  [B, T] int64; a target of -1 is not counted
         top_k            experts activated per token: one number, or one for each layer; default the config's
-        doc              [B, T] document ids: attention stays inside a document; -1 is padding, which is neither
-                         routed nor counted
-        cache            a KVCache: tokens continue what it holds, and only the last position's logits are returned
+        doc              [B, T] document ids: attention stays inside a document; -1 is padding, which is
+                         neither routed nor counted
+        cache            a KVCache: tokens continue what it holds, and only the last position's logits are
+                         returned (without gradient)
 
         -> logits [B, T, V] (fp32 or wider), or Output.
         """
         B, T = tokens.shape
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_seq_len:
-            raise ValueError(f"a sequence of {past + T} tokens is longer than max_seq_len ({self.config.max_seq_len})")
+            raise ValueError(f"{past + T} tokens are longer than max_seq_len ({self.config.max_seq_len})")
         x = self.embed(tokens)
         positions = torch.arange(past, past + T, device=tokens.device)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
@@ -396,7 +399,8 @@ class Model(nn.Module):
             return self.head(x).to(torch.promote_types(x.dtype, torch.float32))
         if padded:
             targets = targets.masked_fill(doc < 0, -1)
-        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), torch.is_grad_enabled())
+        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(),
+                                         torch.is_grad_enabled())
         load, prob_sum, z_sum = (torch.stack(s) for s in zip(*sums))
         return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, load, prob_sum, z_sum)
 
@@ -406,12 +410,12 @@ class Model(nn.Module):
         top_k = c.top_k if top_k is None else top_k
         top_k = [top_k] * c.n_layer if isinstance(top_k, int) else list(top_k)
         if len(top_k) != c.n_layer or not all(1 <= k <= c.n_expert for k in top_k):
-            raise ValueError(f"top_k must be {c.n_layer} numbers from 1 to n_expert ({c.n_expert}), got {top_k}")
+            raise ValueError(f"top_k must be {c.n_layer} numbers from 1 to {c.n_expert}, got {top_k}")
         return top_k
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None, generator=None,
-                 use_cache=True):
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None,
+                 generator=None, use_cache=True):
         """Continue tokens [B, T] by sampling -> [B, T + new].
 
         temperature 0 is greedy; top_p keeps the most probable tokens that together reach it; stop ends the
@@ -421,7 +425,7 @@ class Model(nn.Module):
         """
         window = self.config.max_seq_len
         capacity = min(window, tokens.shape[1] + max_new_tokens)
-        out, start, cache = tokens, max(0, tokens.shape[1] - window), None       # the model sees out[:, start:]
+        out, start, cache = tokens, max(0, tokens.shape[1] - window), None     # the model sees out[:, start:]
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             if out.shape[1] - start > window:
@@ -456,7 +460,7 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     prob, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    prob = prob * (prob.cumsum(-1) - prob < top_p)                # the most probable ones, until top_p is reached
+    prob = prob * (prob.cumsum(-1) - prob < top_p)                # the likeliest, until top_p is reached
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
@@ -484,7 +488,7 @@ def flops_per_token(config, seq_len, top_k=None):
     sees seq_len / 2 keys on average); without recomputation, padding, and the optimizer.
     """
     matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
-    attention = config.n_layer * config.n_head * config.head_dim * seq_len        # 2 products, half of them masked
+    attention = config.n_layer * config.n_head * config.head_dim * seq_len    # 2 products, half masked
     return 6 * (matrices + attention)
 
 
@@ -533,7 +537,8 @@ def to_hf(model):
     parameters, state = dict(model.named_parameters()), {}
     for name, parts in hf_names(model.config):
         pieces = flat(parameters[name].detach()).split(list(parts.values()))
-        state |= {theirs: piece.clone(memory_format=torch.contiguous_format) for theirs, piece in zip(parts, pieces)}
+        state |= {theirs: piece.clone(memory_format=torch.contiguous_format)
+                  for theirs, piece in zip(parts, pieces)}
     return state
 
 
@@ -553,7 +558,9 @@ def from_hf(state_dict, model):
         problems += [f"{theirs} is missing" for theirs in missing] + wrong
         if not missing and not wrong:
             whole = torch.cat([state_dict[theirs] for theirs in parts])
-            new[name] = whole.view(p.shape[0], p.shape[2], p.shape[1]).transpose(1, 2) if p.dim() == 3 else whole
+            if p.dim() == 3:
+                whole = whole.view(p.shape[0], p.shape[2], p.shape[1]).transpose(1, 2)
+            new[name] = whole
     extra = set(state_dict) - wanted - ({"lm_head.weight"} if model.config.tie_embeddings else set())
     problems += [f"{theirs} is unknown" for theirs in sorted(extra)]
     if problems:
@@ -565,27 +572,30 @@ def from_hf(state_dict, model):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="model.py", description="Count parameters, FLOPs and bytes of a preset.")
-    parser.add_argument("--preset", default="laptop", choices=PRESETS, help="laptop (default), gpu, sigma-moe-tiny")
+    parser = argparse.ArgumentParser(prog="model.py", description="Count a preset: parameters, FLOPs, bytes.")
+    parser.add_argument("--preset", default="laptop", choices=PRESETS, help=f"{', '.join(PRESETS)}")
     parser.add_argument("--top_k", type=lambda text: [int(k) for k in text.split(",")], metavar="K,K,...",
-                        help="experts activated in each layer, from layer 0 up; the rest activate the preset's")
-    parser.add_argument("--seq_len", type=int, metavar="T", help="for the FLOPs of attention (default: the longest)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that share the state (default 1)")
+                        help="experts activated in layer 0, 1, ...; the rest activate the preset's")
+    parser.add_argument("--seq_len", type=int, metavar="T",
+                        help="for the FLOPs of attention (default: the longest)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N",
+                        help="processes that share the state (default 1)")
     args = parser.parse_args(argv)
-    config = PRESETS[args.preset]
+    config, seq_len = PRESETS[args.preset], args.seq_len or PRESETS[args.preset].max_seq_len
     top_k = (args.top_k or []) + [config.top_k] * (config.n_layer - len(args.top_k or []))
-    seq_len = args.seq_len or config.max_seq_len
     try:
         total, active, core = count_parameters(config, top_k)
     except ValueError as error:
         parser.error(str(error))
     if args.ranks < 1 or seq_len < 1:
         parser.error("ranks and seq_len must be at least 1")
-    print(f"""{args.preset}: {config.n_layer} layers of {config.n_expert} experts, top {config.top_k}, width {config.d_model}
+    flops = flops_per_token(config, seq_len, top_k)
+    print(f"""{args.preset}: {config.n_layer} layers of {config.n_expert} experts, top {config.top_k}
 parameters         {total:>16,}
 active per token   {active:>16,}   {core:,} without embeddings
-FLOPs per token    {flops_per_token(config, seq_len, top_k):>16.4g}   forward and backward, sequences of {seq_len}
-state per rank     {state_bytes(config, args.ranks):>16,}   bytes on each of {args.ranks}: weights, gradients, moments, bf16 copy""")
+FLOPs per token    {flops:>16.4g}   forward and backward, at {seq_len} tokens
+bytes of state     {state_bytes(config, args.ranks):>16,}   on each of {args.ranks} ranks: fp32 weights,
+                                      gradients and moments, bf16 copy""")
 
 
 if __name__ == "__main__":

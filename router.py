@@ -45,8 +45,8 @@ class Router(nn.Module):
       softmax      the plain probability p_k, softmax taken over ALL experts and never renormalised
                    (Switch Transformer, arXiv 2101.03961, eq. 2)
       sigmoid      sigmoid(z_k), each expert scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)
-      normalized   p_k / detach(sum of the chosen p): its value sums to one for every K, so the size of the output
-                   does not change with K; its gradient is that of log p
+      normalized   p_k / detach(sum of the chosen p): sums to one for every K, so the size of the output does
+                   not change with K; its gradient is that of log p
     """
 
     def __init__(self, d_model, n_expert, gate):

@@ -1,6 +1,6 @@
 """Train a sparse language model, or resume the run in --out.
 
-    python train.py                                   the laptop preset on Python's standard library, in minutes
+    python train.py                                   the laptop preset on Python's standard library
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
 
@@ -11,7 +11,6 @@ uninterrupted one.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -62,10 +61,10 @@ class Settings:
 
     preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
     out: str = setting("", "run", "the run's directory (default: out/PRESET)")
-    data: str = setting("data/stdlib", "run", "a folder made by data.py, or a token file (default: made if missing)")
+    data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing)")
     init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it)")
     device: str = setting("auto", "run", "cpu, cuda or mps (default: the best there is)")
-    dtype: str = setting("float32", "run", "float32 or bfloat16: what the matrices compute in; weights stay fp32")
+    dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
 
     steps: int = setting(1000, "schedule", "updates of the weights")
@@ -86,10 +85,10 @@ class Settings:
 
     balance: str = setting("lbl", "balance", f"{' or '.join(BALANCE)}: what keeps the experts evenly used")
     lbl_coef: float = setting(0.01, "balance", "weight of each layer's balance loss")
-    lbl_scope: str = setting("global", "balance", "global: load of the whole step so far; micro: of a micro-batch")
+    lbl_scope: str = setting("global", "balance", "global: load of the step so far; micro: of a micro-batch")
     z_coef: float = setting(0.0, "balance", "weight of each layer's router z-loss")
-    initial_top_k: list = setting([], "balance", "experts activated in the low layers before the switch: 8,8,4,2")
-    switch: float = setting(0.9, "balance", "fraction of the steps after which all layers activate top_k; 1 is never")
+    initial_top_k: list = setting([], "balance", "experts activated in layer 0, 1, .. before the switch: 8,4")
+    switch: float = setting(0.9, "balance", "fraction of the steps before all activate top_k; 1 is never")
 
     log_every: int = setting(10, "watching", "steps between lines of log.jsonl")
     eval_every: int = setting(0, "watching", "steps between validations (default: a quarter of the run)")
@@ -105,50 +104,56 @@ class Settings:
         for name in ("lr", "clip", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens", "weight_decay",
-                     "lbl_coef", "z_coef"):
+        for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
+                     "weight_decay", "lbl_coef", "z_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name, known in (("dtype", ("float32", "bfloat16")), ("balance", BALANCE), ("lbl_scope", ("global", "micro"))):
+        choices = {"dtype": ("float32", "bfloat16"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 < self.switch <= 1:
             raise ValueError(f"switch must be above 0 and at most 1, got {self.switch}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate "
+                             f"({self.accumulate})")
         if self.ramp_from > self.batch_size:
             raise ValueError(f"ramp_from ({self.ramp_from}) must not be above batch_size ({self.batch_size})")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
-        if len(self.initial_top_k) > config.n_layer or not all(1 <= k <= config.n_expert for k in self.initial_top_k):
+        possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)
+        if len(self.initial_top_k) > config.n_layer or not possible:
             raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
                              f"(n_layer) from 1 to {config.n_expert} (n_expert)")
 
 
-TRAINING = {                                                      # what a preset sets beside the model's sizes
+TRAINING = {                                                  # what a preset sets beside the model's sizes
     "laptop": dict(steps=2000),
     "gpu": dict(steps=20000, batch_size=64, seq_len=1024, accumulate=4, lr=6e-4, dtype="bfloat16"),
-    "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4, dtype="bfloat16",
-                           lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
+    "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
+                           dtype="bfloat16", lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
 # what may differ when a run is resumed; everything else must be the run's own
-MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_tokens"}
+MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
+              "sample_tokens"}
 
 
 def parse(argv):
     """The settings that were typed: {field: value}."""
     parser = data.Parser(prog="train.py", description=__doc__)
     groups = {}
-    fields = [(f, f.metadata["group"], f.metadata["help"], f.default) for f in dataclasses.fields(Settings)]
-    fields += [(f, "model (default: the preset's)", SIZES[f.name], "") for f in dataclasses.fields(ModelConfig)]
-    for field, group, help, default in fields:
+    fields = [(f, f.metadata["group"], f.metadata["help"]) for f in dataclasses.fields(Settings)]
+    fields += [(f, "model (default: the preset's)", SIZES[f.name]) for f in dataclasses.fields(ModelConfig)]
+    for field, group, help in fields:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        shown = "" if default in ("", 0) or "default" in help or field.type is list else f" ({default})"
-        groups[group].add_argument(f"--{field.name}", type=READ.get(field.type, field.type), metavar="", help=help + shown)
+        if isinstance(field.default, (int, float)) and field.default and "default" not in help + group:
+            help += f" ({field.default})"
+        read = READ.get(field.type, field.type)
+        groups[group].add_argument(f"--{field.name}", type=read, metavar="", help=help)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
@@ -163,8 +168,9 @@ def numbers(text):
 READ = {bool: truth, list: numbers}
 SIZES = {
     "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
-    "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads", "head_dim": "width of a head",
-    "d_model": "width of the residual stream", "n_expert": "experts per layer; 1 is a dense model",
+    "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads",
+    "head_dim": "width of a head", "d_model": "width of the residual stream",
+    "n_expert": "experts per layer; 1 is a dense model",
     "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
     "gate": "softmax, sigmoid or normalized", "rope_base": "base of the rotary positions",
     "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
@@ -177,9 +183,7 @@ def resolve(typed):
     What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
     preset = typed.get("preset", "laptop")
     if preset not in PRESETS:
-        near = data.difflib.get_close_matches(preset, PRESETS, 1)
-        raise ValueError(f"preset {preset!r} is unknown; " + (f"did you mean {near[0]}?" if near else
-                                                            f"there are {', '.join(PRESETS)}"))
+        raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
     out = Path(typed.get("out") or f"out/{preset}")
     exists = (out / "settings.json").exists()
     if exists:
@@ -188,8 +192,8 @@ def resolve(typed):
         for name, value in typed.items():
             old = given.get(name, sizes.get(name))
             if name not in MAY_CHANGE and value != old:
-                raise ValueError(f"{out} was made with {name} {old}, not {value}; leave out --{name} to resume it, or "
-                                 "choose another --out")
+                raise ValueError(f"{out} was made with {name} {old}, not {value}; leave out --{name} to "
+                                 "resume it, or choose another --out")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
@@ -200,7 +204,7 @@ def resolve(typed):
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
     config = ModelConfig(**sizes | {k: v for k, v in typed.items() if k in names})
-    if "initial_top_k" not in typed and not exists:               # a preset's list is cut to the layers there are
+    if "initial_top_k" not in typed:                          # a preset's list is cut to the layers there are
         settings.initial_top_k = settings.initial_top_k[:config.n_layer]
     settings.check(config)
     return settings, config, exists
@@ -254,7 +258,7 @@ def start(settings, config, exists, typed):
         data.load_meta(folder)                                    # the tokenizer fits the tokens
     tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
     if not exists and "vocab_size" not in typed and not s.init_from:
-        config.vocab_size = -(-vocab_size // 64) * 64             # the data's, rounded up for the matrix products
+        config.vocab_size = -(-vocab_size // 64) * 64         # the data's, rounded up for the matrix products
     if vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {vocab_size} of {file}")
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
@@ -263,7 +267,8 @@ def start(settings, config, exists, typed):
     model = Model(config, s.seed).to(device)
     masters = parallel.Masters(model, getattr(torch, s.dtype))
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    run = Run(s, config, model, masters, optimizer, data.Sampler(tokens, s.seq_len, s.seed), val, encoding, device)
+    sampler = data.Sampler(tokens, s.seq_len, s.seed)
+    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device)
     if not exists:
         if s.init_from:
             parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
@@ -287,16 +292,25 @@ def write_new_run(run, folder):
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "tiktoken": tiktoken.__version__}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    header = settings | {"versions": versions, "commit": git.stdout.strip() or None, "device": device_name(run.device)}
+    header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device)}
     (out / "log.jsonl").write_text(json.dumps(header) + "\n")
     (out / "settings.json").write_text(json.dumps(settings, indent=1))        # last: now it is a run
+
+
+def commit():
+    """The commit of this code, or None outside a git checkout."""
+    try:
+        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                       stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def cut_log(path, step):
     """Drop the lines after a checkpoint's step, which will be written again."""
     lines = path.read_text().splitlines(keepends=True)
-    kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= step]
+    whole = [line for line in lines[1:] if line.endswith("\n")]              # the last one may be cut short
+    kept = lines[:1] + [line for line in whole if json.loads(line)["step"] <= step]
     if kept != lines:
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(kept))
@@ -327,9 +341,8 @@ def train_step(run, step, first):
         load, prob_sum = load + out.load, prob_sum + out.prob_sum.detach()
         total = out.loss / n_tokens
         if s.balance == "lbl" and s.lbl_coef:
-            f, p, n = (load, prob_sum, seen) if s.lbl_scope == "global" else (out.load, out.prob_sum, out.n_tokens)
-            _, lbl = differentiate_at(functools.partial(load_balancing_loss, f, n_tokens=n), p, out.prob_sum)
-            total = total + s.lbl_coef * n / n_tokens * lbl
+            at = (load, prob_sum, seen) if s.lbl_scope == "global" else (out.load, out.prob_sum, out.n_tokens)
+            total = total + s.lbl_coef * balance_gradient(*at, out.prob_sum) / n_tokens
         if s.z_coef:
             total = total + s.z_coef * router_z_loss(out.z_sum, n_tokens).sum()
         total.backward()
@@ -339,11 +352,17 @@ def train_step(run, step, first):
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.masters.refresh()
-    share = load / load.sum(-1, keepdim=True) * run.config.n_expert - 1       # relative deviation from uniform
+    share = load / load.sum(-1, keepdim=True) * run.config.n_expert - 1     # relative deviation from uniform
     lbl = load_balancing_loss(load, prob_sum, seen)
     return {"loss": loss / n_tokens, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": norm,
             "top_k": top_k, "load_max": share.amax(-1), "load_min": share.amin(-1), "lbl_layer": lbl,
             "grad_norm_layer": layer_norms(norms, run.config.n_layer), "sequences": count}
+
+
+def balance_gradient(load, prob_sum, n_tokens, local):
+    """A scalar with the gradient of n_tokens * (sum over layers of LBL), for the part `local` of prob_sum."""
+    _, gradient = differentiate_at(lambda p: load_balancing_loss(load, p, n_tokens), prob_sum, local)
+    return n_tokens * gradient
 
 
 def layer_norms(norms, n_layer):
@@ -392,7 +411,7 @@ def train(run, done):
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
-    saved, clock, since = done, time.perf_counter(), 0
+    clock, since = time.perf_counter(), 0
     bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}")
     with Stop() as stop, open(out / "log.jsonl", "a", buffering=1) as log, bar:
@@ -402,9 +421,9 @@ def train(run, done):
             bar.update()
             evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
-                row = {k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()}    # waits for the device
+                row = {k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()}
                 rate = since / (time.perf_counter() - clock)
-                row = {"step": done} | row | {"tokens_per_s": rate, "mfu": utilisation(run, row["top_k"], rate)}
+                row = {"step": done, **row, "tokens_per_s": rate, "mfu": utilisation(run, row["top_k"], rate)}
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
@@ -414,12 +433,14 @@ def train(run, done):
                 print(json.dumps(row), file=log)
                 clock, since = time.perf_counter(), 0
             if done % save_every == 0 or done == s.steps or stop.asked:
-                parallel.save_checkpoint(out, done, parallel.training_state(run.masters, run.optimizer), s.keep)
-                saved = done
+                save(run, done)
                 clock, since = time.perf_counter(), 0
-        if saved < done:
-            parallel.save_checkpoint(out, done, parallel.training_state(run.masters, run.optimizer), s.keep)
     return done
+
+
+def save(run, done):
+    state = parallel.training_state(run.masters, run.optimizer)
+    parallel.save_checkpoint(run.settings.out, done, state, run.settings.keep)
 
 
 def validation(run, top_k):
@@ -437,7 +458,8 @@ def report(run, done, seconds):
     top_k = active_experts(done - 1, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
     if run.val is not None:
         loss, load, _ = validation(run, top_k)
-        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {math.log(run.config.vocab_size):.4f})")
+        guess = math.log(run.config.vocab_size)
+        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         print("load of each expert on held-out text; half height is the uniform share:")
         print(evaluation.draw_load(load))
     if run.encoding and s.sample_tokens:
@@ -461,19 +483,21 @@ def main(argv=None):
         run, done = start(settings, config, exists, typed)
     s = run.settings
     if done >= s.steps:
-        print(f"{s.out} is complete: {done} steps.  To go on, --steps {2 * done}; for a new run, --out ANOTHER")
+        print(f"{s.out} is complete: {done} steps.  --steps {2 * done} goes on; --out NAME is a new run")
         return
     total, active, _ = count_parameters(config)
-    print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token; {config.n_layer} layers of "
-          f"{config.n_expert} experts, top {config.top_k}; {device_name(run.device)}, {s.dtype}")
-    print(f"from step {done}" if exists else f"a step is {s.batch_size * s.seq_len:,} tokens, an epoch "
-          f"{run.train.n_windows / s.batch_size:,.0f} steps, the run {s.steps:,} steps; Ctrl-C saves and ends")
+    print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
+          f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
+          f"{device_name(run.device)}, {s.dtype}")
+    epoch = run.train.n_windows / s.batch_size
+    print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
+          f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
     if not exists and run.val is not None:
         top_k = active_experts(0, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
         print(f"step 0: held out {validation(run, top_k)[0]:.4f}")
     try:
         done = train(run, done)
-    except OSError as error:                                      # a full disk: what was saved before is whole
+    except OSError as error:                                  # a full disk: what was saved before is whole
         data.fail(f"{error}; resume with the same command")
     if done < s.steps:
         print(f"stopped and saved after step {done}; the same command resumes")

@@ -24,7 +24,7 @@ SIZES = ["--n_layer", "2", "--n_head", "2", "--n_kv_head", "1", "--head_dim", "8
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(1)                                      # the models are small, threads would only wait
+    torch.set_num_threads(1)  # the models are small, threads would only wait
 
 
 def small(**changes):

@@ -191,7 +191,7 @@ def test_weights_repeat_and_thin_out(tmp_path):
 def test_files_that_are_no_utf8_are_skipped_whole_and_counted(tmp_path, capsys):
     folder = write_corpus(tmp_path / "text", files=30)
     (folder / "bad.txt").write_bytes(b"good beginning\n" * 10 + b"\xff\xfe bad")
-    (folder / "image.png").write_bytes(b"\x89PNG")                # not a suffix that is read: not even counted
+    (folder / "image.png").write_bytes(b"\x89PNG")  # not a suffix that is read: not even counted
     (folder / ".hidden").mkdir()
     (folder / ".hidden/x.txt").write_text("secret")
     meta = data.prepare(tmp_path / "out", [str(folder)], tokenizer="bytes")

@@ -95,7 +95,7 @@ def test_moe_equals_one_token_at_a_time(gate, K):
 
 @pytest.mark.parametrize("chunk", [1, 1 << 21])
 def test_chunked_cross_entropy_equals_torch(monkeypatch, chunk):
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)      # 1: chunks of 128 rows, the last one shorter
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)  # 1: chunks of 128 rows, the last one shorter
     x = torch.randn(300, 6, dtype=torch.float64, requires_grad=True)
     w = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(-1, 11, (300,))
@@ -220,7 +220,7 @@ def test_one_batch_can_be_overfitted(gate):
 
 def test_init_is_drawn_by_name_and_seed():
     a, b, other = Model(small(), seed=5), Model(small(n_layer=3), seed=5), Model(small(), seed=6)
-    assert torch.equal(a.blocks[1].moe.experts.w_in, b.blocks[1].moe.experts.w_in)       # w_out depends on n_layer
+    assert torch.equal(a.blocks[1].moe.experts.w_in, b.blocks[1].moe.experts.w_in)  # w_out depends on n_layer
     assert not torch.equal(a.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
     assert not torch.equal(a.blocks[0].attn.qkv.weight, a.blocks[1].attn.qkv.weight)
     big = Model(PRESETS["laptop"], seed=0)

@@ -99,7 +99,7 @@ def test_clipping_equals_torch(max_norm):
     torch.testing.assert_close(total, want)
     for (name, p), q in zip(a.named_parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
-    assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())      # before scaling
+    assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())  # before scaling
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_run_explains_itself(finished, corpus):
     assert parallel.checkpoints(finished) == [9, 12]
     assert data.load_encoding(finished).n_vocab == data.load_meta(corpus)["vocab_size"]
     saved = evaluation.read_settings(finished)
-    assert saved["model"]["vocab_size"] == 320                    # 300 of the data, rounded up to a multiple of 64
+    assert saved["model"]["vocab_size"] == 320  # 300 of the data, rounded up to a multiple of 64
 
 
 def test_validation_has_no_balance_loss_in_it(finished, corpus):
