@@ -72,9 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(name, known):
-    """The end of an error about an unknown name: the nearest known one, or all."""
+    """The end of an error about an unknown name: the nearest known one, or where they are listed."""
     near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else "; see --help"
 
 
 def fail(message):

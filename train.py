@@ -74,6 +74,7 @@ class Settings:
     accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule", "tokens per sequence")
     lr: float = setting(4e-3, "schedule", "learning rate after warm-up")
+    expert_lr: float = setting(0.5, "schedule", "the experts' share of it: few tokens make a noisy gradient")
     warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
 
@@ -101,7 +102,7 @@ class Settings:
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip", "eps"):
+        for name in ("lr", "expert_lr", "clip", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
@@ -266,7 +267,7 @@ def start(settings, config, exists, typed):
 
     model = Model(config, s.seed).to(device)
     masters = parallel.Masters(model, getattr(torch, s.dtype))
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, s.expert_lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     sampler = data.Sampler(tokens, s.seq_len, s.seed)
     run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device)
     if not exists:
@@ -348,7 +349,7 @@ def train_step(run, step, first):
         total.backward()
     norm, norms = parallel.clip_gradients(run.masters, s.clip)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, s)
+        group["lr"] = group["lr_factor"] * learning_rate(step, s)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.masters.refresh()
@@ -372,7 +373,8 @@ def layer_norms(norms, n_layer):
 
 
 # dense bf16 FLOP/s as published; on any other device MFU is null rather than wrong
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12,
+        "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def utilisation(run, top_k, tokens_per_s):
@@ -429,7 +431,8 @@ def train(run, done):
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
                 if evaluate:
                     row["val_loss"] = validation(run, row["top_k"])[0]
-                    say(bar, f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}")
+                    bar.write(f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
+                              file=sys.stdout)
                 print(json.dumps(row), file=log)
                 clock, since = time.perf_counter(), 0
             if done % save_every == 0 or done == s.steps or stop.asked:
@@ -446,10 +449,6 @@ def save(run, done):
 def validation(run, top_k):
     s = run.settings
     return evaluation.validate(run.model, run.val, s.seq_len, top_k, run.device, s.eval_tokens)
-
-
-def say(bar, line):
-    bar.write(line, file=sys.stdout)
 
 
 def report(run, done, seconds):
@@ -499,6 +498,8 @@ def main(argv=None):
         done = train(run, done)
     except OSError as error:                                  # a full disk: what was saved before is whole
         data.fail(f"{error}; resume with the same command")
+    except KeyboardInterrupt:                                 # the second one
+        raise SystemExit("ended at once; the last checkpoint is whole") from None
     if done < s.steps:
         print(f"stopped and saved after step {done}; the same command resumes")
         return

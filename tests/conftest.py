@@ -16,9 +16,9 @@ from model import ModelConfig
 SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_model=16, n_expert=6, d_expert=12,
              max_seq_len=64)
 # the same as command-line settings, for runs that take a second
-SIZES = ["--n_layer", "2", "--n_head", "2", "--n_kv_head", "1", "--head_dim", "8", "--d_model", "16", "--n_expert", "6",
-         "--d_expert", "8", "--max_seq_len", "64", "--seq_len", "16", "--batch_size", "8", "--log_every", "1",
-         "--sample_tokens", "8", "--device", "cpu"]
+SIZES = ["--n_layer", "2", "--n_head", "2", "--n_kv_head", "1", "--head_dim", "8", "--d_model", "16",
+         "--n_expert", "6", "--d_expert", "8", "--max_seq_len", "64", "--seq_len", "16", "--batch_size", "8",
+         "--log_every", "1", "--sample_tokens", "8", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,8 @@ def small(**changes):
 def write_corpus(folder, files=30, seed=0):
     """Text files of made-up sentences."""
     rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)] + ["naïve", "日本", "🙂"]
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
+    words += ["naïve", "日本", "🙂"]
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(files):
         lines = [" ".join(rng.choices(words, k=8)) + "." for _ in range(20)]

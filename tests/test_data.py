@@ -19,12 +19,14 @@ from conftest import write_corpus
 
 import data
 
-NASTY = ["", " ", "\n\n  \t\n", "a\n\n\n  b \n", "naïve café 日本語 🙂👩‍👩‍👧 e\u0301\u0302", "x" * 300, "\x00\x01\x7f\r\n\r",
-         "12345678 3.14159", "don't we'll I'VE", "<|endoftext|> is only text", "\u2028\u00a0\ufeff", "def f(x):\n    return x\n"]
+NASTY = ["", " ", "\n\n  \t\n", "a\n\n\n  b \n", "naïve café 日本語 🙂👩‍👩‍👧 e\u0301\u0302",
+         "x" * 300, "\x00\x01\x7f\r\n\r", "12345678 3.14159", "don't we'll I'VE",
+         "<|endoftext|> is only text", "\u2028\u00a0\ufeff", "def f(x):\n    return x\n"]
 
 
 def random_text(rng, n=60):
-    ranges = [(32, 126), (9, 13), (0x20, 0x24F), (0x300, 0x36F), (0x4E00, 0x4E80), (0x1F600, 0x1F640), (0, 31)]
+    ranges = [(32, 126), (9, 13), (0x20, 0x24F), (0x300, 0x36F), (0x4E00, 0x4E80), (0x1F600, 0x1F640),
+              (0, 31)]
     return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, n)))
 
 
@@ -79,7 +81,8 @@ def test_encoding_is_lowest_rank_first_and_round_trips():
     encoding = data.build_encoding("bpe", 400, [Path(data.__file__).read_text(), *texts])
     ranks = encoding._mergeable_ranks
     for text in texts:
-        want = [r for word in regex.findall(data.PATTERN, text) for r in lowest_rank_first(ranks, word.encode())]
+        words = regex.findall(data.PATTERN, text)
+        want = [r for word in words for r in lowest_rank_first(ranks, word.encode())]
         assert encoding.encode_ordinary(text) == want
         assert encoding.decode(want) == text
 
@@ -178,13 +181,15 @@ def test_json_lines(suffix, tmp_path):
 
 def test_weights_repeat_and_thin_out(tmp_path):
     for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(400)))
+        lines = [json.dumps({"text": f"{name}{i}"}) for i in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     data.prepare(tmp_path / "out", [str(tmp_path / f"{n}.jsonl") for n in "abc"], [1, 2.5, 0.5], "bytes")
     encoding = data.load_encoding(tmp_path / "out")
     count = Counter(t[0] for t in decode(tmp_path / "out", "train", encoding))
     held = Counter(t[0] for t in decode(tmp_path / "out", "val", encoding))
     assert count["a"] + held["a"] == 400
-    assert count["b"] == pytest.approx(2.5 * 380, rel=0.08) and count["c"] == pytest.approx(0.5 * 380, rel=0.2)
+    assert count["b"] == pytest.approx(2.5 * 380, rel=0.08)
+    assert count["c"] == pytest.approx(0.5 * 380, rel=0.2)
     assert max(Counter(decode(tmp_path / "out", "val", encoding)).values()) == 1         # held out once
 
 
@@ -203,7 +208,8 @@ def test_files_that_are_no_utf8_are_skipped_whole_and_counted(tmp_path, capsys):
 def test_standard_library_without_tests_and_tables():
     root, files = data.standard_library()
     parts = {part for f in files for part in f.relative_to(root).parts[:-1]}
-    assert len(files) > 300 and "json" in parts and not parts & {"test", "tests", "encodings", "site-packages"}
+    assert len(files) > 300 and "json" in parts
+    assert not parts & {"test", "tests", "encodings", "site-packages"}
 
 
 def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path):
@@ -238,8 +244,9 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
             "before = peak()\n"
             "data.prepare('out', ['big.txt'], vocab_size=400)\n"
             "print(peak() - before)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-                         env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent), "OMP_NUM_THREADS": "1"})
+    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent), "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         check=True, env=env)
     assert (tmp_path / "big.txt").stat().st_size > 60e6 and int(out.stdout) < 120
 
 
@@ -258,8 +265,9 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
 
 
 @pytest.mark.parametrize("harm, message", [
-    (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"), (lambda raw: b"", "not a token file"),
-    (lambda raw: b"X" + raw[1:], "not a token file"), (lambda raw: raw[:500], "corrupt"),
+    (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"),
+    (lambda raw: b"", "not a token file"), (lambda raw: b"X" + raw[1:], "not a token file"),
+    (lambda raw: raw[:500], "corrupt"),
     (lambda raw: raw[:-2] + b"\xff\xff", "beyond its vocabulary")])
 def test_damaged_token_files_are_refused(tmp_path, harm, message):
     writer = data.TokenWriter(tmp_path / "t.bin", 300)
@@ -282,7 +290,8 @@ def test_every_window_comes_once_per_epoch():
         assert sorted(x[:, 0].tolist()) == list(range(1000, 1400, 8))
         assert torch.equal(y[:, -1], x[:, -1] + 1)
     first, second = sampler.rows(0, 50)[0], sampler.rows(50, 50)[0]
-    assert not torch.equal(first, second) and not torch.equal(first, data.Sampler(tokens, 8, seed=4).rows(0, 50)[0])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, data.Sampler(tokens, 8, seed=4).rows(0, 50)[0])
     assert not torch.equal(first[:, 0], first[:, 0].sort().values)
 
 
@@ -290,7 +299,8 @@ def test_every_window_comes_once_per_epoch():
 def test_ranks_share_what_one_process_gets(world):
     sampler = data.Sampler(np.arange(1000, dtype=np.uint16), 7, seed=0)
     want = sampler.rows(135, 12)                                  # across the end of an epoch (142 windows)
-    parts = [data.Sampler(np.arange(1000, dtype=np.uint16), 7, seed=0).rows(135, 12, r, world) for r in range(world)]
+    parts = [data.Sampler(np.arange(1000, dtype=np.uint16), 7, seed=0).rows(135, 12, r, world)
+             for r in range(world)]
     for i in range(2):
         assert torch.equal(torch.cat([p[i] for p in parts]), want[i])
 

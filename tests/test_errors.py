@@ -56,9 +56,12 @@ CASES = [
     ("missing source", None, D("--source", "nowhere"), "nowhere"),
     ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
     ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),
-    ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"), "a.pdf is none of .txt"),
-    ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"), "1 files skipped"),
-    ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7), D("--source", "a.jsonl"), "7 lines"),
+    ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"),
+     "a.pdf is none of .txt"),
+    ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"),
+     "1 files skipped"),
+    ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7),
+     D("--source", "a.jsonl"), "7 lines"),
     ("bad URL", None, D("--source", "http://127.0.0.1:9/x.txt"), "could not download http://127.0.0.1:9/x.txt"),
     ("weights that do not fit", None, D("--source", "text", "--weights", "1", "2", "--name", "w"), "weights"),
     ("negative weight", None, D("--source", "text", "--weights", "-1", "--name", "w"), "weights"),
@@ -66,15 +69,16 @@ CASES = [
     ("vocabulary too small", None, D("--source", "text", "--vocab_size", "100", "--name", "w"), "vocab_size"),
     ("name already used", D("--source", "text", "--name", "n", "--tokenizer", "bytes"),
      D("--source", "text", "--name", "n", "--vocab_size", "300"), "data/n was prepared with other settings"),
-    ("no network for gpt2", lambda: os.environ.update(TIKTOKEN_CACHE_DIR="nothing_here", HTTPS_PROXY="http://127.0.0.1:9"),
+    ("no network for gpt2",
+     lambda: os.environ.update(TIKTOKEN_CACHE_DIR="nothing_here", HTTPS_PROXY="http://127.0.0.1:9"),
      D("--source", "text", "--tokenizer", "gpt2", "--name", "w"), "TIKTOKEN_CACHE_DIR"),
     ("data that is nothing", None, T("--data", "nowhere"), "nowhere"),
     ("truncated token file", truncated, T(), "train.bin is corrupt"),
     ("foreign token file", foreign, T(), "train.bin is not a token file"),
     ("token beyond the vocabulary", None, T("--vocab_size", "128"), "vocab_size (128)"),
     ("tokenizer of other tokens", vocabulary_of_a_smaller_tokenizer, T(), "encoding.json does not fit"),
-    ("broken tokenizer", lambda: (T()(), Path("run/encoding.json").write_text("{}")), E("sample", "--ckpt", "run"),
-     "encoding.json is not a tokenizer"),
+    ("broken tokenizer", lambda: (T()(), Path("run/encoding.json").write_text("{}")),
+     E("sample", "--ckpt", "run"), "encoding.json is not a tokenizer"),
     ("odd head_dim", None, T("--head_dim", "7"), "head_dim"),
     ("heads that do not divide", None, T("--n_head", "5", "--n_kv_head", "2"), "n_head (5)"),
     ("top_k above n_expert", None, T("--top_k", "7"), "top_k (7)"),
@@ -86,7 +90,8 @@ CASES = [
     ("learning rate that is no number", None, T("--lr", "nan"), "lr"),
     ("steps that are no number", None, T("--steps", "many"), "--steps"),
     ("sequence longer than the context", None, T("--seq_len", "65"), "seq_len (65)"),
-    ("sequence longer than the corpus", None, T("--max_seq_len", "9999999", "--seq_len", "9999999"), "seq_len"),
+    ("sequence longer than the corpus", None, T("--max_seq_len", "9999999", "--seq_len", "9999999"),
+     "seq_len"),
     ("batch that does not divide", None, T("--accumulate", "3"), "accumulate (3)"),
     ("unknown gate", None, T("--gate", "softmox"), "gate"),
     ("unknown balance", None, T("--balance", "lbo"), "balance"),
@@ -99,9 +104,10 @@ CASES = [
     ("unknown preset", None, T("--preset", "labtop"), "did you mean laptop"),
     ("unknown device", None, T("--device", "tpu"), "device"),
     ("run made with other settings", run_with_other_settings, T("--lr", "0.5"), "run was made with lr"),
-    ("run made with another model", run_with_other_settings, T("--n_expert", "4"), "run was made with n_expert"),
-    ("directory of something else", lambda: (os.mkdir("run"), Path("run/thesis.txt").write_text("all of it")), T(),
-     "run is not empty"),
+    ("run made with another model", run_with_other_settings, T("--n_expert", "4"),
+     "run was made with n_expert"),
+    ("directory of something else", lambda: (os.mkdir("run"), Path("run/thesis.txt").write_text("all of it")),
+     T(), "run is not empty"),
     ("init_from nothing", None, T("--init_from", "nowhere"), "nowhere"),
     ("corrupt checkpoint", corrupt_checkpoint, T("--steps", "4"), "corrupt"),
     ("evaluation of nothing", None, E("loss", "--ckpt", "nowhere"), "nowhere"),
@@ -115,6 +121,7 @@ CASES = [
 def workshop(corpus, in_folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", ""))
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setattr(data.tiktoken.registry, "ENCODINGS", {})  # tiktoken keeps what it loaded once
     monkeypatch.setattr(data.time, "sleep", lambda _: None)
     shutil.copytree(corpus, "small")
     write_corpus(Path("text"))
@@ -125,7 +132,8 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("prepare, command, words", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("prepare, command, words", [case[1:] for case in CASES],
+                         ids=[case[0] for case in CASES])
 def test_one_line_and_exit_code_2(workshop, capsys, prepare, command, words):
     if prepare:
         prepare()
@@ -155,10 +163,11 @@ def test_n_head_must_be_a_multiple_of_n_kv_head():
 
 @pytest.mark.parametrize("program", ["data.py", "train.py", "eval.py", "model.py"])
 def test_help_is_readable_at_80_columns(program):
-    done = subprocess.run([sys.executable, str(Path(train.__file__).parent / program), "--help"], capture_output=True,
-                          text=True, env=os.environ | {"COLUMNS": "80"})
+    done = subprocess.run([sys.executable, str(Path(train.__file__).parent / program), "--help"],
+                          capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 8
-    options = [line for line in done.stdout.splitlines() if line.startswith("  ") and not line.startswith("    python")]
+    options = [line for line in done.stdout.splitlines()
+               if line.startswith("  ") and not line.startswith("    python")]
     assert max(map(len, options)) <= 110
 
 

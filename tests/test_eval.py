@@ -21,7 +21,8 @@ def test_validation_is_cross_entropy_over_all_windows():
     tokens = np.random.default_rng(0).integers(0, 300, 16 * 10 + 5).astype(np.uint16)
     loss, load, windows = evaluation.validate(model, tokens, 16, 1, rows=3)
     want = [F.cross_entropy(model(torch.from_numpy(tokens[i:i + 16].astype(np.int64))[None])[0],
-                            torch.from_numpy(tokens[i + 1:i + 17].astype(np.int64))) for i in range(0, 160, 16)]
+                            torch.from_numpy(tokens[i + 1:i + 17].astype(np.int64)))
+            for i in range(0, 160, 16)]
     assert loss == pytest.approx(torch.stack(want).mean().item(), rel=1e-10)
     assert windows.tolist() == list(range(10)) and load.sum(-1).tolist() == [160, 160]
     assert evaluation.validate(model, tokens, 16, 1, limit=50)[2].tolist() == [0, 4, 9]
@@ -86,7 +87,8 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     for row in rows.values():
         loss, perplexity, bits = map(float, row[-3:])
         assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
-    # the model's own row is the last validation of its log, and bits per byte is the loss of the text per byte
+    # the model's own row is the last validation of its log,
+    # and bits per byte is the loss of the text per byte
     last = [r["val_loss"] for r in evaluation.read_log(finished)[1:] if "val_loss" in r][-1]
     table, n, _ = evaluation.compare_losses([finished])
     assert table[2][1] == pytest.approx(last, rel=1e-6)
@@ -108,11 +110,11 @@ def test_steps_to_another_runs_loss(tmp_path, a, b, words):
 
 
 def test_sample_command_writes_the_prompt_and_more(finished, capsys):
-    evaluation.main(["sample", "--ckpt", str(finished), "--prompt", "abc", "--tokens", "20", "--n", "2", "--seed", "3"])
+    options = ["--prompt", "abc", "--tokens", "20", "--n", "2", "--seed", "3"]
+    evaluation.main(["sample", "--ckpt", str(finished), *options])
     first = capsys.readouterr().out
     assert first.count("abc") >= 2 and "-" * 80 in first
-    evaluation.main(["sample", "--ckpt", str(finished / "step-12"), "--prompt", "abc", "--tokens", "20", "--n", "2",
-                     "--seed", "3"])
+    evaluation.main(["sample", "--ckpt", str(finished / "step-12"), *options])
     assert capsys.readouterr().out == first                       # the same seed, the same text
 
 

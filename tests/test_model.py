@@ -136,7 +136,8 @@ def test_attention_equals_its_definition():
     for t in range(7):
         for h in range(4):
             q = turn(qkv[t, h], attention.q_norm, t)
-            score = torch.stack([q @ turn(qkv[s, 4 + h // 2], attention.k_norm, s) for s in range(t + 1)]) / 8 ** 0.5
+            keys = [turn(qkv[s, 4 + h // 2], attention.k_norm, s) for s in range(t + 1)]
+            score = torch.stack([q @ k for k in keys]) / 8 ** 0.5
             want[t, h] = score.softmax(0) @ qkv[:t + 1, 6 + h // 2]
     want = want.view(7, 32) @ attention.out.weight.T
     torch.testing.assert_close(attention(x, cos, sin)[0], want, rtol=1e-10, atol=1e-12)
@@ -168,7 +169,8 @@ def test_packed_documents_equal_one_by_one(tied, K):
     many = [apart(d[None, :-1], d[None, 1:]) for d in documents]
     assert one.n_tokens == one.n_targets == 17 == sum(o.n_tokens for o in many)
     assert torch.equal(one.load, sum(o.load for o in many)) and (one.load.sum(-1) == 17 * K).all()
-    for got, want in zip((one.loss, one.prob_sum, one.z_sum), map(sum, zip(*((o.loss, o.prob_sum, o.z_sum) for o in many)))):
+    sums = map(sum, zip(*((o.loss, o.prob_sum, o.z_sum) for o in many)))
+    for got, want in zip((one.loss, one.prob_sum, one.z_sum), sums):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     one.loss.backward()
     sum(o.loss for o in many).backward()
@@ -196,8 +198,9 @@ def test_each_layer_can_have_its_own_top_k():
             model(tokens, top_k=wrong)
 
 
-@pytest.mark.parametrize("config", [PRESETS["laptop"], small(), small(tie_embeddings=True), small(gate="normalized"),
-                                    small(n_expert=1)], ids=["laptop", "untied", "tied", "normalized", "dense"])
+@pytest.mark.parametrize("config", [PRESETS["laptop"], small(), small(tie_embeddings=True),
+                                    small(gate="normalized"), small(n_expert=1)],
+                         ids=["laptop", "untied", "tied", "normalized", "dense"])
 def test_loss_at_init_is_that_of_a_uniform_guess(config):
     tokens = torch.randint(0, config.vocab_size, (4, 65))
     with torch.no_grad():
@@ -225,7 +228,8 @@ def test_init_is_drawn_by_name_and_seed():
     assert not torch.equal(a.blocks[0].attn.qkv.weight, a.blocks[1].attn.qkv.weight)
     big = Model(PRESETS["laptop"], seed=0)
     D, L = big.config.d_model, big.config.n_layer
-    for p, std in ((big.embed.weight, 0.5 / D ** 0.5), (big.blocks[0].moe.experts.w_out, 0.5 / D ** 0.5 / (2 * L) ** 0.5),
+    for p, std in ((big.embed.weight, 0.5 / D ** 0.5),
+                   (big.blocks[0].moe.experts.w_out, 0.5 / D ** 0.5 / (2 * L) ** 0.5),
                    (big.blocks[0].moe.router.weight, (1 / 3 / D) ** 0.5)):
         assert p.std().item() == pytest.approx(std, rel=0.05)
 
@@ -255,9 +259,11 @@ def test_greedy_text_with_cache_equals_without(prompt, new):
 
 
 def test_a_cached_token_costs_one_token(monkeypatch):
-    """With the cache every pass after the first one sees a single token, so its cost does not grow by recomputation."""
+    """With the cache every pass after the first one sees a single token, so its cost does not grow by
+    recomputation."""
     model, seen = Model(small()), []
-    monkeypatch.setattr(model.embed, "forward", lambda t, f=model.embed.forward: seen.append(t.shape[1]) or f(t))
+    monkeypatch.setattr(model.embed, "forward",
+                        lambda t, f=model.embed.forward: seen.append(t.shape[1]) or f(t))
     model.generate(torch.zeros(1, 5, dtype=torch.int64), 20)
     assert seen == [5] + [1] * 19
 
@@ -329,10 +335,11 @@ def hf_folder(model, path):
     safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra hf")
     c = model.config
     (path / "config.json").write_text(json.dumps(dict(
-        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=c.vocab_size, hidden_size=c.d_model,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim, num_experts=c.n_expert, num_experts_per_tok=c.top_k, moe_intermediate_size=c.d_expert,
-        intermediate_size=c.d_expert, norm_topk_prob=c.gate == "normalized", decoder_sparse_step=1, mlp_only_layers=[],
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=c.vocab_size,
+        hidden_size=c.d_model, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, num_experts=c.n_expert,
+        num_experts_per_tok=c.top_k, moe_intermediate_size=c.d_expert, intermediate_size=c.d_expert,
+        norm_topk_prob=c.gate == "normalized", decoder_sparse_step=1, mlp_only_layers=[],
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, max_position_embeddings=c.max_seq_len,
         tie_word_embeddings=c.tie_embeddings)))
     safetensors.save_file(to_hf(model), path / "model.safetensors", metadata={"format": "pt"})
@@ -378,7 +385,8 @@ def test_from_hf_lists_everything_that_does_not_fit():
     state["nonsense"] = torch.zeros(1)
     with pytest.raises(ValueError) as error:
         from_hf(state, model)
-    for part in ("model.norm.weight is missing", "mlp.gate.weight is (5, 16), should be (6, 16)", "nonsense is unknown"):
+    for part in ("model.norm.weight is missing", "mlp.gate.weight is (5, 16), should be (6, 16)",
+                 "nonsense is unknown"):
         assert part in str(error.value)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 

@@ -24,7 +24,7 @@ from parallel import (
 def build(dtype=torch.float32, seed=0, **changes):
     model = Model(small(**changes), seed=seed)
     masters = Masters(model, dtype)
-    return model, masters, adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    return model, masters, adamw(masters, 1e-2, 1.0, (0.9, 0.95), 1e-8, 0.1)
 
 
 def backward(model, seed, scale=1.0):
@@ -79,7 +79,18 @@ def test_bf16_training_learns_like_fp32():
         for _ in range(40):
             step(model, masters, optimizer)
         losses[dtype] = model(tokens, tokens).loss.item() / tokens.numel()
-    assert losses[torch.float32] < 2 and losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+    assert losses[torch.float32] < 2
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_experts_have_a_learning_rate_of_their_own():
+    model = Model(small())
+    masters = Masters(model)
+    optimizer = adamw(masters, 1e-2, 0.25, (0.9, 0.95), 1e-8, 0.1)
+    factor = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(factor) == len(masters.named)
+    for name, p in masters.named.items():
+        assert factor[id(p)] == (0.25 if ".experts." in name else 1.0), name
 
 
 def test_decay_is_on_matrices_only():
@@ -97,7 +108,7 @@ def test_clipping_equals_torch(max_norm):
     total, norms = clip_gradients(masters, max_norm)
     want = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
     torch.testing.assert_close(total, want)
-    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+    for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
     assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())  # before scaling
 
@@ -139,9 +150,13 @@ def flip(file):
 
 
 @pytest.mark.parametrize("harm", [
-    lambda path: largest(path).write_bytes(largest(path).read_bytes()[:-10]), lambda path: flip(largest(path)),
-    lambda path: largest(path).unlink(), lambda path: flip(path / ".metadata"), lambda path: (path / "manifest.json").unlink(),
-    lambda path: (path / "manifest.json").write_text("{"), lambda path: (path / "manifest.json").write_text("[1]")],
+    lambda path: largest(path).write_bytes(largest(path).read_bytes()[:-10]),
+    lambda path: flip(largest(path)),
+    lambda path: largest(path).unlink(),
+    lambda path: flip(path / ".metadata"),
+    lambda path: (path / "manifest.json").unlink(),
+    lambda path: (path / "manifest.json").write_text("{"),
+    lambda path: (path / "manifest.json").write_text("[1]")],
     ids=["cut", "flipped", "missing", "metadata", "no manifest", "broken manifest", "foreign manifest"])
 def test_damage_is_called_corrupt(tmp_path, harm):
     _, masters, _ = build()

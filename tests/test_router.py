@@ -44,8 +44,10 @@ def test_routing_equals_one_token_at_a_time(gate, K):
     weights, experts, load, prob_sum, z_sum = slow_route(router.weight, h, K, gate)
     assert got.experts.tolist() == experts
     assert got.load.tolist() == load and got.load.dtype == torch.int64
-    torch.testing.assert_close(got.weights, torch.tensor(weights, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got.prob_sum, torch.tensor(prob_sum, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.weights, torch.tensor(weights, dtype=torch.float64),
+                               rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.prob_sum, torch.tensor(prob_sum, dtype=torch.float64),
+                               rtol=1e-12, atol=1e-12)
     assert got.z_sum.item() == pytest.approx(z_sum, rel=1e-12)
 
 
@@ -76,7 +78,8 @@ def test_normalized_weights_sum_to_one_and_have_the_gradient_of_log_p(K):
     (got,) = torch.autograd.grad(weights.sum(), router.weight)
     prob = torch.softmax(h @ router.weight.T, -1)
     chosen = prob.topk(K, -1).values
-    (want,) = torch.autograd.grad((chosen.detach() / chosen.sum().detach() * chosen.log()).sum(), router.weight)
+    share = chosen.detach() / chosen.sum().detach()
+    (want,) = torch.autograd.grad((share * chosen.log()).sum(), router.weight)
     torch.testing.assert_close(got, want)
 
 
@@ -103,7 +106,8 @@ def test_balance_loss_equals_its_definition_per_layer():
 
 
 def test_flat_probabilities_are_a_shortcut():
-    """The paper's point (Figure 2): scaling the logits towards 0 leaves every choice, hence f, and drives LBL to 1."""
+    """The paper's point (Figure 2): scaling the logits towards 0 leaves every choice, hence f, and drives
+    LBL to 1."""
     router, h = make_router("softmax", E=24), torch.randn(200, 5, dtype=torch.float64)
     router.weight.data *= 2
     before = router(h, 1)

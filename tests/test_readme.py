@@ -1,0 +1,50 @@
+"""The README's commands are commands that the programs take, and its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted({line.split("#")[0].strip()
+                   for block in re.findall(r"```\w*\n(.*?)```", README, re.S)
+                   for line in block.splitlines()
+                   if re.match(r"\s*python (train|eval|data|model)\.py", line)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command, in_folder, monkeypatch):
+    """Every command line is parsed by its own program, and train.py's settings are possible ones."""
+    import data
+    import eval as evaluation
+    import model
+    program, *args = shlex.split(command)[1:]
+    if program == "train.py":
+        typed = train.parse(args)
+        if not typed.get("init_from"):                            # needs the run that it names
+            train.resolve(typed)
+        return
+    main = {"data.py": data, "eval.py": evaluation, "model.py": model}[program].main
+
+    class Parsed(Exception):
+        pass
+    real = data.argparse.ArgumentParser.parse_known_args
+
+    def parse(self, *rest):
+        settings = real(self, *rest)
+        if self.prog == program and not settings[1]:              # subcommands have a longer name
+            raise Parsed
+        return settings
+    monkeypatch.setattr(data.argparse.ArgumentParser, "parse_known_args", parse)
+    with pytest.raises(Parsed):
+        main(args)
+
+
+def test_there_are_commands_and_files():
+    assert len(COMMANDS) > 8
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
