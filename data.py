@@ -112,7 +112,6 @@ def train_bpe(texts, n_ranks):
     table = sorted(table.items(), key=lambda item: (-item[1], item[0]))[:200_000]        # bounds the memory
     words, freq = [list(word.encode()) for word, _ in table], [n for _, n in table]
     vocab = [bytes([i]) for i in range(256)]
-    ranks = {token: i for i, token in enumerate(vocab)}
     count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that have it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -128,11 +127,8 @@ def train_bpe(texts, n_ranks):
             continue
         if n > -2:
             break
-        joined = vocab[pair[0]] + vocab[pair[1]]
-        new = ranks.setdefault(joined, len(vocab))         # two pairs can spell the same bytes
-        if new == len(vocab):
-            vocab.append(joined)
-        fresh = set()
+        new, fresh = len(vocab), set()
+        vocab.append(vocab[pair[0]] + vocab[pair[1]])
         for i in where.pop(pair):
             old, words[i] = words[i], join(words[i], pair, new)
             for p in zip(old, old[1:]):
@@ -144,7 +140,7 @@ def train_bpe(texts, n_ranks):
                     fresh.add(p)
         for p in fresh:
             heapq.heappush(heap, (-count[p], p))
-    return ranks
+    return {token: i for i, token in enumerate(vocab)}
 
 
 def join(word, pair, new):

@@ -278,16 +278,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         size = max(128, ChunkedCrossEntropy.CHUNK // len(weight))
         for a in range(0, len(x), size):
             rows, target = x[a:a + size], targets[a:a + size, None]
-            valid = (target != -1).to(wide)
+            valid, target = (target != -1).to(wide), target.clamp(min=0)
             logits = (rows @ weight.T).to(wide)
-            norm = logits.logsumexp(-1, keepdim=True)
-            target = target.clamp(min=0)
-            loss += ((norm - logits.gather(1, target)) * valid).sum()
+            top, at = logits.max(-1, keepdim=True)
+            prob = logits.softmax(-1)
+            log_sum = top - prob.gather(1, at).log()              # logsumexp, without exponentiating twice
+            loss += ((log_sum - logits.gather(1, target)) * valid).sum()
             if with_grad:                                         # d loss / d logits = softmax - one-hot
-                grad = (logits - norm).exp_().scatter_add_(1, target, -torch.ones_like(norm))
-                grad = grad.mul_(valid).to(x.dtype)
-                torch.mm(grad, weight, out=grad_x[a:a + size])
-                grad_w += grad.T @ rows
+                grad = prob.scatter_add_(1, target, -torch.ones_like(valid)).to(x.dtype)
+                grad_x[a:a + size] = (grad @ weight) * valid.to(x.dtype)
+                grad_w += grad.T @ (rows * valid.to(x.dtype))
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
         return loss
