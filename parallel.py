@@ -3,11 +3,13 @@
 Knows nothing of data, schedules or logging.
 """
 
+import gc
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,10 +91,14 @@ FAILURES = (Exception, dcp.CheckpointException)                   # the latter i
 
 @contextmanager
 def quiet():
-    """Without torch's warning that there is only one process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without torch's warning that there is only one process, and what its files say when they cannot be closed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def training_state(masters, optimizer=None):
@@ -115,8 +121,9 @@ def save_checkpoint(out, step, state, keep):
     Whatever goes wrong, the checkpoints that were there stay whole.  OSError says what did (a full disk,
     say).
     """
-    path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)                      # left by a crash
+    path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
+    for left_by_a_crash in Path(out).glob("step-*.tmp"):
+        shutil.rmtree(left_by_a_crash)
     try:
         with quiet():
             dcp.save(state, checkpoint_id=aside, no_dist=True)    # syncs its files
@@ -128,11 +135,13 @@ def save_checkpoint(out, step, state, keep):
         sync_folder(aside)
         os.rename(aside, path)
         sync_folder(out)
-    except BaseException as error:                                # Ctrl-C too
+    except FAILURES as error:
+        problem = reason(error)
+    if problem:
+        with quiet():
+            gc.collect()                                          # torch's half-written files, which complain
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, FAILURES):
-            raise OSError(f"could not write {path}: {reason(error)}") from error
-        raise
+        raise OSError(f"could not write {path}: {problem}")
     for old in checkpoints(out)[:-keep]:
         shutil.rmtree(Path(out) / f"step-{old}")
 

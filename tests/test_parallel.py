@@ -135,8 +135,9 @@ def test_newest_are_kept(tmp_path):
     _, masters, _ = build()
     for i in (5, 10, 100):
         save_checkpoint(tmp_path, i, training_state(masters), keep=2)
-    (tmp_path / "step-7.tmp").mkdir()
+        (tmp_path / f"step-{i + 1}.tmp").mkdir()                  # as a crash leaves it
     assert checkpoints(tmp_path) == [10, 100]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-100", "step-101.tmp"]
 
 
 def largest(path):
