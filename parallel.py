@@ -91,7 +91,7 @@ FAILURES = (Exception, dcp.CheckpointException)                   # the latter i
 
 @contextmanager
 def quiet():
-    """Without torch's warning that there is only one process, and what its files say when they cannot be closed."""
+    """Without torch's warning that there is one process only, and what files say that cannot be closed."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         with warnings.catch_warnings():

@@ -53,7 +53,7 @@ def slow_bpe(texts, n_ranks):
 @pytest.mark.parametrize("seed", range(20))
 def test_bpe_training_equals_recounting_everything(seed):
     rng = random.Random(seed)
-    alphabet = ("aab bc\nd", "ab ")[seed % 2]                       # two letters: long runs, overlapping pairs
+    alphabet = ("aab bc\nd", "ab ")[seed % 2]  # two letters: long runs, overlapping pairs
     texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 80))) for _ in range(rng.randint(1, 12))]
     texts += [random_text(rng) for _ in range(3)]
     want = slow_bpe(texts, 256 + 40)
