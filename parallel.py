@@ -56,15 +56,12 @@ def move_gradient(copy, master):
     copy.grad = None
 
 
-def adamw(masters, lr, expert_lr, betas, eps, weight_decay):
+def adamw(masters, lr, betas, eps, weight_decay):
     """AdamW with decay on matrices only, its state laid out at once, so that a checkpoint can be loaded into
     it."""
-    experts = [p for name, p in masters.named.items() if ".experts." in name]
-    matrices = [p for name, p in masters.named.items() if ".experts." not in name and p.dim() > 1]
+    matrices = [p for p in masters.named.values() if p.dim() > 1]
     others = [p for p in masters.named.values() if p.dim() <= 1]
-    groups = [{"params": experts, "weight_decay": weight_decay, "lr_factor": expert_lr},
-              {"params": matrices, "weight_decay": weight_decay, "lr_factor": 1.0},
-              {"params": others, "weight_decay": 0.0, "lr_factor": 1.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     for p in masters.named.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),

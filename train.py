@@ -74,7 +74,6 @@ class Settings:
     accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule", "tokens per sequence")
     lr: float = setting(4e-3, "schedule", "learning rate after warm-up")
-    expert_lr: float = setting(0.5, "schedule", "the experts' share of it: few tokens make a noisy gradient")
     warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
 
@@ -102,7 +101,7 @@ class Settings:
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "expert_lr", "clip", "eps"):
+        for name in ("lr", "clip", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
@@ -267,7 +266,7 @@ def start(settings, config, exists, typed):
 
     model = Model(config, s.seed).to(device)
     masters = parallel.Masters(model, getattr(torch, s.dtype))
-    optimizer = parallel.adamw(masters, s.lr, s.expert_lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     sampler = data.Sampler(tokens, s.seq_len, s.seed)
     run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device)
     if not exists:
@@ -349,7 +348,7 @@ def train_step(run, step, first):
         total.backward()
     norm, norms = parallel.clip_gradients(run.masters, s.clip)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["lr_factor"] * learning_rate(step, s)
+        group["lr"] = learning_rate(step, s)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.masters.refresh()

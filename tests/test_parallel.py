@@ -24,7 +24,7 @@ from parallel import (
 def build(dtype=torch.float32, seed=0, **changes):
     model = Model(small(**changes), seed=seed)
     masters = Masters(model, dtype)
-    return model, masters, adamw(masters, 1e-2, 1.0, (0.9, 0.95), 1e-8, 0.1)
+    return model, masters, adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
 
 
 def backward(model, seed, scale=1.0):
@@ -81,16 +81,6 @@ def test_bf16_training_learns_like_fp32():
         losses[dtype] = model(tokens, tokens).loss.item() / tokens.numel()
     assert losses[torch.float32] < 2
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
-
-
-def test_experts_have_a_learning_rate_of_their_own():
-    model = Model(small())
-    masters = Masters(model)
-    optimizer = adamw(masters, 1e-2, 0.25, (0.9, 0.95), 1e-8, 0.1)
-    factor = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
-    assert len(factor) == len(masters.named)
-    for name, p in masters.named.items():
-        assert factor[id(p)] == (0.25 if ".experts." in name else 1.0), name
 
 
 def test_decay_is_on_matrices_only():

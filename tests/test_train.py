@@ -40,10 +40,10 @@ def test_learning_rate_warms_up_stays_and_decays():
     assert learning_rate(0, Settings(steps=10, lr=1.0, warmup=0, decay=0)) == 1.0
 
 
-def test_every_group_follows_the_schedule_at_its_own_share():
-    run = make_run(expert_lr=0.25)
-    train_step(run, 3, 0)
-    assert [g["lr"] / learning_rate(3, run.settings) for g in run.optimizer.param_groups] == [0.25, 1, 1]
+def test_the_optimizer_follows_the_schedule():
+    run = make_run()
+    train_step(run, 8, 0)
+    assert {g["lr"] for g in run.optimizer.param_groups} == {learning_rate(8, run.settings)} != {run.settings.lr}
 
 
 def test_batch_ramp_grows_in_multiples_of_accumulate():
@@ -64,7 +64,7 @@ def make_run(**changes):
     s.check(config)
     model = Model(config, seed=0).double()
     masters = parallel.Masters(model)
-    optimizer = parallel.adamw(masters, s.lr, s.expert_lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
     return Run(s, config, model, masters, optimizer, data.Sampler(tokens, 8, 0), None, None, "cpu")
 
