@@ -67,13 +67,13 @@ class Settings:
     dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
 
-    steps: int = setting(1000, "schedule", "updates of the weights")
+    steps: int = setting(2000, "schedule", "updates of the weights")
     batch_size: int = setting(32, "schedule", "sequences per step")
     ramp_from: int = setting(0, "schedule", "sequences of the first step, if the batch is to grow; 0 is off")
     ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
     accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule", "tokens per sequence")
-    lr: float = setting(4e-3, "schedule", "learning rate after warm-up")
+    lr: float = setting(6e-3, "schedule", "learning rate after warm-up")
     warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
 
@@ -131,7 +131,7 @@ class Settings:
 
 
 TRAINING = {                                                  # what a preset sets beside the model's sizes
-    "laptop": dict(steps=2000),
+    "laptop": {},
     "gpu": dict(steps=20000, batch_size=64, seq_len=1024, accumulate=4, lr=6e-4, dtype="bfloat16"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            dtype="bfloat16", lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
