@@ -152,7 +152,8 @@ def test_files_are_held_out_whole(tmp_path):
     assert meta["train"]["sha256"] == data.file_sha256(tmp_path / "out/train.bin")
 
 
-def test_of_a_single_file_the_last_part_is_held_out(tmp_path):
+def test_of_a_single_file_the_last_part_is_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 3000)                      # many blocks, still one document
     text = "".join(f"line {i} of a text\n" for i in range(2000))
     (tmp_path / "a.md").write_text(text)
     meta = data.prepare(tmp_path / "out", [str(tmp_path / "a.md")], tokenizer="bytes")
@@ -188,6 +189,25 @@ def test_weights_repeat_and_thin_out(tmp_path):
     assert count["b"] == pytest.approx(2.5 * 380, rel=0.08)
     assert count["c"] == pytest.approx(0.5 * 380, rel=0.2)
     assert max(Counter(decode(tmp_path / "out", "val", encoding)).values()) == 1         # held out once
+
+
+def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path, monkeypatch):
+    folder = write_corpus(tmp_path / "text", files=60)
+    held = {f.read_text(encoding="utf-8") for f in folder.iterdir() if data.unit(f.name) < data.VAL_FRACTION}
+    corpus = data.Corpus([str(folder)], [1.0], tmp_path)
+    assert held and not held & set(corpus.sample()) and len(list(corpus.sample())) == 60 - len(held)
+    monkeypatch.setattr(data, "BPE_BYTES", corpus.bytes // 4)     # a larger corpus is sampled, evenly
+    assert len(list(corpus.sample())) == pytest.approx(15, abs=2)
+
+
+def test_part_of_a_single_file_by_weight(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(4000)))
+    sizes = {}
+    for weight in (1.0, 0.5, 2.25):
+        meta = data.prepare(tmp_path / f"out{weight}", [str(tmp_path / "a.txt")], [weight], "bytes")
+        sizes[weight] = meta["train"]["bytes"]
+    assert sizes[0.5] == pytest.approx(0.5 * sizes[1.0], rel=0.01)
+    assert sizes[2.25] == pytest.approx(2.25 * sizes[1.0], rel=0.01)
 
 
 def test_files_that_are_no_utf8_are_skipped_whole_and_counted(tmp_path, capsys):
@@ -265,7 +285,11 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"),
     (lambda raw: b"", "not a token file"), (lambda raw: b"X" + raw[1:], "not a token file"),
     (lambda raw: raw[:500], "corrupt"),
-    (lambda raw: raw[:-2] + b"\xff\xff", "beyond its vocabulary")])
+    (lambda raw: raw[:-2] + b"\xff\xff", "beyond its vocabulary"),
+    (lambda raw: raw[:-2] + (300).to_bytes(2, "little"), "beyond its vocabulary"),
+    (lambda raw: raw[:8] + b"\x02" + raw[9:], "not a token file"),
+    (lambda raw: raw[:32] + bytes(8) + raw[40:1024], "corrupt"),             # no token at all
+    (lambda raw: raw[:16] + b"\x01" + raw[17:1324], "corrupt")])
 def test_damaged_token_files_are_refused(tmp_path, harm, message):
     writer = data.TokenWriter(tmp_path / "t.bin", 300)
     writer.write(range(300))

@@ -106,6 +106,18 @@ def test_chunked_cross_entropy_equals_torch(monkeypatch, chunk):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+def test_chunks_add_up_in_fp32(monkeypatch):
+    """The head's gradient is a sum over chunks: in bf16 it would lose the small ones."""
+    x, w, targets = torch.randn(128 * 60, 8), torch.randn(5, 8), torch.randint(0, 5, (128 * 60,))
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", 1)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        a, b = x.bfloat16().to(dtype).requires_grad_(), w.bfloat16().to(dtype).requires_grad_()
+        ChunkedCrossEntropy.apply(a, b, targets, True).backward()
+        grads.append(b.grad.double())
+    assert (grads[0] - grads[1]).norm() / grads[1].norm() < 0.005
+
+
 def test_logits_of_all_tokens_never_exist_in_training():
     """The largest tensor that autograd keeps is far below N x V."""
     model = Model(small(vocab_size=4096, tie_embeddings=True))
@@ -141,6 +153,16 @@ def test_attention_equals_its_definition():
             want[t, h] = score.softmax(0) @ qkv[:t + 1, 6 + h // 2]
     want = want.view(7, 32) @ attention.out.weight.T
     torch.testing.assert_close(attention(x, cos, sin)[0], want, rtol=1e-10, atol=1e-12)
+
+
+def test_norms_and_angles_do_not_round_to_bf16():
+    norm = M.RMSNorm(64, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(norm(x), F.rms_norm(x.float(), (64,), norm.weight, 1e-6).bfloat16())
+    cos, _ = M.rotary(torch.arange(1001), 8, 10000.0, torch.bfloat16)        # 1001 is no bf16 number
+    want = torch.tensor([math.cos(1000 * 10000 ** (-i / 4)) for i in range(4)])
+    torch.testing.assert_close(cos[1000].float(), want, rtol=0, atol=4e-3)
 
 
 # --- the whole model --------------------------------------------------------------------------------------
@@ -258,14 +280,26 @@ def test_greedy_text_with_cache_equals_without(prompt, new):
     assert torch.equal(a, model.generate(tokens, new, temperature=0, use_cache=False))
 
 
+def watch_lengths(model, seen, monkeypatch):
+    """Note how many tokens each forward pass is given."""
+    real = model.embed.forward
+    monkeypatch.setattr(model.embed, "forward", lambda tokens: seen.append(tokens.shape[1]) or real(tokens))
+
+
 def test_a_cached_token_costs_one_token(monkeypatch):
     """With the cache every pass after the first one sees a single token, so its cost does not grow by
     recomputation."""
     model, seen = Model(small()), []
-    monkeypatch.setattr(model.embed, "forward",
-                        lambda t, f=model.embed.forward: seen.append(t.shape[1]) or f(t))
+    watch_lengths(model, seen, monkeypatch)
     model.generate(torch.zeros(1, 5, dtype=torch.int64), 20)
     assert seen == [5] + [1] * 19
+
+
+def test_a_full_context_keeps_its_newer_half(monkeypatch):
+    model, seen = Model(small(max_seq_len=10)), []
+    watch_lengths(model, seen, monkeypatch)
+    model.generate(torch.zeros(1, 8, dtype=torch.int64), 10, use_cache=False)
+    assert seen == [8, 9, 10, 5, 6, 7, 8, 9, 10, 5]
 
 
 @torch.no_grad()
@@ -275,6 +309,7 @@ def test_cache_accepts_several_tokens_at_once():
     cache = KVCache(model.config, 2, 20, torch.float64, "cpu")
     model(tokens[:, :7], cache=cache)
     got = model(tokens[:, 7:], cache=cache)
+    assert got.shape == (2, 1, 64) and cache.length == 20
     torch.testing.assert_close(got[:, -1], model(tokens)[:, -1], rtol=1e-10, atol=1e-10)
 
 
@@ -296,6 +331,8 @@ def test_generation_stops_and_repeats_with_its_seed():
     stop = int(a[0, 5])
     out = model.generate(tokens, 20, stop=stop, generator=torch.Generator().manual_seed(4))
     assert (out[0, 5:] == stop).all() and torch.equal(out[0, :6], a[0, :6])
+    alone = model.generate(tokens[:1], 20, temperature=0)
+    assert model.generate(tokens[:1], 20, temperature=0, stop=int(alone[0, 5])).shape[1] <= 6     # ends early
 
 
 # --- counting ---------------------------------------------------------------------------------------------
@@ -372,6 +409,11 @@ def test_hf_names_round_trip(tied):
                                a.blocks[1].moe.experts.w_in[3, :, 12:].T)
     from_hf(state, b)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    if tied:
+        from_hf(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, b)       # some files have it
+    for tensor in state.values():                                 # a copy: the model does not change with it
+        tensor.zero_()
+    assert all(torch.equal(p, q) and p.any() for p, q in zip(a.parameters(), b.parameters()))
     if not tied:
         assert not torch.equal(b.head.weight, b.embed.weight)
 
@@ -408,4 +450,4 @@ def test_experts_are_a_seam():
 def test_model_program_prints_the_counts(capsys):
     M.main(["--preset", "sigma-moe-tiny", "--ranks", "64"])
     out = capsys.readouterr().out
-    assert "19,978,702,848" in out and "536,924,160" in out
+    assert "19,978,702,848" in out and "536,924,160" in out and "5,619,010,176" in out    # 18 bytes each

@@ -200,6 +200,17 @@ def test_the_old_one_is_deleted_last(tmp_path, monkeypatch):
     assert seen[-1] == ("step-1", [1, 2]) and checkpoints(tmp_path) == [2]
 
 
+def test_everything_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
+    _, masters, _ = build()
+    real, seen = parallel.os.fsync, []
+    monkeypatch.setattr(parallel.os, "fsync", lambda fd: seen.append("sync") or real(fd))
+    rename = parallel.os.rename
+    monkeypatch.setattr(parallel.os, "rename", lambda a, b: seen.append(str(b)) or rename(a, b))
+    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
+    place = next(i for i, what in enumerate(seen) if what.endswith("step-1"))
+    assert seen[place - 2:place] == ["sync", "sync"] and seen[place + 1:] == ["sync"]  # manifest, folder; run
+
+
 def test_checkpoints_are_those_of_torch(tmp_path):
     """Read back without this project's code."""
     _, masters, _ = build()

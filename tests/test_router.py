@@ -93,6 +93,10 @@ def test_balance_loss_is_one_when_balanced_and_E_when_collapsed(K):
     assert load_balancing_loss(one, one.float(), N).item() == E                 # K = 1, all on one expert
 
 
+def test_balance_loss_of_no_tokens_is_zero():
+    assert load_balancing_loss(torch.zeros(2, 5), torch.zeros(2, 5), 1).tolist() == [0, 0]
+
+
 def test_balance_loss_equals_its_definition_per_layer():
     L, E, N = 3, 5, 50
     prob = torch.rand(L, N, E, dtype=torch.float64).softmax(-1)

@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import parallel
 import train
-from model import Model
+from model import Model, flops_per_token
 from router import active_experts
 from train import Run, Settings, learning_rate, sequences, train_step
 
@@ -51,6 +51,7 @@ def test_batch_ramp_grows_in_multiples_of_accumulate():
     sizes = [sequences(i, s) for i in range(100)]
     assert sizes[0] == 4 and sizes[50:] == [32] * 50
     assert sizes == sorted(sizes) and not any(n % 4 for n in sizes)
+    assert [sizes[i] for i in (0, 7, 8, 25, 49)] == [4, 4, 8, 16, 28]
     assert [sequences(i, Settings(batch_size=7)) for i in (0, 999)] == [7, 7]
 
 
@@ -232,11 +233,12 @@ def test_what_is_shown(corpus, tmp_path, capsys):
     assert max(len(line) for line in evaluation.draw_load(torch.ones(2, 96)).splitlines()) <= 80
 
 
-def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_path, dtype, capsys):
     train.main(["--data", str(corpus), "--out", str(tmp_path / "next"), "--init_from", str(finished),
-                "--steps", "1", "--lr", "1e-9", "--batch_size", "8", "--seq_len", "16",
-                "--sample_tokens", "0"])
-    assert rows(tmp_path / "next")[-1]["val_loss"] == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-4)
+                "--steps", "1", "--seq_len", "16", "--sample_tokens", "0", "--dtype", dtype])
+    start = float(re.search(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[1])
+    assert start == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-4 if dtype == "float32" else 0.02)
     with pytest.raises(SystemExit):                               # other sizes cannot take these weights
         train.main(["--data", str(corpus), "--out", str(tmp_path / "wrong"), "--init_from", str(finished),
                     "--d_model", "32"])
@@ -248,6 +250,60 @@ def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
     train.main(["--data", str(tmp_path / "alone.bin"), "--out", str(tmp_path / "run"), "--steps", "2",
                 *SIZES])
     assert len(rows(tmp_path / "run")) == 2 and "val_loss" not in rows(tmp_path / "run")[-1]
+
+
+def test_settings_reach_the_optimizer(corpus, tmp_path):
+    typed = train.parse(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
+                         "--beta2", "0.8", "--eps", "1e-5", "--weight_decay", "0.3"])
+    run, _ = train.start(*train.resolve(typed), typed)
+    matrices, others = run.optimizer.param_groups
+    assert matrices["betas"] == (0.7, 0.8) and matrices["eps"] == 1e-5
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def test_a_presets_list_is_cut_to_the_layers(in_folder):
+    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3})
+    assert settings.initial_top_k == [8, 8, 6] and config.n_layer == 3
+
+
+def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
+    run = make_run()
+    run.settings.dtype = "bfloat16"
+    assert train.utilisation(run, [1, 1], 1e6) is None            # a CPU has no published peak
+    monkeypatch.setattr(train, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    for top_k in ([1, 1], [3, 1]):
+        want = flops_per_token(run.config, 8, top_k) * 1e6 / 989e12
+        assert train.utilisation(run, top_k, 1e6) == pytest.approx(want, rel=1e-12)
+
+
+def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
+    """By a clock that only training steps move, two seconds each: validations and saves do not count."""
+    clock, real = [0.0], train.train_step
+
+    def step(*args):
+        clock[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "4", *SIZES])
+    assert [r["tokens_per_s"] for r in rows(tmp_path / "run")] == [8 * 16 / 2.0] * 4
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text((finished / "log.jsonl").read_text() + '{"step": 13, "lo')
+    train.cut_log(log, 12)
+    assert log.read_text() == (finished / "log.jsonl").read_text()
+
+
+def test_the_second_interrupt_ends_at_once():
+    with train.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
