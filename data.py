@@ -15,11 +15,13 @@ It is written aside and renamed when complete.  Nothing is held in memory but on
 
 import argparse
 import base64
+import codecs
 import difflib
 import functools
 import gzip
 import hashlib
 import heapq
+import http.client
 import json
 import os
 import re
@@ -63,7 +65,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         settings, unknown = self.parse_known_args(args)
         if unknown:
-            known = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
+            subs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+            actions = [a for p in [self, *subs] if hasattr(p, "_actions") for a in p._actions]
+            known = [o for a in actions for o in a.option_strings if o.startswith("--")]
             self.error(f"unknown setting {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], known))
         return settings
 
@@ -108,8 +112,8 @@ def train_bpe(texts, n_ranks):
     """
     table = Counter()
     for text in texts:
-        table.update(regex.findall(PATTERN, text))
-    table = sorted(table.items(), key=lambda item: (-item[1], item[0]))[:200_000]        # bounds the memory
+        table.update(word for word in regex.findall(PATTERN, text) if len(word) <= 64)   # no base64
+    table = sorted(table.items(), key=lambda item: (-item[1], item[0]))[:200_000]        # bounds the merging
     words, freq = [list(word.encode()) for word, _ in table], [n for _, n in table]
     vocab = [bytes([i]) for i in range(256)]
     count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that have it
@@ -314,7 +318,8 @@ class Piece(NamedTuple):
 
 def unit(key):
     """A number in [0, 1) that depends on the string alone: the same choice on every machine."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    raw = key.encode(errors="surrogateescape")             # file names can be any bytes
+    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
 
 
 def standard_library():
@@ -369,7 +374,7 @@ def download(url, folder, tries=3, timeout=30):
                     raise OSError(f"{file.tell()} of {size} bytes arrived")
             os.replace(part, path)
             return path
-        except (OSError, ValueError) as error:             # ValueError: a malformed URL
+        except (OSError, ValueError, http.client.HTTPException) as error:      # the last two: a malformed URL
             reason = error
             if attempt + 1 < tries and not 400 <= getattr(error, "code", 0) < 500:
                 time.sleep(2 ** attempt)
@@ -386,8 +391,10 @@ def progress(total, description):
 
 def text_blocks(path, start, end):
     """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut:
-    between a letter or digit and the end of its line."""
+    between a letter or digit and the end of its line.  A byte-order mark is no text."""
     with open(path, "rb") as file:
+        if start == 0 and file.read(3) == codecs.BOM_UTF8:
+            start = min(3, end)
         file.seek(start)
         rest, left = b"", end - start
         while left > 0:
@@ -395,13 +402,22 @@ def text_blocks(path, start, end):
             if not block:
                 break
             left, rest = left - len(block), rest + block
-            cut = re.search(rb"(?s).*[A-Za-z0-9](?=\n)", rest)
+            cut = line_border(rest) if left > 0 else 0
             if left > 0 and (cut or len(rest) > 8 * BLOCK):
-                cut = cut.end() if cut else whole_character(rest, len(rest) - 4)
+                cut = cut or whole_character(rest, len(rest) - 4)
                 yield rest[:cut].decode()
                 rest = rest[cut:]
         if rest:
             yield rest.decode()
+
+
+def line_border(raw):
+    """The last place behind a letter or digit and before the end of its line, 0 if there is none."""
+    for start in (max(0, len(raw) - (1 << 16)), 0):        # nearly always near the end
+        borders = [match.end() for match in re.finditer(rb"[A-Za-z0-9](?=\r?\n)", raw[start:])]
+        if borders:
+            return start + borders[-1]
+    return 0
 
 
 def whole_character(raw, at):
@@ -429,11 +445,10 @@ def line_end(path, position):
     return position + (len(line) if line.endswith(b"\n") else whole_character(line, 0))
 
 
-def text_pieces(path, name, weight, whole):
-    """A text file as pieces.  whole: the file is held out as one, by its name; otherwise its last part is."""
+def text_pieces(path, name, weight, held_out):
+    """A text file as pieces.  held_out says whether the file is; None: its last part is."""
     size = path.stat().st_size
-    if whole:
-        held_out = unit(name) < VAL_FRACTION
+    if held_out is not None:
         parts = [(held_out, 0, size)] * copies(name, weight, held_out)
     else:
         border = line_end(path, int(size * (1 - VAL_FRACTION)))
@@ -454,10 +469,12 @@ def json_pieces(path, name, weight, skipped):
             try:
                 text = json.loads(line)["text"]
                 text.encode()                              # half of a surrogate pair is valid JSON, not text
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 skipped["lines"] += 1
                 continue
-            held_out = unit(f"{name}:{number}") < VAL_FRACTION
+            # one of every 20, the first one included, so that few lines have a held-out one too
+            group, place = divmod(number, round(1 / VAL_FRACTION))
+            held_out = place == int(group and unit(f"{name}:{group}") / VAL_FRACTION)
             for _ in range(copies(f"{name}:{number}", weight, held_out)):
                 yield Piece(text, True, held_out)
 
@@ -480,8 +497,10 @@ class Corpus:
                                "bytes": sum(f.stat().st_size for f in good)})
             self.files += [(f, f.relative_to(root).as_posix(), weight) for f in good]
         self.bytes = sum(s["bytes"] for s in self.found)
-        # text files are held out whole when there are enough of them
-        self.whole = sum(not is_json(f) for f, _, _ in self.files) * VAL_FRACTION >= 1
+        # text files are held out whole, by their names, when there are enough of them
+        texts = {unit(name): name for f, name, _ in self.files if not is_json(f)}
+        self.whole = len(texts) * VAL_FRACTION >= 1
+        self.held = {name for key, name in texts.items() if key < VAL_FRACTION or key == min(texts)}
         if not self.bytes:
             raise ValueError(f"no UTF-8 text in {', '.join(sources)} ({self.skipped['files']} files skipped)")
 
@@ -489,8 +508,10 @@ class Corpus:
         self.skipped["lines"] = 0
         with progress(self.bytes, description) as bar:
             for path, name, weight in self.files:
-                pieces = json_pieces(path, name, weight, self.skipped) if is_json(path) else \
-                    text_pieces(path, name, weight, self.whole)
+                if is_json(path):
+                    pieces = json_pieces(path, name, weight, self.skipped)
+                else:
+                    pieces = text_pieces(path, name, weight, name in self.held if self.whole else None)
                 try:
                     for piece in pieces:
                         yield piece
@@ -511,10 +532,20 @@ class Corpus:
 
 
 def is_json(path):
-    return ".jsonl" in path.name.lower()
+    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 # --- preparing a folder -----------------------------------------------------------------------------------
+
+def encode(encoding, text):
+    """encode_ordinary, also of what makes tiktoken's splitter give up: a million spaces, say."""
+    try:
+        return encoding.encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException" or len(text) < 2:       # cannot be imported
+            raise
+        return encode(encoding, text[:len(text) // 2]) + encode(encoding, text[len(text) // 2:])
+
 
 def tokenize(corpus, encoding, folder):
     """Write train.bin and val.bin -> {"train": counts, "val": counts}."""
@@ -523,7 +554,7 @@ def tokenize(corpus, encoding, folder):
     counts = {split: Counter(documents=0, bytes=0) for split in writers}
     for piece in corpus.pieces("writing tokens"):
         split = "val" if piece.held_out else "train"
-        tokens = [end_of_text] * piece.first + encoding.encode_ordinary(piece.text)
+        tokens = [end_of_text] * piece.first + encode(encoding, piece.text)
         writers[split].write(tokens)
         counts[split].update(documents=int(piece.first), bytes=len(piece.text.encode()))
     for split, writer in writers.items():
@@ -550,7 +581,7 @@ def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=
             raise ValueError(f"{out} was prepared with other settings ({meta['request']}); "
                              "choose another --name, or delete that folder yourself")
         return meta
-    if len(weights) != len(sources) or not all(w > 0 for w in weights):
+    if len(weights) != len(sources) or not all(0 < w < 1000 for w in weights):
         raise ValueError(f"weights must be one number above 0 for each source, got {weights}")
     if tokenizer == "bpe" and not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
         raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536 for bpe, got {vocab_size}")
@@ -579,11 +610,12 @@ def load_meta(folder):
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        meta["request"], meta["train"]["sha256"], meta["val"]["sha256"]
         if file_sha256(folder / "encoding.json") != meta["encoding_sha256"]:
             raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is "
                              "not the one in meta.json")
         return meta
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
 
 
@@ -602,7 +634,7 @@ def describe(out, meta):
 
 def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--source", nargs="+", default=["stdlib"], metavar="PATH|URL",
+    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH|URL",
                         help="files, folders, URLs, or the word stdlib (the default)")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
                         help="how often each source goes in; 0.5 is half of its documents (default 1)")
@@ -614,8 +646,14 @@ def main(argv=None):
                              "best for the laptop preset; take 8192 or more for a larger model)")
     args = parser.parse_args(argv)
     with one_line_errors():
-        out = Path("data") / (args.name or re.sub(r"\W.*", "", Path(args.source[0]).name) or "corpus")
-        print(describe(out, prepare(out, args.source, args.weights, args.tokenizer, args.vocab_size)))
+        sources = args.source or ["stdlib"]
+        name = args.name or Path(sources[0]).name.split(".")[0]
+        if not re.fullmatch(r"[\w.-]*\w", name) or (name == "stdlib" and sources != ["stdlib"]):
+            raise ValueError(f"data/{name} cannot be the folder's name; give another --name")
+        out = Path("data") / name
+        if out.exists():
+            print(f"{out} is there already; to prepare it anew, delete it or choose another --name")
+        print(describe(out, prepare(out, sources, args.weights, args.tokenizer, args.vocab_size)))
 
 
 if __name__ == "__main__":

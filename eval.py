@@ -55,11 +55,21 @@ def newest(ckpt):
     return Path(ckpt) / f"step-{steps[-1]}"
 
 
+def same_tokenizer(out, folder):
+    """ValueError unless a run and a data folder have the same tokenizer (or one of them has none)."""
+    files = [Path(place) / "encoding.json" for place in (out, folder)]
+    if all(f.exists() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise ValueError(f"the tokenizer of {out} is not that of {folder}: their tokens mean other things")
+
+
 def read_settings(out):
     """settings.json of a run directory.  ValueError if it is none."""
     try:
-        return json.loads((Path(out) / "settings.json").read_text())
-    except (OSError, ValueError) as error:
+        saved = json.loads((Path(out) / "settings.json").read_text())
+        if not (isinstance(saved["settings"], dict) and isinstance(saved["model"], dict)):
+            raise ValueError("no settings in it")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out} is not a directory of train.py ({error})") from None
 
 
@@ -145,6 +155,7 @@ def compare_losses(ckpts, source=None, device="cpu"):
     train, val = (data.load_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     losses = []
     for ckpt in ckpts:
+        same_tokenizer(run_folder(ckpt), folder)
         model, _, top_k = load_run(ckpt, device)
         if model.config.vocab_size < encoding.n_vocab:
             raise ValueError(f"vocab_size of {ckpt} ({model.config.vocab_size}) is below that of {folder}")
@@ -203,8 +214,10 @@ def write_text(model, encoding, prompt, max_new_tokens, top_k, temperature=0.8, 
 
 
 def sample_command(args):
-    model, saved, top_k = load_run(args.ckpt[0], args.device)
-    encoding = data.load_encoding(run_folder(args.ckpt[0]))
+    if min(args.tokens, args.n) < 1:
+        raise ValueError(f"tokens ({args.tokens}) and n ({args.n}) must be at least 1")
+    model, _, top_k = load_run(args.ckpt, args.device)
+    encoding = data.load_encoding(run_folder(args.ckpt))
     for i in range(args.n):
         if i:
             print("-" * 80)
@@ -235,15 +248,15 @@ def main(argv=None):
     parser = data.Parser(prog="eval.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="loss | sample")
 
-    def command(name, function, help):
+    def command(name, function, help, nargs=None):
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=function)
-        sub.add_argument("--ckpt", nargs="+", required=True, metavar="RUN",
+        sub.add_argument("--ckpt", nargs=nargs, required=True, metavar="RUN",
                          help="run directory, or a step-N in it")
         sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
         return sub
 
-    sub = command("loss", loss_command, "cross-entropy on held-out text, beside baselines and other runs")
+    sub = command("loss", loss_command, "cross-entropy on held-out text, beside baselines and runs", "+")
     sub.add_argument("--data", help="folder made by data.py (default: the first run's own)")
     sub = command("sample", sample_command, "generate text")
     sub.add_argument("--prompt", default="", help="text to continue (default: the beginning of a document)")

@@ -15,7 +15,6 @@ The architecture is Qwen3-MoE's (the weights load into transformers) at the size
     python model.py --preset sigma-moe-tiny --ranks 64    parameters, FLOPs per token, bytes of state per rank
 """
 
-import argparse
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -378,6 +377,8 @@ class Model(nn.Module):
         -> logits [B, T, V] (fp32 or wider), or Output.
         """
         B, T = tokens.shape
+        if cache is not None and doc is not None:
+            raise ValueError("doc and cache do not go together: a cache holds one document per row")
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_seq_len:
             raise ValueError(f"{past + T} tokens are longer than max_seq_len ({self.config.max_seq_len})")
@@ -457,9 +458,12 @@ def attention_mask(doc, T, past, device):
 
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits [B, V] -> [B].  temperature 0 is greedy."""
+    if not (0 <= temperature < float("inf") and 0 < top_p):
+        raise ValueError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
-    prob, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
+    prob, token = logits.softmax(-1).sort(-1, descending=True)
     prob = prob * (prob.cumsum(-1) - prob < top_p)                # the likeliest, until top_p is reached
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
@@ -492,11 +496,12 @@ def flops_per_token(config, seq_len, top_k=None):
     return 6 * (matrices + attention)
 
 
-def state_bytes(config, ranks=1):
-    """Bytes of training state on each of `ranks` processes, all parameters sharded over all of them.
+def state_bytes(config, ranks=1, replicate=1, bf16=True):
+    """Bytes of training state on each of `ranks` processes that hold `replicate` copies of the model, each
+    copy sharded over the processes that share it (however experts are divided among those).
 
-    fp32 weights, gradients and two AdamW moments (16), and the bf16 copy that computes (2), per parameter."""
-    return 18 * count_parameters(config)[0] // ranks
+    Per parameter: fp32 weight, gradient and two AdamW moments (16), and the bf16 copy that computes (2)."""
+    return (18 if bf16 else 16) * count_parameters(config)[0] * replicate // ranks
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
@@ -572,30 +577,41 @@ def from_hf(state_dict, model):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="model.py", description="Count a preset: parameters, FLOPs, bytes.")
-    parser.add_argument("--preset", default="laptop", choices=PRESETS, help=f"{', '.join(PRESETS)}")
-    parser.add_argument("--top_k", type=lambda text: [int(k) for k in text.split(",")], metavar="K,K,...",
+    from data import Parser, one_line_errors  # for the command line only
+
+    parser = Parser(prog="model.py", description="Count a preset: parameters, FLOPs, bytes.")
+    parser.add_argument("--preset", default="laptop", choices=PRESETS, metavar="NAME",
+                        help=", ".join(PRESETS))
+    parser.add_argument("--top_k", type=lambda text: [int(k) for k in text.split(",")], default=[],
+                        metavar="K,K,...",
                         help="experts activated in layer 0, 1, ...; the rest activate the preset's")
     parser.add_argument("--seq_len", type=int, metavar="T",
                         help="for the FLOPs of attention (default: the longest)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N",
-                        help="processes that share the state (default 1)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--replicate", type=int, default=1, metavar="R", help="copies of the model (1)")
     args = parser.parse_args(argv)
-    config, seq_len = PRESETS[args.preset], args.seq_len or PRESETS[args.preset].max_seq_len
-    top_k = (args.top_k or []) + [config.top_k] * (config.n_layer - len(args.top_k or []))
-    try:
-        total, active, core = count_parameters(config, top_k)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.ranks < 1 or seq_len < 1:
-        parser.error("ranks and seq_len must be at least 1")
+    with one_line_errors():
+        print(describe(args.preset, args.top_k, args.seq_len, args.ranks, args.replicate))
+
+
+def describe(preset, top_k, seq_len, ranks, replicate):
+    """The counts of a preset as text.  ValueError for an impossible list or grid."""
+    config = PRESETS[preset]
+    top_k = top_k + [config.top_k] * (config.n_layer - len(top_k))
+    seq_len = config.max_seq_len if seq_len is None else seq_len
+    if min(seq_len, ranks, replicate) < 1 or ranks % replicate:
+        raise ValueError(f"seq_len ({seq_len}) and replicate ({replicate}) must be at least 1, and ranks "
+                         f"({ranks}) a multiple of replicate")
+    total, active, core = count_parameters(config, top_k)
+    fp32, bf16 = (state_bytes(config, ranks, replicate, bf16) for bf16 in (False, True))
     flops = flops_per_token(config, seq_len, top_k)
-    print(f"""{args.preset}: {config.n_layer} layers of {config.n_expert} experts, top {config.top_k}
+    shown = ", ".join(map(str, sorted(set(top_k), reverse=True)))
+    return f"""{preset}: {config.n_layer} layers of {config.n_expert} experts, top {shown}
 parameters         {total:>16,}
 active per token   {active:>16,}   {core:,} without embeddings
 FLOPs per token    {flops:>16.4g}   forward and backward, at {seq_len} tokens
-bytes of state     {state_bytes(config, args.ranks):>16,}   on each of {args.ranks} ranks: fp32 weights,
-                                      gradients and moments, bf16 copy""")
+bytes of state     {bf16:>16,}   on each of {ranks} ranks, {replicate} copies of the model: weights,
+                                      gradients, moments, bf16 copy ({fp32:,} in fp32)"""
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def damage(path):
     manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if ".metadata" not in manifest:
+            return "manifest.json does not list its files"
         for name, expected in manifest.items():
             size = (path / name).stat().st_size
             if size != expected["bytes"]:

@@ -28,6 +28,11 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                               # Windows
+    fcntl = None
+
 import data
 import eval as evaluation
 import parallel
@@ -158,7 +163,9 @@ def parse(argv):
 
 
 def truth(text):
-    return {"true": True, "false": False}[text.lower()]
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def numbers(text):
@@ -182,16 +189,20 @@ def resolve(typed):
 
     What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
     preset = typed.get("preset", "laptop")
+    typed |= {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from") if name in typed}
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
-    out = Path(typed.get("out") or f"out/{preset}")
+    out = Path(typed.get("out", f"out/{preset}"))
+    if out.name.startswith("step-"):
+        raise ValueError(f"out ({out}) must not begin with step-, which is the name of a checkpoint")
     exists = (out / "settings.json").exists()
     if exists:
         saved = evaluation.read_settings(out)
         given, sizes = saved["settings"], saved["model"]
         for name, value in typed.items():
             old = given.get(name, sizes.get(name))
-            if name not in MAY_CHANGE and value != old:
+            ramped = name == "steps" and given["ramp_from"]       # the sequences consumed would be others
+            if (name not in MAY_CHANGE or ramped) and value != old:
                 raise ValueError(f"{out} was made with {name} {old}, not {value}; leave out --{name} to "
                                  "resume it, or choose another --out")
     elif out.exists() and any(out.iterdir()):
@@ -202,8 +213,11 @@ def resolve(typed):
         if typed.get("init_from"):
             sizes = evaluation.read_settings(evaluation.run_folder(typed["init_from"]))["model"]
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
-    config = ModelConfig(**sizes | {k: v for k, v in typed.items() if k in names})
+    try:
+        settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
+        config = ModelConfig(**sizes | {k: v for k, v in typed.items() if k in names})
+    except TypeError as error:
+        raise ValueError(f"{out / 'settings.json'} is of another version of train.py ({error})") from None
     if "initial_top_k" not in typed:                          # a preset's list is cut to the layers there are
         settings.initial_top_k = settings.initial_top_k[:config.n_layer]
     settings.check(config)
@@ -242,6 +256,7 @@ class Run:
     val: np.ndarray             # held-out tokens, or None
     encoding: tiktoken.Encoding     # or None, if there is none beside the token file
     device: str
+    log: object = None          # log.jsonl, open
 
 
 def start(settings, config, exists, typed):
@@ -255,46 +270,64 @@ def start(settings, config, exists, typed):
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py")
     if (folder / "meta.json").exists():
-        data.load_meta(folder)                                    # the tokenizer fits the tokens
+        data.load_meta(folder)                                # the tokenizer fits the tokens
     tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
     if not exists and "vocab_size" not in typed and not s.init_from:
         config.vocab_size = -(-vocab_size // 64) * 64         # the data's, rounded up for the matrix products
     if vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {vocab_size} of {file}")
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
+    if val is not None and len(val) <= s.seq_len:
+        raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
+    for other in [out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
+        evaluation.same_tokenizer(other, folder)
 
     model = Model(config, s.seed).to(device)
     masters = parallel.Masters(model, getattr(torch, s.dtype))
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     sampler = data.Sampler(tokens, s.seq_len, s.seed)
-    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device)
-    if not exists:
-        if s.init_from:
-            parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
-            masters.refresh()
-        write_new_run(run, folder)
-        return run, 0
     done = (parallel.checkpoints(out) or [0])[-1]
     if done:
         parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer))
-        masters.refresh()
-    cut_log(out / "log.jsonl", done)
+    elif s.init_from:
+        parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
+    masters.refresh()
+    out.mkdir(parents=True, exist_ok=True)
+    log = open_log(out / "log.jsonl")
+    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device, log)
+    if run.encoding and not exists:
+        shutil.copy(folder / "encoding.json", out / "encoding.json")
+    write_settings(run)
+    cut_log(log, done)
     return run, done
 
 
-def write_new_run(run, folder):
-    """Make the run directory: settings, tokenizer, and the log with its header."""
+def open_log(path):
+    """The log, held for this process alone where the system can: two at once would destroy a run."""
+    log = open(path, "a+", buffering=1)
+    if fcntl:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path.parent} is in use by another process") from None
+    return log
+
+
+def write_settings(run):
+    """settings.json as they are now (steps may have changed), and the header of a new log."""
     s, out = run.settings, Path(run.settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if run.encoding:
-        shutil.copy(folder / "encoding.json", out / "encoding.json")
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config)}
+    text, file = json.dumps(settings, indent=1), out / "settings.json"
+    if not file.exists() or file.read_text() != text:
+        (out / "settings.tmp").write_text(text)
+        os.replace(out / "settings.tmp", file)
+    if run.log.tell():
+        return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "tiktoken": tiktoken.__version__}
     header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device)}
-    (out / "log.jsonl").write_text(json.dumps(header) + "\n")
-    (out / "settings.json").write_text(json.dumps(settings, indent=1))        # last: now it is a run
+    print(json.dumps(header), file=run.log)
 
 
 def commit():
@@ -306,15 +339,13 @@ def commit():
         return None
 
 
-def cut_log(path, step):
-    """Drop the lines after a checkpoint's step, which will be written again."""
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines[1:] if line.endswith("\n")]              # the last one may be cut short
-    kept = lines[:1] + [line for line in whole if json.loads(line)["step"] <= step]
-    if kept != lines:
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, path)
+def cut_log(log, step):
+    """Drop the lines after a checkpoint's step, which will be written again, and one that was cut short."""
+    log.seek(0)
+    lines = log.readlines()
+    kept = [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) + 1 < len(lines):
+        log.truncate(len("".join(lines[:1] + kept).encode()))
 
 
 def device_name(device):
@@ -408,14 +439,14 @@ class Stop:
 
 def train(run, done):
     """The loop: steps done .. steps-1, with its log, validations and checkpoints -> steps done in the end."""
-    s, out = run.settings, Path(run.settings.out)
+    s = run.settings
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
     clock, since = time.perf_counter(), 0
     bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}")
-    with Stop() as stop, open(out / "log.jsonl", "a", buffering=1) as log, bar:
+    with Stop() as stop, bar:
         while done < s.steps and not stop.asked:
             row = train_step(run, done, first)
             done, first, since = done + 1, first + row["sequences"], since + row["sequences"] * s.seq_len
@@ -432,7 +463,7 @@ def train(run, done):
                     row["val_loss"] = validation(run, row["top_k"])[0]
                     bar.write(f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
-                print(json.dumps(row), file=log)
+                print(json.dumps(row), file=run.log)
                 clock, since = time.perf_counter(), 0
             if done % save_every == 0 or done == s.steps or stop.asked:
                 save(run, done)
@@ -458,8 +489,12 @@ def report(run, done, seconds):
         loss, load, _ = validation(run, top_k)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
-        print("load of each expert on held-out text; half height is the uniform share:")
-        print(evaluation.draw_load(load))
+        if run.config.n_expert > 1:
+            print("load of each expert on held-out text; half height is the uniform share:")
+            print(evaluation.draw_load(load))
+        if not math.isfinite(loss):
+            print("the weights are no numbers any more; a new run with a lower --lr may help")
+            return
     if run.encoding and s.sample_tokens:
         print("\nit writes:")
         print(evaluation.write_text(run.model, run.encoding, "", s.sample_tokens, top_k))
@@ -476,10 +511,19 @@ try next:
 def main(argv=None):
     typed = parse(argv)
     began = time.perf_counter()
-    with data.one_line_errors():
-        settings, config, exists = resolve(typed)
-        run, done = start(settings, config, exists, typed)
-    s = run.settings
+    try:
+        with data.one_line_errors():
+            settings, config, exists = resolve(typed)
+            run, done = start(settings, config, exists, typed)
+        with run.log:
+            go(run, done, exists, began)
+    except KeyboardInterrupt:                                 # outside the loop, or a second one in it
+        raise SystemExit("ended at once; the last checkpoint is whole") from None
+
+
+def go(run, done, exists, began):
+    """Introduce the run, train, and show what came of it."""
+    s, config = run.settings, run.config
     if done >= s.steps:
         print(f"{s.out} is complete: {done} steps.  --steps {2 * done} goes on; --out NAME is a new run")
         return
@@ -497,8 +541,6 @@ def main(argv=None):
         done = train(run, done)
     except OSError as error:                                  # a full disk: what was saved before is whole
         data.fail(f"{error}; resume with the same command")
-    except KeyboardInterrupt:                                 # the second one
-        raise SystemExit("ended at once; the last checkpoint is whole") from None
     if done < s.steps:
         print(f"stopped and saved after step {done}; the same command resumes")
         return

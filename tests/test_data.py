@@ -123,6 +123,38 @@ def test_blocks_give_the_tokens_of_the_whole_text(name, tmp_path, monkeypatch):
     assert [t for b in blocks for t in encoding.encode_ordinary(b)] == encoding.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("line", ["word\r\n", "日本語。\n", "end.\n", "\n", "x"])
+def test_long_texts_of_any_lines_take_no_time(tmp_path, line):
+    """5 MB, in blocks of the real size: the search for a border must not start over at every letter."""
+    text = line * (5_000_000 // len(line.encode()))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert "".join(data.text_blocks(tmp_path / "a.txt", 0, len(text.encode()))) == text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword\nnext\n")
+    assert "".join(data.text_blocks(tmp_path / "a.txt", 0, 13)) == "word\nnext\n"
+
+
+def test_what_makes_the_splitter_give_up_is_still_encoded():
+    encoding = data.build_encoding("bytes", 0, ())
+    text = "a" + " " * 2_000_000 + "b"
+    assert encoding.decode(data.encode(encoding, text)) == text
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("n", [20, 23, 41])
+def test_something_is_always_held_out(tmp_path, n, suffix):
+    for seed in range(4):
+        folder = tmp_path / f"text{seed}"
+        folder.mkdir()
+        lines = [json.dumps({"text": f"text {i}"}) for i in range(n)]
+        for i, line in enumerate(lines if suffix == ".txt" else ["\n".join(lines)]):
+            (folder / f"{seed}-{i}{suffix}").write_text(line)
+        meta = data.prepare(tmp_path / f"out{seed}", [str(folder)], tokenizer="bytes")
+        assert 1 <= meta["val"]["documents"] <= 7 and meta["documents"] == n
+
+
 def test_a_text_without_lines_is_still_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 10)
     text = "日" * 300

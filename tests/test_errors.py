@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one line that names it, exit code 2, nothing overwritten."""
 
 import dataclasses
+import gzip
 import os
 import shutil
 import subprocess
@@ -34,6 +35,13 @@ def vocabulary_of_a_smaller_tokenizer():
     data.save_encoding(data.build_encoding("bytes", 0, ()), "small/encoding.json")
 
 
+def other_tokenizer():
+    T()()
+    shutil.rmtree("small")
+    D("--source", "text", "--name", "s", "--vocab_size", "290")()
+    shutil.copytree("data/s", "small")
+
+
 def run_with_other_settings():
     T()()
 
@@ -53,6 +61,24 @@ def corrupt_checkpoint():
 
 CASES = [
     # (what is prepared, the command, what the line must say)
+    ("tokenizer of another run", other_tokenizer, T("--steps", "4"), "the tokenizer of run"),
+    ("name outside data", None, D("--source", "text", "--name", "../../x"), "--name"),
+    ("folder named stdlib", lambda: write_corpus(Path("stdlib")), D("--source", "./stdlib"), "--name"),
+    ("cut gzip file", lambda: Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20]),
+     D("--source", "a.jsonl.gz"), "a.jsonl.gz is not a whole gzip file"),
+    ("infinite weight", None, D("--source", "text", "--weights", "inf", "--name", "w"), "weights"),
+    ("truth value", None, T("--tie_embeddings", "perhaps"), "--tie_embeddings"),
+    ("settings of another version", lambda: (T()(), Path("run/settings.json").write_text(
+        '{"settings": {"colour": 1, "ramp_from": 0}, "model": {}}')), lambda: train.main(["--out", "run"]),
+     "another version"),
+    ("settings that are none", lambda: (T()(), Path("run/settings.json").write_text("[]")),
+     E("sample", "--ckpt", "run"), "run is not a directory of train.py"),
+    ("steps under a ramp", T("--ramp_from", "2"), lambda: train.main(["--out", "run", "--steps", "9"]),
+     "steps 2, not 9"),
+    ("directory that looks like a checkpoint", None, T("--out", "step-1"), "step-1"),
+    ("impossible sampling", lambda: T()(), E("sample", "--ckpt", "run", "--top_p", "0"), "top_p"),
+    ("unknown setting of a command", None, E("loss", "--dta", "x", "--ckpt", "run"), "did you mean --data"),
+    ("impossible grid", None, lambda: model.main(["--ranks", "8", "--replicate", "3"]), "replicate (3)"),
     ("missing source", None, D("--source", "nowhere"), "nowhere"),
     ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
     ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),

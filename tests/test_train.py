@@ -290,10 +290,31 @@ def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text((finished / "log.jsonl").read_text() + '{"step": 13, "lo')
-    train.cut_log(log, 12)
-    assert log.read_text() == (finished / "log.jsonl").read_text()
+    path, whole = tmp_path / "log.jsonl", (finished / "log.jsonl").read_text()
+    path.write_text(whole + '{"step": 13, "lo')
+    with train.open_log(path) as log:
+        train.cut_log(log, 12)
+        log.write("next\n")
+    assert path.read_text() == whole + "next\n"
+
+
+def test_two_processes_cannot_train_the_same_run(finished, capsys):
+    with train.open_log(finished / "log.jsonl"):
+        with pytest.raises(SystemExit) as end:
+            train.main(["--out", str(finished), "--steps", "20"])
+    assert end.value.code == 2 and "in use by another process" in capsys.readouterr().err
+    assert evaluation.read_settings(finished)["settings"]["steps"] == 12
+
+
+def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
+    """What a checkpoint was trained with, and whether the run is complete, follow the latest setting."""
+    out = tmp_path / "run"
+    train.main(["--data", str(corpus), "--out", str(out), "--steps", "4", *SIZES, "--initial_top_k", "3,2",
+                "--switch", "0.5"])
+    assert evaluation.load_run(out)[2] == [1, 1]
+    train.main(["--out", str(out), "--steps", "20", "--save_every", "6", "--keep", "9"])
+    assert evaluation.read_settings(out)["settings"]["steps"] == 20
+    assert evaluation.load_run(out / "step-6")[2] == [3, 2] and evaluation.load_run(out)[2] == [1, 1]
 
 
 def test_the_second_interrupt_ends_at_once():
