@@ -67,7 +67,7 @@ class ModelConfig:
 PRESETS = {
     # two CPU cores, five minutes; the paper's proportions: experts half as wide as the residual stream
     "laptop": ModelConfig(
-        vocab_size=2048, n_layer=4, n_head=2, n_kv_head=1, head_dim=32, d_model=64, n_expert=96, d_expert=32,
+        vocab_size=2048, n_layer=4, n_head=2, n_kv_head=2, head_dim=32, d_model=64, n_expert=96, d_expert=32,
         tie_embeddings=True, max_seq_len=512),
     # one 24 GB card: 18 bytes of training state per parameter are 19 GB
     "gpu": ModelConfig(
