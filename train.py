@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tiktoken
@@ -256,7 +257,7 @@ class Run:
     val: np.ndarray             # held-out tokens, or None
     encoding: tiktoken.Encoding     # or None, if there is none beside the token file
     device: str
-    log: object = None          # log.jsonl, open
+    log: TextIO = None          # log.jsonl, open and locked
 
 
 def start(settings, config, exists, typed):
@@ -445,7 +446,7 @@ def train(run, done):
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
     clock, since = time.perf_counter(), 0
     bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
-               bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}")
+               bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while done < s.steps and not stop.asked:
             row = train_step(run, done, first)
@@ -498,14 +499,17 @@ def report(run, done, seconds):
     if run.encoding and s.sample_tokens:
         print("\nit writes:")
         print(evaluation.write_text(run.model, run.encoding, "", s.sample_tokens, top_k))
-    out = s.out
+    same = "".join(f" --{name} {getattr(s, name)}" for name in ("preset", "data")
+                   if getattr(s, name) != getattr(Settings, name))
     print(f"""
-{done} steps in {seconds / 60:.1f} minutes.  log: {out}/log.jsonl   checkpoint: {out}/step-{done}
-try next:
-  python eval.py loss --ckpt {out}                     beside a uniform model and a trigram
-  python eval.py sample --ckpt {out} --prompt "def "   more text
-  python train.py --n_expert 1 --out out/dense         the dense control
-  python train.py --help                               everything that can be changed""")
+{done} steps, {seconds / 60:.1f} minutes
+log         {s.out}/log.jsonl
+checkpoint  {s.out}/step-{done}
+try next
+  python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram
+  python eval.py sample --ckpt {s.out} --prompt "def "
+  python train.py{same} --n_expert 1 --out out/dense     # the dense control
+  python train.py --help""")
 
 
 def main(argv=None):
