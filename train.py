@@ -73,7 +73,7 @@ class Settings:
     dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
 
-    steps: int = setting(1800, "schedule", "updates of the weights")
+    steps: int = setting(1600, "schedule", "updates of the weights")
     batch_size: int = setting(32, "schedule", "sequences per step")
     ramp_from: int = setting(0, "schedule", "sequences of the first step, if the batch is to grow; 0 is off")
     ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
