@@ -263,6 +263,15 @@ def load_tokens(path):
     return tokens
 
 
+def largest_share(tokens, vocab_size, blocks=200, size=100_000):
+    """Share of the most frequent token, counted in up to `blocks` evenly spaced blocks of `size` tokens."""
+    starts = np.unique(np.linspace(0, max(0, len(tokens) - size), blocks).astype(int))
+    if len(tokens) <= blocks * size:
+        starts = range(0, len(tokens), size)
+    count = sum(np.bincount(tokens[a:a + size], minlength=vocab_size) for a in starts)
+    return float(count.max() / count.sum())
+
+
 def vocabulary(path):
     """Size of the vocabulary that a token file was written with (load_tokens has checked the file)."""
     return int(np.fromfile(path, "<i8", 5)[3])

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from router import GATES, Router
+from router import GATES, Router, Statistics
 
 
 @dataclass
@@ -40,6 +40,7 @@ class ModelConfig:
     d_expert: int                 # F
     top_k: int = 1                # K, the same in all layers unless the forward pass is given another
     gate: str = "softmax"         # softmax, sigmoid or normalized: see router.Router
+    token_router: bool = False    # a control: layer 0 routes on the token's embedding, before attention
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -223,40 +224,53 @@ class MoE(nn.Module):
         self.router = Router(config.d_model, config.n_expert, config.gate)
         self.experts = Experts(config)
 
-    def forward(self, x, top_k, keep=None):
-        """x [B, T, D] -> output [B, T, D], load [E], prob_sum [E], z_sum [].
+    def forward(self, x, top_k, keep=None, scored=None):
+        """x [B, T, D] -> output [B, T, D], Statistics.
 
-        keep: indices of the tokens to route (None is all); the output of the others is zero."""
-        h = x.flatten(0, -2)
-        if keep is not None:
-            h = h.index_select(0, keep)
-        routing = self.router(h, top_k)
+        keep: indices of the tokens to route (None is all); the output of the others is zero.
+        scored: what the router sees in place of x."""
+        h = kept(x, keep)
+        routing = self.router(h if scored is None else kept(scored, keep), top_k)
         order = routing.experts.flatten().argsort(stable=True)    # row -> (token, slot), sorted by expert
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = Gather.apply(h, order if top_k == 1 else order // top_k, inverse, top_k)
-        rows = self.experts(rows, routing.load)
+        rows = self.experts(rows, routing.statistics.load)
         out = Gather.apply(rows, inverse, order, 1).view(len(h), top_k, -1)              # [N, K, D]
         out = (out * routing.weights.to(out.dtype)[:, :, None]).sum(1)
         if keep is not None:
             out = out.new_zeros(x.shape).flatten(0, -2).index_copy(0, keep, out)
-        return out.view_as(x), routing.load, routing.prob_sum, routing.z_sum
+        return out.view_as(x), routing.statistics
+
+
+def kept(x, keep):
+    """x [B, T, D] -> the rows of the tokens `keep` [N, D]; None is all."""
+    return x.flatten(0, -2) if keep is None else x.flatten(0, -2).index_select(0, keep)
 
 
 class Block(nn.Module):
     """One layer.  Returns a plain tuple of tensors: sharding and recomputation handle nothing else
     everywhere."""
 
-    def __init__(self, config):
+    def __init__(self, config, token_router=False):
         super().__init__()
+        self.token_router = token_router
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoE(config)
 
     def forward(self, x, top_k, cos, sin, mask=None, keep=None, cache=None, layer=None):
+        scored = self.moe_norm(x) if self.token_router else None
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, layer)
-        y, load, prob_sum, z_sum = self.moe(self.moe_norm(x), top_k, keep)
-        return x + y, load, prob_sum, z_sum
+        y, statistics = self.moe(self.moe_norm(x), top_k, keep, scored)
+        sizes = {"output_sq": sum_of_squares(y), "stream_sq": sum_of_squares(kept(x, keep))}
+        return x + y, *statistics._replace(**sizes)
+
+
+def sum_of_squares(x):
+    """In fp32 or wider, without gradient."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.detach(), dtype=wide).square()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -315,9 +329,15 @@ class Output(NamedTuple):
     loss: torch.Tensor      # [] cross-entropy in nats, SUMMED over the targets that are not -1
     n_targets: int
     n_tokens: int           # tokens routed: padding is not
-    load: torch.Tensor      # [L, E] int64
-    prob_sum: torch.Tensor  # [L, E] with gradient
-    z_sum: torch.Tensor     # [L] with gradient
+    statistics: Statistics  # of all layers, [L, ..]
+
+    @property
+    def load(self):         # [L, E] int64
+        return self.statistics.load
+
+    @property
+    def prob_sum(self):     # [L, E] with gradient
+        return self.statistics.prob_sum
 
 
 class Model(nn.Module):
@@ -327,7 +347,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, config.token_router and i == 0)
+                                    for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie()
@@ -342,7 +363,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw all parameters.
+        """Draw all parameters; selection biases are zero.
 
             norms                         1
             routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
@@ -353,6 +374,8 @@ class Model(nn.Module):
         of the parameters draws the same ones.
         """
         D, L = self.config.d_model, self.config.n_layer
+        for bias in self.buffers():
+            bias.zero_()
         for name, p in self.named_parameters():
             generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
             if p.dim() == 1:
@@ -402,8 +425,8 @@ class Model(nn.Module):
             targets = targets.masked_fill(doc < 0, -1)
         loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(),
                                          torch.is_grad_enabled())
-        load, prob_sum, z_sum = (torch.stack(s) for s in zip(*sums))
-        return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, load, prob_sum, z_sum)
+        statistics = Statistics(*(torch.stack(s) for s in zip(*sums)))
+        return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, statistics)
 
     def layer_top_k(self, top_k=None):
         """One K per layer from None, a number or a list.  Raises ValueError if a K is impossible."""
@@ -538,7 +561,9 @@ def flat(p):
 
 def to_hf(model):
     """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
-    lm_head when tied."""
+    lm_head when tied.  ValueError for what that format has no place for."""
+    if model.config.token_router or any(bias.any() for bias in model.buffers()):
+        raise ValueError("transformers' Qwen3-MoE has no selection biases and no token_router")
     parameters, state = dict(model.named_parameters()), {}
     for name, parts in hf_names(model.config):
         pieces = flat(parameters[name].detach()).split(list(parts.values()))
@@ -573,6 +598,8 @@ def from_hf(state_dict, model):
                          + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""))
     for name, value in new.items():
         parameters[name].copy_(value)
+    for bias in model.buffers():
+        bias.zero_()
     return model
 
 

@@ -33,6 +33,7 @@ class Masters:
 
     def __init__(self, model, dtype=torch.float32):
         self.named, self.copies = {}, []
+        self.buffers = dict(model.named_buffers())                # selection biases: state, but not optimized
         for name, p in model.named_parameters():
             self.named[name] = p
             if dtype != torch.float32 and p.dim() > 1 and "router" not in name:
@@ -100,7 +101,7 @@ def quiet():
 
 def training_state(masters, optimizer=None):
     """All tensors of a checkpoint under flat names: model.NAME and, with an optimizer, its state of each."""
-    state = {f"model.{name}": p.detach() for name, p in masters.named.items()}
+    state = {f"model.{name}": p.detach() for name, p in (masters.named | masters.buffers).items()}
     for name, p in masters.named.items() if optimizer else ():
         state |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     return state
@@ -134,6 +135,8 @@ def save_checkpoint(out, step, state, keep):
         sync_folder(out)
     except FAILURES as error:
         problem = reason(error)
+        if shutil.disk_usage(out).free < sum(t.nbytes for t in state.values()):
+            problem = "No space left on device"                   # torch's own message hides it at times
     if problem:
         with quiet():
             gc.collect()                                          # torch's half-written files, which complain

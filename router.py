@@ -14,6 +14,7 @@ The statistics of a forward pass are SUMS over tokens (counts, sums of probabili
 micro-batches and over processes, means do not, so every loss here is a function of sums.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,17 +22,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GATES = ("softmax", "sigmoid", "normalized")
-BALANCE = ("lbl", "none")
+
+
+class Statistics(NamedTuple):
+    """What a forward pass says of its routing: sums over the tokens of one layer.  Stacked, [L, ..], of all.
+
+    The gate's probability p is the softmax over all experts, whatever the gate.  The block fills in the last
+    two."""
+
+    load: torch.Tensor          # [E] int64, rows that each expert gets; sums to N*K
+    prob_sum: torch.Tensor      # [E] p of each expert, with gradient
+    sharp_sum: torch.Tensor     # [E] the same at the router's temperature, with gradient
+    sharp_top_sum: torch.Tensor     # [] the largest of those of each token, with gradient
+    z_sum: torch.Tensor         # [] squared logsumexp of the logits, with gradient
+    top_sum: torch.Tensor       # [] the largest p of each token
+    entropy_sum: torch.Tensor   # [] entropy of p in nats; log E is a flat gate
+    output_sq: torch.Tensor = None      # [] squares of the experts' output ..
+    stream_sq: torch.Tensor = None      # [] .. and of the residual stream that it is added to
 
 
 class Routing(NamedTuple):
     """Where the N tokens of one layer go."""
 
-    weights: torch.Tensor   # [N, K] factor on each expert's output, with gradient
-    experts: torch.Tensor   # [N, K] int64, the chosen experts
-    load: torch.Tensor      # [E] int64, rows that each expert gets; sums to N*K
-    prob_sum: torch.Tensor  # [E] softmax probability of each expert, summed over tokens, with gradient
-    z_sum: torch.Tensor     # [] squared logsumexp of the logits, summed over tokens, with gradient
+    weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient
+    experts: torch.Tensor       # [N, K] int64, the chosen experts, the best one first
+    statistics: Statistics
 
 
 class Router(nn.Module):
@@ -47,12 +62,17 @@ class Router(nn.Module):
       sigmoid      sigmoid(z_k), each expert scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)
       normalized   p_k / detach(sum of the chosen p): sums to one for every K, so the size of the output does
                    not change with K; its gradient is that of log p
+
+    The choice is made by score + bias.  The bias [E] is 0 unless loss-free balancing moves it (update_bias);
+    it is no parameter, has no gradient, and never enters the weights.
     """
 
     def __init__(self, d_model, n_expert, gate):
         super().__init__()
         self.gate = gate
         self.weight = nn.Parameter(torch.empty(n_expert, d_model))
+        self.register_buffer("bias", torch.zeros(n_expert))
+        self.temperature = 1.0                                    # of sharp_sum; train.py sets it
 
     def forward(self, h, top_k):
         """h [N, D] -> Routing with K = top_k."""
@@ -60,13 +80,24 @@ class Router(nn.Module):
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
         score = logits.sigmoid() if self.gate == "sigmoid" else prob
+        choice = score.detach() + self.bias
         # a top-1 is a maximum, and much cheaper as one
-        weights, experts = score.max(-1, keepdim=True) if top_k == 1 else score.topk(top_k, -1)
+        experts = choice.argmax(-1, keepdim=True) if top_k == 1 else choice.topk(top_k, -1).indices
+        weights = score.gather(-1, experts)
         if self.gate == "normalized":
             weights = weights / weights.sum(-1, keepdim=True).detach()
-        flat = experts.flatten()
-        load = flat.new_zeros(prob.shape[-1]).scatter_add_(0, flat, torch.ones_like(flat))  # no device sync
-        return Routing(weights, experts, load, prob.sum(0), logits.logsumexp(-1).square().sum())
+        return Routing(weights, experts, self.statistics(logits, prob, experts.flatten()))
+
+    def statistics(self, logits, prob, rows):
+        """logits, prob [N, E], rows [N*K] the expert of each row -> Statistics."""
+        load = rows.new_zeros(prob.shape[-1]).scatter_add_(0, rows, torch.ones_like(rows))  # no device sync
+        sharp = prob if self.temperature == 1 else (logits / self.temperature).softmax(-1)
+        sharp_top_sum, log_total = sharp.amax(-1).sum(), logits.logsumexp(-1)
+        with torch.no_grad():
+            top_sum = sharp_top_sum.detach() if sharp is prob else prob.amax(-1).sum()
+            entropy_sum = log_total.sum() - torch.dot(prob.flatten(), logits.flatten())
+        return Statistics(load, prob.sum(0), sharp.sum(0), sharp_top_sum, log_total.square().sum(), top_sum,
+                          entropy_sum)
 
 
 # --- losses: functions of sums ----------------------------------------------------------------------------
@@ -84,6 +115,27 @@ def load_balancing_loss(load, prob_sum, n_tokens):
     return load.shape[-1] * (load * prob_sum).sum(-1) / (load.sum(-1).clamp(min=1) * n_tokens)
 
 
+def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
+    """Top-1 LBL: E * sum_i fhat_i^2 / pbar, per layer (arXiv 2512.16248, section on load balance).
+
+    fhat_i is the mean over tokens of p_i = softmax(z / temperature)_i, a differentiable stand-in for f_i, and
+    pbar the mean of each token's largest p.  1.0 only when p is one-hot AND balanced; a flat p gives E, and
+    so does collapse: the shortcut of the conventional loss is closed.  Not linear in the sums, but a function
+    of them:
+
+    sharp_sum [..., E], sharp_top_sum [...] -> [...], one value per layer.
+    """
+    top = (n_tokens * sharp_top_sum).clamp(min=torch.finfo(sharp_top_sum.dtype).tiny)     # no tokens, no loss
+    return sharp_sum.shape[-1] * sharp_sum.square().sum(-1) / top
+
+
+# what --balance may be: the loss and the statistics that it is a function of, if it is a loss
+BALANCE = {"lbl": (load_balancing_loss, ("load", "prob_sum")),
+           "top1": (top1_balancing_loss, ("sharp_sum", "sharp_top_sum")),
+           "loss-free": None,
+           "none": None}
+
+
 def router_z_loss(z_sum, n_tokens):
     """Mean squared logsumexp of the router's logits, which keeps them small (ST-MoE, arXiv 2202.08906, eq.
     5).
@@ -92,7 +144,7 @@ def router_z_loss(z_sum, n_tokens):
     return z_sum / n_tokens
 
 
-def differentiate_at(loss, total, local):
+def differentiate_at(loss, totals, parts):
     """Evaluate a loss at global sums, and give its gradient to the local ones.
 
     A balance loss wants the statistics of the whole batch, but a process (or a micro-batch) only has the
@@ -100,14 +152,55 @@ def differentiate_at(loss, total, local):
     sums)(global) * d sums (local), so no gradient need cross a collective: exact for every differentiable
     function of the sums.
 
-    loss: sums -> [L].  total: global sums.  local: this part's sums, with graph.
+    loss: sums -> [L].  totals: global sums.  parts: this part's, of which those with a graph get a gradient.
     Returns (value [L], detached; a scalar whose gradient, summed over the parts, is that of loss.sum()).
     """
-    total = total.detach().requires_grad_()
+    totals = [t.detach().requires_grad_(part.requires_grad) for t, part in zip(totals, parts)]
     with torch.enable_grad():
-        value = loss(total)
-        (slope,) = torch.autograd.grad(value.sum(), total)
-    return value.detach(), (slope * local).sum()
+        value = loss(*totals)
+        slopes = torch.autograd.grad(value.sum(), [t for t in totals if t.requires_grad])
+    moving = [part for part in parts if part.requires_grad]
+    return value.detach(), sum((slope * part).sum() for slope, part in zip(slopes, moving))
+
+
+@torch.no_grad()
+def update_bias(bias, load, rate):
+    """Loss-free balancing: b_i += rate * sign(mean load - load_i), in place, once per step from the load of
+    the whole step (arXiv 2408.15664, Algorithm 1).  bias, load [..., E].
+
+    Integers, so that an exactly fair share moves nothing."""
+    bias += rate * (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
+
+
+# --- yardsticks -------------------------------------------------------------------------------------------
+
+@lru_cache
+def noise_floor(n_tokens, n_expert, top_k):
+    """Largest and smallest relative deviation of the load that a UNIFORM router would show by chance.
+
+    Each expert's load is Binomial(n_tokens, K/E); the expected maximum and minimum of E of them, as if they
+    were independent, and widened by sqrt(E / (E - 1)) since they must add up.  -> (max, min), 0.4 is +40 %.
+    """
+    if top_k == n_expert:
+        return 0.0, 0.0
+    share = top_k / n_expert
+    mean, spread = n_tokens * share, (n_tokens * share * (1 - share)) ** 0.5
+    low, high = max(0, int(mean - 12 * spread)), min(n_tokens, int(mean + 12 * spread) + 30)
+    x = torch.arange(low, high + 1, dtype=torch.float64)
+    below = torch.distributions.Binomial(n_tokens, torch.tensor(share, dtype=torch.float64)).log_prob(x)
+    below = below.exp().cumsum(0).clamp(max=1)                    # P(load <= x)
+    largest, smallest = (low + chance.sum().item() for chance in (1 - below ** n_expert,
+                                                                  (1 - below) ** n_expert))
+    widen = (n_expert / (n_expert - 1)) ** 0.5
+    return widen * (largest / mean - 1), max(-1.0, widen * (smallest / mean - 1))
+
+
+def zipf_bound(top_share, n_expert, top_k):
+    """Smallest possible largest deviation, if the router were a function of the token id alone.
+
+    All occurrences of a token then go to the same K experts, each of which gets at least top_share, the most
+    frequent token's share of the corpus.  0 where that is below a fair share."""
+    return max(0.0, top_share * n_expert / top_k - 1)
 
 
 # --- schedule ---------------------------------------------------------------------------------------------

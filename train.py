@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import tiktoken
@@ -47,10 +47,15 @@ from model import (
 )
 from router import (
     BALANCE,
+    Statistics,
     active_experts,
     differentiate_at,
     load_balancing_loss,
+    noise_floor,
     router_z_loss,
+    top1_balancing_loss,
+    update_bias,
+    zipf_bound,
 )
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -89,9 +94,11 @@ class Settings:
     weight_decay: float = setting(0.1, "optimizer", "on matrices only")
     clip: float = setting(1.0, "optimizer", "largest norm of the gradient")
 
-    balance: str = setting("lbl", "balance", f"{' or '.join(BALANCE)}: what keeps the experts evenly used")
-    lbl_coef: float = setting(0.01, "balance", "weight of each layer's balance loss")
+    balance: str = setting("lbl", "balance", f"{', '.join(BALANCE)}: what keeps the experts evenly used")
+    lbl_coef: float = setting(0.01, "balance", "weight of each layer's balance loss, lbl or top1")
     lbl_scope: str = setting("global", "balance", "global: load of the step so far; micro: of a micro-batch")
+    temperature: float = setting(1.0, "balance", "of the probabilities in top1; below 1 sharpens them")
+    bias_rate: float = setting(1e-3, "balance", "step of the selection biases in loss-free")
     z_coef: float = setting(0.0, "balance", "weight of each layer's router z-loss")
     initial_top_k: list = setting([], "balance", "experts activated in layer 0, 1, .. before the switch: 8,4")
     switch: float = setting(0.9, "balance", "fraction of the steps before all activate top_k; 1 is never")
@@ -107,11 +114,11 @@ class Settings:
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip", "eps"):
+        for name in ("lr", "clip", "eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
-                     "weight_decay", "lbl_coef", "z_coef"):
+                     "weight_decay", "lbl_coef", "z_coef", "bias_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
@@ -180,7 +187,9 @@ SIZES = {
     "head_dim": "width of a head", "d_model": "width of the residual stream",
     "n_expert": "experts per layer; 1 is a dense model",
     "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
-    "gate": "softmax, sigmoid or normalized", "rope_base": "base of the rotary positions",
+    "gate": "softmax, sigmoid or normalized",
+    "token_router": "true or false: a control, in which layer 0 routes on the token's embedding alone",
+    "rope_base": "base of the rotary positions",
     "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
     "max_seq_len": "longest sequence, prompt and generated text together"}
 
@@ -257,6 +266,7 @@ class Run:
     val: np.ndarray             # held-out tokens, or None
     encoding: tiktoken.Encoding     # or None, if there is none beside the token file
     device: str
+    top_share: float            # of the most frequent token in the corpus
     log: TextIO = None          # log.jsonl, open and locked
 
 
@@ -294,9 +304,12 @@ def start(settings, config, exists, typed):
     elif s.init_from:
         parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
     masters.refresh()
+    for block in model.blocks:
+        block.moe.router.temperature = s.temperature
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out / "log.jsonl")
-    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device, log)
+    share = data.largest_share(tokens, vocab_size)
+    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device, share, log)
     if run.encoding and not exists:
         shutil.copy(folder / "encoding.json", out / "encoding.json")
     write_settings(run)
@@ -355,8 +368,20 @@ def device_name(device):
     return f"{device}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+class Step(NamedTuple):
+    """What came of one step."""
+
+    top_k: list                 # [L]
+    sequences: int
+    loss: torch.Tensor          # [] mean cross-entropy in nats
+    statistics: Statistics      # [L, ..] of the whole step
+    norm: torch.Tensor          # [] of the gradient, before clipping
+    norms: dict                 # {name: []}
+    skipped: bool               # the gradient was not finite: nothing was changed
+
+
 def train_step(run, step, first):
-    """One update of the weights, from sequences first, first + 1, ... -> what the log says of it.
+    """One update of the weights, from sequences first, first + 1, ... -> Step.
 
     Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever
     add up.
@@ -365,36 +390,82 @@ def train_step(run, step, first):
     top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
     count = sequences(step, s)
     micro, n_tokens = count // s.accumulate, count * s.seq_len
-    loss, load, prob_sum, seen = 0.0, 0, 0, 0                     # sums over the micro-batches so far
+    loss, seen, total = 0.0, 0, None                              # sums over the micro-batches so far
     for m in range(s.accumulate):
         tokens, targets = (t.to(run.device) for t in run.train.rows(first + m * micro, micro))
         out = model(tokens, targets, top_k)
+        part = Statistics(*(t.detach() for t in out.statistics))
+        total = Statistics(*map(torch.add, total, part)) if m else part
         loss, seen = loss + out.loss.detach(), seen + out.n_tokens
-        load, prob_sum = load + out.load, prob_sum + out.prob_sum.detach()
-        total = out.loss / n_tokens
-        if s.balance == "lbl" and s.lbl_coef:
-            at = (load, prob_sum, seen) if s.lbl_scope == "global" else (out.load, out.prob_sum, out.n_tokens)
-            total = total + s.lbl_coef * balance_gradient(*at, out.prob_sum) / n_tokens
+        objective = out.loss
+        if BALANCE[s.balance] and s.lbl_coef:
+            at, n = (total, seen) if s.lbl_scope == "global" else (part, out.n_tokens)
+            objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
         if s.z_coef:
-            total = total + s.z_coef * router_z_loss(out.z_sum, n_tokens).sum()
-        total.backward()
+            objective = objective + s.z_coef * out.statistics.z_sum.sum()
+        (objective / n_tokens).backward()
     norm, norms = parallel.clip_gradients(run.masters, s.clip)
+    skipped = not math.isfinite(norm)
+    if not skipped:
+        update(run, step, total.load)
+    run.optimizer.zero_grad(set_to_none=True)
+    return Step(top_k, count, loss / n_tokens, total, norm, norms, skipped)
+
+
+def balance_gradient(balance, total, n_tokens, part):
+    """A scalar with the gradient of n_tokens * (sum over layers of the balance loss at `total`), for `part`.
+    """
+    loss, names = BALANCE[balance]
+    totals, parts = ([getattr(statistics, name) for name in names] for statistics in (total, part))
+    return n_tokens * differentiate_at(lambda *sums: loss(*sums, n_tokens), totals, parts)[1]
+
+
+def update(run, step, load):
+    """Move the weights by the gradients, and the selection biases by the load [L, E] of the whole step."""
+    s = run.settings
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
     run.masters.refresh()
-    share = load / load.sum(-1, keepdim=True) * run.config.n_expert - 1     # relative deviation from uniform
-    lbl = load_balancing_loss(load, prob_sum, seen)
-    return {"loss": loss / n_tokens, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": norm,
-            "top_k": top_k, "load_max": share.amax(-1), "load_min": share.amin(-1), "lbl_layer": lbl,
-            "grad_norm_layer": layer_norms(norms, run.config.n_layer), "sequences": count}
+    if s.balance == "loss-free":
+        for block, layer_load in zip(run.model.blocks, load):
+            update_bias(block.moe.router.bias, layer_load, s.bias_rate)
 
 
-def balance_gradient(load, prob_sum, n_tokens, local):
-    """A scalar with the gradient of n_tokens * (sum over layers of LBL), for the part `local` of prob_sum."""
-    _, gradient = differentiate_at(lambda p: load_balancing_loss(load, p, n_tokens), prob_sum, local)
-    return n_tokens * gradient
+def describe(run, step, did, window, window_steps):
+    """What the log says of a step: {name: number, or one for each layer}.
+
+    window [L, E] is the load of the last window_steps steps together."""
+    s, n_tokens, sums = run.settings, did.sequences * run.settings.seq_len, did.statistics
+    lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
+    row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
+           "skipped": did.skipped, "top_k": did.top_k, "sequences": did.sequences}
+    row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
+    row |= deviation(window, "window") | chance(run, did.top_k, n_tokens * window_steps, "window_noise")
+    row |= {
+        "window": window_steps,
+        "zipf": [zipf_bound(run.top_share, run.config.n_expert, k) for k in did.top_k],
+        "lbl_layer": lbl,
+        "top1_lbl_layer": top1_balancing_loss(sums.sharp_sum, sums.sharp_top_sum, n_tokens),
+        "z_layer": router_z_loss(sums.z_sum, n_tokens),
+        "top_prob": sums.top_sum / n_tokens,
+        "gate_entropy": sums.entropy_sum / n_tokens,
+        "bias_range": torch.stack([b.max() - b.min() for b in run.masters.buffers.values()]),
+        "output_ratio": (sums.output_sq / sums.stream_sq).sqrt(),
+        "grad_norm_layer": layer_norms(did.norms, run.config.n_layer)}
+    return {name: value.tolist() if torch.is_tensor(value) else value for name, value in row.items()}
+
+
+def deviation(load, name):
+    """Relative deviation of the most and least loaded expert from a fair share: 0.5 is +50 %, -1 no token."""
+    share = load / load.sum(-1, keepdim=True) * load.shape[-1] - 1
+    return {f"{name}_max": share.amax(-1), f"{name}_min": share.amin(-1)}
+
+
+def chance(run, top_k, n_tokens, name):
+    """The same of a uniform router, for which it is chance alone."""
+    floor = [noise_floor(n_tokens, run.config.n_expert, k) for k in top_k]
+    return {f"{name}_max": [high for high, _ in floor], f"{name}_min": [low for _, low in floor]}
 
 
 def layer_norms(norms, n_layer):
@@ -444,19 +515,21 @@ def train(run, done):
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
-    clock, since = time.perf_counter(), 0
+    clock, since, window, window_steps = time.perf_counter(), 0, 0, 0
     bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while done < s.steps and not stop.asked:
-            row = train_step(run, done, first)
-            done, first, since = done + 1, first + row["sequences"], since + row["sequences"] * s.seq_len
+            did = train_step(run, done, first)
+            done, first, since = done + 1, first + did.sequences, since + did.sequences * s.seq_len
+            window, window_steps = window + did.statistics.load, window_steps + 1
             bar.update()
             evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
-                row = {k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()}
                 rate = since / (time.perf_counter() - clock)
-                row = {"step": done, **row, "tokens_per_s": rate, "mfu": utilisation(run, row["top_k"], rate)}
+                row = {"step": done, **describe(run, done - 1, did, window, window_steps),
+                       "tokens_per_s": rate, "mfu": utilisation(run, did.top_k, rate)}
+                window, window_steps = 0, 0
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")

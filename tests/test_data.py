@@ -424,3 +424,11 @@ def test_file_size_limit_leaves_nothing_behind(tmp_path):
                          env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
     assert out.returncode == 2 and out.stderr.count("\n") == 1 and "File too large" in out.stderr
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_largest_share():
+    tokens = np.array([3] * 6 + [1] * 3 + [0], np.uint16)
+    assert data.largest_share(tokens, 5) == 0.6 == data.largest_share(tokens, 5, blocks=3, size=4)
+    rng = np.random.default_rng(0)
+    tokens = rng.choice(5, 100_000, p=[0.1, 0.5, 0.2, 0.1, 0.1]).astype(np.uint16)
+    assert data.largest_share(tokens, 5, blocks=20, size=1000) == pytest.approx(0.5, abs=0.02)  # a sample

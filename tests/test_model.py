@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small
+from torch.utils.checkpoint import checkpoint
 
 import model as M
 from model import (
@@ -23,7 +25,7 @@ from model import (
     sample,
     to_hf,
 )
-from router import GATES
+from router import GATES, differentiate_at, load_balancing_loss
 
 
 def randomised(config, seed=1):
@@ -75,7 +77,7 @@ def test_moe_equals_one_token_at_a_time(gate, K):
     moe.router.weight.data *= 5
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 9, 16, dtype=torch.float64)
-    out, load, _, _ = moe(x, K)
+    out, statistics = moe(x, K)
     got = torch.autograd.grad((out * upstream).sum(), [x, *moe.parameters()])
     rows = []
     for token in x.view(-1, 16):
@@ -90,7 +92,7 @@ def test_moe_equals_one_token_at_a_time(gate, K):
     torch.testing.assert_close(out, slow, rtol=1e-12, atol=1e-12)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert load.sum() == 18 * K
+    assert statistics.load.sum() == 18 * K
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 21])
@@ -191,13 +193,47 @@ def test_packed_documents_equal_one_by_one(tied, K):
     many = [apart(d[None, :-1], d[None, 1:]) for d in documents]
     assert one.n_tokens == one.n_targets == 17 == sum(o.n_tokens for o in many)
     assert torch.equal(one.load, sum(o.load for o in many)) and (one.load.sum(-1) == 17 * K).all()
-    sums = map(sum, zip(*((o.loss, o.prob_sum, o.z_sum) for o in many)))
-    for got, want in zip((one.loss, one.prob_sum, one.z_sum), sums):
+    sums = map(sum, zip(*((o.loss, *o.statistics) for o in many)))
+    for got, want in zip((one.loss, *one.statistics), sums):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     one.loss.backward()
     sum(o.loss for o in many).backward()
     for (name, a), b in zip(together.named_parameters(), apart.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_recomputation_counts_once():
+    """Under activation checkpointing a block runs twice; loads, losses and gradients are those of once."""
+    once, twice = randomised(small()).double(), randomised(small()).double()
+    tokens = torch.randint(0, 64, (3, 10))
+    calls = []
+    for block in twice.blocks:
+        block.moe.router.register_forward_hook(lambda *_: calls.append(1))
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for model in (once, twice):
+        out = model(tokens, tokens)
+        assert out.load.sum(-1).tolist() == [30, 30]
+        (out.loss + differentiate_at(lambda p, load=out.load: load_balancing_loss(load, p, 30),
+                                     [out.prob_sum], [out.prob_sum])[1]).backward()
+    assert len(calls) == 4                                        # it did run twice
+    for (name, a), b in zip(once.named_parameters(), twice.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_the_control_routes_on_the_token_alone(control):
+    """In layer 0 every occurrence of a token goes to the same expert, and only there."""
+    model = randomised(small(token_router=control), 3)
+    for block in model.blocks:
+        block.attn.out.weight.data *= 20                          # so that context matters
+        block.moe.router.weight.data *= 5
+    tokens, chosen = torch.randint(0, 5, (8, 30)), []
+    for block in model.blocks:
+        block.moe.router.register_forward_hook(lambda m, a, out: chosen.append(out.experts[:, 0]))
+    model(tokens)
+    experts_of_a_token = [max(len(set(experts[tokens.flatten() == t].tolist())) for t in range(5))
+                          for experts in chosen]
+    assert (experts_of_a_token[0] == 1) == control and experts_of_a_token[1] > 1
 
 
 def test_targets_of_minus_one_are_not_counted():
@@ -414,6 +450,11 @@ def test_hf_names_round_trip(tied):
     for tensor in state.values():                                 # a copy: the model does not change with it
         tensor.zero_()
     assert all(torch.equal(p, q) and p.any() for p, q in zip(a.parameters(), b.parameters()))
+    b.blocks[1].moe.router.bias[2] = 0.1                          # the file format has no place for it
+    with pytest.raises(ValueError, match="selection biases"):
+        to_hf(b)
+    from_hf(to_hf(a), b)
+    assert not any(bias.any() for bias in b.buffers())
     if not tied:
         assert not torch.equal(b.head.weight, b.embed.weight)
 

@@ -7,7 +7,19 @@ import torch
 from conftest import small
 
 from model import Model
-from router import GATES, Router, active_experts, differentiate_at, load_balancing_loss, router_z_loss
+from router import (
+    BALANCE,
+    GATES,
+    Router,
+    active_experts,
+    differentiate_at,
+    load_balancing_loss,
+    noise_floor,
+    router_z_loss,
+    top1_balancing_loss,
+    update_bias,
+    zipf_bound,
+)
 
 
 def make_router(gate, E=7, D=5, dtype=torch.float64):
@@ -16,45 +28,54 @@ def make_router(gate, E=7, D=5, dtype=torch.float64):
     return router
 
 
-def slow_route(weight, h, K, gate):
-    """One token at a time, in plain Python numbers."""
-    E = len(weight)
-    weights, experts, load, prob_sum, z_sum = [], [], [0] * E, [0.0] * E, 0.0
+def slow_route(router, h, K):
+    """One token at a time, in plain Python numbers -> weights, experts, {name: sum}."""
+    weight, bias, E = router.weight.tolist(), router.bias.tolist(), len(router.weight)
+    weights, experts = [], []
+    sums = {"load": [0] * E, "prob_sum": [0.0] * E, "sharp_sum": [0.0] * E, "sharp_top_sum": 0.0,
+            "z_sum": 0.0, "top_sum": 0.0, "entropy_sum": 0.0}
     for token in h.tolist():
-        z = [sum(a * b for a, b in zip(row, token)) for row in weight.tolist()]
-        total = sum(math.exp(x) for x in z)
-        prob = [math.exp(x) / total for x in z]
-        score = [1 / (1 + math.exp(-x)) for x in z] if gate == "sigmoid" else prob
-        chosen = sorted(range(E), key=lambda e: -score[e])[:K]
-        scale = sum(score[e] for e in chosen) if gate == "normalized" else 1.0
+        z = [sum(a * b for a, b in zip(row, token)) for row in weight]
+        prob, sharp = ([math.exp(x / t) / sum(math.exp(y / t) for y in z) for x in z]
+                       for t in (1.0, router.temperature))
+        score = [1 / (1 + math.exp(-x)) for x in z] if router.gate == "sigmoid" else prob
+        chosen = sorted(range(E), key=lambda e: -score[e] - bias[e])[:K]
+        scale = sum(score[e] for e in chosen) if router.gate == "normalized" else 1.0
         experts.append(chosen)
         weights.append([score[e] / scale for e in chosen])
         for e in chosen:
-            load[e] += 1
-        prob_sum = [a + b for a, b in zip(prob_sum, prob)]
-        z_sum += math.log(total) ** 2
-    return weights, experts, load, prob_sum, z_sum
+            sums["load"][e] += 1
+        for name, p in (("prob_sum", prob), ("sharp_sum", sharp)):
+            sums[name] = [a + b for a, b in zip(sums[name], p)]
+        sums["sharp_top_sum"] += max(sharp)
+        sums["top_sum"] += max(prob)
+        sums["z_sum"] += math.log(sum(math.exp(x) for x in z)) ** 2
+        sums["entropy_sum"] -= sum(p * math.log(p) for p in prob)
+    return weights, experts, sums
 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("K", [1, 3])
-def test_routing_equals_one_token_at_a_time(gate, K):
+@pytest.mark.parametrize("bias", [[0.0] * 7, [0.3, 0, -0.2, 0, 0.1, 0, 0]], ids=["", "bias"])
+def test_routing_equals_one_token_at_a_time(gate, K, bias):
     router, h = make_router(gate), torch.randn(40, 5, dtype=torch.float64)
+    router.bias.copy_(torch.tensor(bias))
+    router.temperature = 0.7
     got = router(h, K)
-    weights, experts, load, prob_sum, z_sum = slow_route(router.weight, h, K, gate)
+    weights, experts, sums = slow_route(router, h, K)
     assert got.experts.tolist() == experts
-    assert got.load.tolist() == load and got.load.dtype == torch.int64
     torch.testing.assert_close(got.weights, torch.tensor(weights, dtype=torch.float64),
                                rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got.prob_sum, torch.tensor(prob_sum, dtype=torch.float64),
-                               rtol=1e-12, atol=1e-12)
-    assert got.z_sum.item() == pytest.approx(z_sum, rel=1e-12)
+    assert got.statistics.load.dtype == torch.int64
+    for name, want in sums.items():
+        torch.testing.assert_close(getattr(got.statistics, name).double(),
+                                   torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_router_computes_in_fp32_whatever_the_model_computes_in():
     router, h = make_router("softmax", dtype=torch.float32), torch.randn(9, 5).bfloat16()
     got = router(h, 2)
-    assert got.weights.dtype == got.prob_sum.dtype == torch.float32
+    assert got.weights.dtype == got.statistics.prob_sum.dtype == torch.float32
     torch.testing.assert_close(got.weights, router(h.float(), 2).weights, rtol=0, atol=0)
 
 
@@ -115,43 +136,104 @@ def test_flat_probabilities_are_a_shortcut():
     router, h = make_router("softmax", E=24), torch.randn(200, 5, dtype=torch.float64)
     router.weight.data *= 2
     before = router(h, 1)
-    uneven = before.load.max() / before.load.sum() * 24
+    uneven = before.statistics.load.max() / 200 * 24
     losses = []
     for _ in range(4):
-        got = router(h, 1)
-        assert torch.equal(got.load, before.load)
+        got = router(h, 1).statistics
+        assert torch.equal(got.load, before.statistics.load)
         losses.append(load_balancing_loss(got.load, got.prob_sum, 200).item())
         router.weight.data *= 0.1
     assert uneven > 1.5 and losses[0] > 1.2 and losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(1.0, abs=1e-2)
 
 
-@pytest.mark.parametrize("loss", ["lbl", "nonlinear"])
-def test_parts_of_a_batch_have_the_gradient_of_the_whole(loss):
-    """Decision: a balance loss is differentiated at global sums and multiplied into local ones."""
-    torch.manual_seed(3)
-    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(3, 20, 5, dtype=torch.float64)                                # 3 parts, different data
-    prob = (h @ weight.T).softmax(-1)                                             # [3, 20, 7]
-    load = torch.bincount(prob.argmax(-1).flatten(), minlength=7)
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+def test_top1_balance_loss_equals_its_definition_per_layer(temperature):
+    L, E, N = 3, 5, 50
+    prob = (torch.randn(L, N, E, dtype=torch.float64) / temperature).softmax(-1)
+    got = top1_balancing_loss(prob.sum(1), prob.amax(-1).sum(-1), N)
+    for layer in range(L):
+        tokens = prob[layer].tolist()
+        fhat = [sum(row[i] for row in tokens) / N for i in range(E)]
+        pbar = sum(max(row) for row in tokens) / N
+        assert got[layer].item() == pytest.approx(E * sum(f * f for f in fhat) / pbar, rel=1e-12)
 
-    def value(p):
-        if loss == "lbl":
-            return load_balancing_loss(load, p, 60)
-        return (p.square().sum(-1) / p.amax(-1)).exp()
-    (want,) = torch.autograd.grad(value(prob.sum((0, 1))), weight, retain_graph=True)
-    total, got = prob.sum((0, 1)), 0
-    for part in range(3):
-        at, local = differentiate_at(value, total, prob[part].sum(0))
-        assert at.item() == pytest.approx(value(total).item(), rel=1e-14) and not at.requires_grad
-        got = got + torch.autograd.grad(local, weight, retain_graph=True)[0]
+
+def test_top1_balance_loss_closes_the_shortcut():
+    """1 only if one-hot and balanced; E if collapsed, and E if flat, which the conventional loss calls 1."""
+    E, N = 24, 24 * 5
+    balanced, collapsed, flat = torch.eye(E).repeat(5, 1), torch.eye(E)[:1].repeat(N, 1), torch.ones(N, E) / E
+    cases = [(p, p.argmax(-1).bincount(minlength=E)) for p in (balanced, collapsed, flat)]
+    top1 = [top1_balancing_loss(p.sum(0), p.amax(-1).sum(), N).item() for p, _ in cases]
+    assert top1 == pytest.approx([1, E, E], rel=1e-6)
+    conventional = [load_balancing_loss(load, p.sum(0), N).item() for p, load in cases]
+    assert conventional == pytest.approx([1, E, 1], rel=1e-6)
+
+
+def test_top1_balance_loss_of_no_tokens_is_zero():
+    assert top1_balancing_loss(torch.zeros(2, 5), torch.zeros(2), 0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("balance", ["lbl", "top1"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(balance, top_k):
+    """Decision: a balance loss is differentiated at global sums and multiplied into local ones."""
+    router, h = make_router("softmax"), torch.randn(60, 5, dtype=torch.float64)
+    router.temperature = 0.4
+    loss, names = BALANCE[balance]
+
+    def sums(tokens):
+        return [getattr(router(tokens, top_k).statistics, name) for name in names]
+    (want,) = torch.autograd.grad(loss(*sums(h), 60), router.weight)
+    total, got = sums(h), 0
+    for part in h.split([20, 3, 37]):                                             # different data, ragged
+        at, local = differentiate_at(lambda *s: loss(*s, 60), total, sums(part))
+        assert at.item() == pytest.approx(loss(*total, 60).item(), rel=1e-14) and not at.requires_grad
+        got = got + torch.autograd.grad(local, router.weight)[0]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_bias_moves_towards_the_starved_and_never_into_the_weights():
+    load = torch.tensor([[4, 0, 8, 4], [0, 16, 0, 0]])
+    bias = torch.zeros(2, 4)
+    update_bias(bias, load, 0.25)
+    update_bias(bias, load, 0.25)
+    assert bias.tolist() == [[0, 0.5, -0.5, 0], [0.5, -0.5, 0.5, 0.5]]
+    router, h = make_router("softmax"), torch.randn(1, 5, dtype=torch.float64)
+    router.bias[3] = 2.0                                                          # beyond any probability
+    got = router(h, 1)
+    assert got.experts.item() == 3
+    assert got.weights.item() == pytest.approx((h @ router.weight.T).softmax(-1)[0, 3].item(), rel=1e-12)
+    assert not router.bias.requires_grad and "bias" not in dict(router.named_parameters())
+
+
+@pytest.mark.parametrize("n_tokens, E, K", [(4096, 96, 1), (4096, 96, 8), (300, 96, 1), (1000, 2, 1),
+                                            (64, 6, 5)])
+def test_noise_floor_equals_a_simulation(n_tokens, E, K):
+    generator, high, low, draws = torch.Generator().manual_seed(1), 0.0, 0.0, 60 if E == 96 else 2000
+    for _ in range(draws):
+        chosen = torch.rand(n_tokens, E, generator=generator).topk(K).indices
+        load = chosen.flatten().bincount(minlength=E) * E / (n_tokens * K) - 1
+        high, low = high + load.max().item() / draws, low + load.min().item() / draws
+    got = noise_floor(n_tokens, E, K)
+    assert got == pytest.approx((high, low), rel=0.07, abs=2e-3)
+
+
+def test_noise_floor_corner_cases():
+    assert noise_floor(100, 1, 1) == noise_floor(100, 6, 6) == (0.0, 0.0)
+    high, low = noise_floor(1 << 22, 96, 1)                                       # sqrt(E/N) = 0.0048
+    assert 0.01 < high < 0.014 and -0.014 < low < -0.01
+    assert noise_floor(3, 96, 1)[1] == -1.0
+
+
+def test_zipf_bound():
+    assert zipf_bound(0.03, 96, 1) == pytest.approx(1.88) and zipf_bound(0.03, 96, 8) == 0.0
 
 
 def test_z_loss_is_the_mean_squared_logsumexp():
     router, h = make_router("softmax"), torch.randn(30, 5, dtype=torch.float64)
     want = (h @ router.weight.T).exp().sum(-1).log().square().mean()
-    assert router_z_loss(router(h, 1).z_sum, 30).item() == pytest.approx(want.item(), rel=1e-12)
+    assert router_z_loss(router(h, 1).statistics.z_sum, 30).item() == pytest.approx(want.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("step, steps, initial, target, switch, n_layer, want", [
