@@ -1,15 +1,18 @@
 """Look at what a run has learned.
 
-    python eval.py loss   --ckpt out/laptop out/dense    held-out loss, beside a uniform model and a trigram
-    python eval.py sample --ckpt out/laptop --prompt 'def '
+    python eval.py loss    --ckpt out/laptop out/dense   held-out loss, beside a uniform model and a trigram
+    python eval.py sample  --ckpt out/laptop --prompt 'def '
+    python eval.py routing out/laptop out/other --png pictures     who gets which token, and how evenly
 
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ import torch
 import data
 import parallel
 from model import Model, ModelConfig, pick_device
-from router import active_experts
+from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
 
@@ -244,21 +247,328 @@ def draw_load(load, width=48):
     return "\n".join(lines)
 
 
+# --- routing ----------------------------------------------------------------------------------------------
+
+class Look(NamedTuple):
+    """What `routing` knows of a run: its log, and where its newest weights send the held-out tokens."""
+
+    name: str
+    rows: list                  # of log.jsonl, without the header
+    steps: int                  # of the whole run
+    top_k: list                 # [L] at the checkpoint
+    loss: float                 # held out, nats per token
+    statistics: Statistics      # [L, ..]
+    tokens: torch.Tensor        # [N] token ids
+    experts: torch.Tensor       # [L, N] expert of each token: the best one, if there are several
+    top_share: float            # of the most frequent token in the training text
+    encoding: object
+
+
+def look(ckpt, source=None, device="cpu"):
+    """Route all held-out tokens of a run's own data (or of another folder) -> Look."""
+    model, saved, top_k = load_run(ckpt, device)
+    settings = saved["settings"]
+    folder = Path(source or settings["data"])
+    folder = folder.parent if folder.is_file() else folder
+    same_tokenizer(run_folder(ckpt), folder)
+    train, val = (data.load_tokens(folder / f"{split}.bin") for split in ("train", "val"))
+    seen = [[] for _ in model.blocks]
+    for block, kept in zip(model.blocks, seen):
+        block.moe.router.register_forward_hook(lambda m, x, routing, kept=kept: kept.append(routing))
+    length = settings["seq_len"]
+    loss, _, windows = validate(model, val, length, top_k, device)
+    layers = [[sum(t) for t in zip(*(r.statistics[:7] for r in routings))] for routings in seen]
+    statistics = Statistics(*(torch.stack(s).cpu() for s in zip(*layers)))
+    experts = torch.stack([torch.cat([r.experts[:, 0] for r in routings]) for routings in seen]).cpu()
+    tokens = torch.from_numpy(np.concatenate([val[w * length:(w + 1) * length] for w in windows]).astype(int))
+    share = data.largest_share(train, data.vocabulary(folder / "train.bin"))
+    return Look(str(ckpt), read_log(ckpt)[1:], settings["steps"], top_k, loss, statistics, tokens, experts,
+                share, data.load_encoding(folder))
+
+
+def token_experts(tokens, experts, n_expert):
+    """-> [V, E]: how often each token id went to each expert of a layer."""
+    V = int(tokens.max()) + 1
+    return torch.bincount(tokens * n_expert + experts, minlength=V * n_expert).view(V, n_expert)
+
+
+def share_by_context(counts):
+    """Share of the tokens that are not sent to the expert which their id is sent to most: 0 is a router by
+    token id.  counts [V, E]; ids seen once say nothing and are left out."""
+    counts = counts[counts.sum(-1) > 1]
+    return 1 - (counts.amax(-1).sum() / counts.sum()).item() if len(counts) else 0.0
+
+
+def co_activation(experts, n_expert):
+    """How much the expert of one layer says about that of another: [L, L], mutual information over the mean
+    of the two entropies; 0 is independent, 1 is one and the same choice.
+
+    Corrected for what chance alone shows on this many tokens (Miller and Madow 1955)."""
+    L, N = experts.shape
+    share = torch.eye(L, dtype=torch.float64)
+    for a in range(L):
+        for b in range(a):
+            pair = torch.bincount(experts[a] * n_expert + experts[b], minlength=n_expert ** 2).double()
+            pair = pair.view(n_expert, n_expert) / N
+            one, two = pair.sum(1), pair.sum(0)
+            entropy = [torch.special.entr(p).sum() for p in (one, two, pair)]
+            chance = ((one > 0).sum() - 1) * ((two > 0).sum() - 1) / (2 * N)
+            told = (entropy[0] + entropy[1] - entropy[2] - chance).clamp(min=0)
+            share[a, b] = share[b, a] = told / ((entropy[0] + entropy[1]) / 2).clamp(min=1e-12)
+    return share
+
+
+def describe_routing(run):
+    """The look of one run as text, 80 columns wide."""
+    sums, n = run.statistics, len(run.tokens)
+    L, E = sums.load.shape
+    counts = [token_experts(run.tokens, run.experts[layer], E) for layer in range(L)]
+    high, low = noise_floor(n, E, run.top_k[0])
+    lbl = load_balancing_loss(sums.load, sums.prob_sum, n)
+    zipf = 100 * zipf_bound(run.top_share, E, run.top_k[0])
+    lines = [f"{run.name}: held-out loss {run.loss:.4f}",
+             f"load of every expert on {n:,} held-out tokens.  In layer 0 a uniform router",
+             f"would show {100 * high:+.0f}/{100 * low:+.0f} %, one that sees the token alone at least "
+             f"{zipf:+.0f} %:",
+             draw_load(sums.load), "",
+             f"layer   K   LBL    top-1 p   entropy (flat: {math.log(E):.2f})   expert depends on context"]
+    for layer in range(L):
+        lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:6.3f} {sums.top_sum[layer] / n:9.3f}"
+                     f" {sums.entropy_sum[layer] / n:9.2f} {100 * share_by_context(counts[layer]):24.0f} %")
+    for layer in sorted({0, L - 1}):
+        lines += ["", f"layer {layer}, its three most and two least used experts, and their tokens:"]
+        order = counts[layer].sum(0).argsort(descending=True, stable=True).tolist()
+        lines += [describe_expert(run, counts[layer], e) for e in dict.fromkeys(order[:3] + order[-2:])]
+    lines += ["", "co-activation, how much a layer's expert says about another's (0 nothing, 1 all):"]
+    shown = list(range(L)) if L <= 8 else [round(i * (L - 1) / 7) for i in range(8)]
+    matrix = co_activation(run.experts[shown], E)
+    lines.append("layer  " + "".join(f"{layer:>6}" for layer in shown))
+    for layer, row in zip(shown, matrix.tolist()):
+        lines.append(f"{layer:>5}  " + "".join(f"{x:6.2f}" for x in row))
+    return "\n".join(lines)
+
+
+def describe_expert(run, counts, e):
+    """One expert's share of the tokens, and what most of them are."""
+    mine, total = counts[:, e], max(1, int(counts[:, e].sum()))
+    text = f"  expert {e:<3} {100 * counts[:, e].sum() / counts.sum():4.1f} % "
+    for token in mine.argsort(descending=True, stable=True)[:6].tolist():
+        word = repr(run.encoding.decode([token]) if token < run.encoding.n_vocab else "?")
+        part = f" {word} {100 * int(mine[token]) / total:.0f} %"
+        if mine[token] and len(text + part) <= 80:
+            text += part
+    return text
+
+
+def between(run, first, last, name):
+    """Mean over the rows of the steps from `first` to `last` (fractions of the run) of a figure [L]; None if
+    there are no such rows."""
+    rows = [row[name] for row in run.rows if first * run.steps < row["step"] <= last * run.steps]
+    return np.mean(rows, 0) if rows else None
+
+
+def compare_routing(runs):
+    """Runs beside each other: deviation of the load while the learning rate was constant and at the end."""
+    def percent(run, first, last, layer, name):
+        pair = [between(run, first, last, f"{name}_{side}") for side in ("max", "min")]
+        return f"{'':10}" if pair[0] is None else f"{100 * pair[0][layer]:+5.0f}/{100 * pair[1][layer]:+4.0f}"
+
+    lines = ["most and least loaded expert of a step against a fair share, %: means of logged steps",
+             f"{'':17}held-out   ----- layer 0 -----   ---- last layer ----   uniform",
+             f"{'% of the steps':17}    loss     50-60     90-100      50-60     90-100    router"]
+    for run, name in zip(runs, short_names([run.name for run in runs])):
+        parts = [percent(run, *at, layer, "load") for layer in (0, -1) for at in ((0.5, 0.6), (0.9, 1))]
+        parts.append(percent(run, 0.9, 1, 0, "noise"))
+        lines.append(f"{name[-17:]:17}{run.loss:8.4f} {' '.join(parts)}")
+    return "\n".join(lines + [text for text in map(around_switch, runs) if text])
+
+
+def around_switch(run):
+    """What the switch to fewer experts cost, in words, or None if the log shows none."""
+    ks = [sum(row["top_k"]) for row in run.rows]
+    at = next((i for i in range(1, len(ks)) if ks[i] < ks[i - 1]), None)
+    before, after = ([(row["step"], row["val_loss"]) for row in part if "val_loss" in row]
+                     for part in (run.rows[:at], run.rows[at:]))
+    if at is None or not before or not after:
+        return None
+    shown = [f"{loss:.4f} (step {step})" for step, loss in (before[-1], after[0], after[-1])]
+    return f"{run.name}: held out {shown[0]} before the switch, {shown[1]} after, {shown[2]} at the end"
+
+
+def routing_command(args):
+    if args.png:
+        pyplot = load_pyplot()                                    # before minutes of work
+    runs = [look(ckpt, args.data, args.device) for ckpt in args.runs]
+    for run in runs:
+        print(describe_routing(run), end="\n\n")
+    print(compare_routing(runs))
+    if args.png:
+        for path in draw_pictures(pyplot, runs, Path(args.png)):
+            print(f"drawn: {path}")
+
+
+# --- pictures (extra: plot) -------------------------------------------------------------------------------
+
+def load_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--png needs matplotlib: pip install 'nanosigma[plot]'") from None
+    matplotlib.use("Agg")                                         # draw to files, whatever the display
+    from matplotlib import pyplot
+    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 100, "legend.frameon": False,
+                            "axes.titlesize": 11})
+    return pyplot
+
+
+def draw_pictures(pyplot, runs, folder):
+    """Write every picture that these runs have something to show for -> their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    short = short_names([run.name for run in runs])
+    runs = [run._replace(name=name) for run, name in zip(runs, short)]
+    pictures = {"load": draw_heat, "deviation": draw_deviation, "gate": draw_gate, "switch": draw_switch,
+                "coactivation": draw_co_activation}
+    paths = []
+    for name, draw in pictures.items():
+        figure = draw(pyplot, runs)
+        if figure:
+            figure.savefig(folder / f"{name}.png")
+            pyplot.close(figure)
+            paths.append(folder / f"{name}.png")
+    return paths
+
+
+def short_names(names):
+    """The names without the folders that all of them share."""
+    shared = os.path.commonpath([str(Path(name).parent) for name in names]) if len(names) > 1 else ""
+    return [os.path.relpath(name, shared or Path(name).parent) for name in names]
+
+
+def draw_heat(pyplot, runs):
+    """Layers x experts, one panel for each run: load relative to a fair share."""
+    height = sum(0.22 * len(run.top_k) + 0.75 for run in runs) + 0.5
+    figure, axes = pyplot.subplots(len(runs), 1, figsize=(9, height), squeeze=False, layout="constrained",
+                                   sharex=True)
+    for axis, run in zip(axes[:, 0], runs):
+        load = run.statistics.load
+        share = load / load.sum(-1, keepdim=True) * load.shape[1]
+        image = axis.imshow(share.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2,
+                            interpolation="nearest")
+        axis.set(title=run.name, ylabel="layer", yticks=range(0, len(share), max(1, len(share) // 8)))
+        axis.grid(False)
+    axes[-1, 0].set_xlabel("expert")
+    figure.colorbar(image, ax=axes, extend="max", label="load / fair share", shrink=min(1, 3 / height))
+    return figure
+
+
+def draw_deviation(pyplot, runs):
+    """Largest and smallest deviation of the load over time, first and last layer (the paper's Figures 2a, 3
+    and 4)."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    for axis, layer in zip(axes, (0, -1)):
+        for color, run in enumerate(runs):
+            steps = [row["step"] for row in run.rows]
+            for side in ("max", "min"):
+                step, window = ([100 * row[f"{kind}_{side}"][layer] for row in run.rows]
+                                for kind in ("load", "window"))
+                axis.plot(steps, step, color=f"C{color}", alpha=0.3, lw=0.8)
+                axis.plot(steps, window, color=f"C{color}", lw=1.6, label=run.name if side == "max" else None)
+        noise = [[100 * row[f"noise_{side}"][layer] for row in runs[0].rows] for side in ("min", "max")]
+        axis.fill_between([row["step"] for row in runs[0].rows], *noise, color="0.85", zorder=0,
+                          label=f"uniform router, a step of {runs[0].name}")
+        bound = zipf_bound(runs[0].top_share, runs[0].statistics.load.shape[1], 1)
+        axis.axhline(100 * bound, color="k", ls=":", lw=1, label="best router by token id, K = 1")
+        axis.set(title=f"layer {layer % len(runs[0].top_k)}", xlabel="step")
+        axis.set_yscale("symlog", linthresh=300, linscale=3)
+        axis.set_ylim(-110, None)
+        axis.set_yticks([-100, 0, 100, 200, 300, 1000, 3000, 9500],
+                        ["-100", "0", "100", "200", "300", "1000", "3000", "9500"])
+    axes[0].set_ylabel("deviation from a fair share, %")
+    figure.suptitle("most and least loaded expert: in one step (thin), over the last steps (bold)",
+                    fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
+    return figure
+
+
+def draw_gate(pyplot, runs):
+    """Share of tokens f and mean probability p of each expert, first and last layer (Figures 2b and 2c)."""
+    figure, axes = pyplot.subplots(len(runs), 2, figsize=(9, 2.1 * len(runs) + 0.6), squeeze=False,
+                                   sharex=True, sharey=True, layout="constrained")
+    for row, run in zip(axes, runs):
+        sums, n = run.statistics, len(run.tokens)
+        for axis, layer in zip(row, (0, -1)):
+            f = sums.load[layer] / sums.load[layer].sum()
+            p = sums.prob_sum[layer] / n
+            lbl = load_balancing_loss(sums.load[layer], sums.prob_sum[layer], n)
+            axis.plot(f.numpy(), color="C0", lw=1, label="f, share of the tokens")
+            axis.plot(p.numpy(), color="C3", lw=1.4, label="p, mean probability")
+            axis.axhline(1 / len(f), color="0.5", lw=0.8)
+            axis.set_title(f"{run.name}, layer {layer % len(sums.load)}: LBL {lbl:.2f}")
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    top = max(run.statistics.load[[0, -1]].amax() / run.statistics.load[0].sum() for run in runs)
+    axes[0, 0].set_ylim(0, min(1.05 * top.item(), 6 / runs[0].statistics.load.shape[1]))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def draw_switch(pyplot, runs):
+    """Held-out cross-entropy over time, and close to the first switch, if there is one."""
+    curves = [[(row["step"], row["val_loss"]) for row in run.rows if "val_loss" in row] for run in runs]
+    if not all(curves):
+        return None
+    figure, axis = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
+    for color, (run, curve) in enumerate(zip(runs, curves)):
+        axis.plot(*zip(*curve), color=f"C{color}", marker=".", ms=4, lw=1.4,
+                  label=f"{run.name}: {curve[-1][1]:.3f} at the end")
+        for before, after in zip(run.rows, run.rows[1:]):
+            if sum(after["top_k"]) < sum(before["top_k"]):
+                axis.axvline(before["step"], color=f"C{color}", ls="--", lw=1)
+    late = [loss for curve in curves for step, loss in curve if step > 0.25 * curve[-1][0]]
+    axis.set(title="held-out cross-entropy; dashed: the switch to fewer experts", xlabel="step",
+             ylabel="nats per token", ylim=(min(late) - 0.05, max(late) + 0.05))
+    axis.legend(fontsize=10)
+    return figure
+
+
+def draw_co_activation(pyplot, runs):
+    """Layers x layers, one panel for each run."""
+    columns = min(4, len(runs))
+    lines = -(-len(runs) // columns)
+    figure, axes = pyplot.subplots(lines, columns, squeeze=False, layout="constrained",
+                                   figsize=(max(4.5, 2.4 * columns), 2.6 * lines + 0.4))
+    for axis in axes.flat[len(runs):]:
+        axis.axis("off")
+    for axis, run in zip(axes.flat, runs):
+        share = co_activation(run.experts, run.statistics.load.shape[1]).fill_diagonal_(math.nan)
+        image = axis.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=0.6, interpolation="nearest")
+        ticks = range(0, len(share), max(1, len(share) // 8))
+        axis.set(title=run.name, xlabel="layer", ylabel="layer", xticks=ticks, yticks=ticks)
+        axis.grid(False)
+    figure.colorbar(image, ax=axes, label="co-activation", extend="max")
+    return figure
+
+
 def main(argv=None):
     parser = data.Parser(prog="eval.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="loss | sample")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="loss | sample | routing")
 
-    def command(name, function, help, nargs=None):
+    def command(name, function, help, runs="--ckpt", **options):
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=function)
-        sub.add_argument("--ckpt", nargs=nargs, required=True, metavar="RUN",
-                         help="run directory, or a step-N in it")
+        sub.add_argument(runs, metavar="RUN", help="run directory, or a step-N in it", **options)
         sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
         return sub
 
-    sub = command("loss", loss_command, "cross-entropy on held-out text, beside baselines and runs", "+")
+    sub = command("loss", loss_command, "cross-entropy on held-out text, beside baselines and runs",
+                  nargs="+", required=True)
     sub.add_argument("--data", help="folder made by data.py (default: the first run's own)")
-    sub = command("sample", sample_command, "generate text")
+    sub = command("routing", routing_command, "who gets which token, and how evenly: text, and pictures",
+                  "runs", nargs="+")
+    sub.add_argument("--data", help="folder made by data.py (default: each run's own)")
+    sub.add_argument("--png", metavar="FOLDER", help="draw pictures into this folder (needs matplotlib)")
+    sub = command("sample", sample_command, "generate text", required=True)
     sub.add_argument("--prompt", default="", help="text to continue (default: the beginning of a document)")
     sub.add_argument("--tokens", type=int, default=200, help="at most this many new tokens (default 200)")
     sub.add_argument("--n", type=int, default=1, help="how many texts (default 1)")

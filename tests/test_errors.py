@@ -147,6 +147,11 @@ CASES = [
     ("run without a checkpoint", lambda: (T()(), [shutil.rmtree(p) for p in Path("run").glob("step-*")]),
      E("sample", "--ckpt", "run"), "no checkpoint"),
     ("unknown command", None, E("los"), "los"),
+    ("routing of nothing", None, E("routing", "nowhere"), "nowhere"),
+    ("routing without held-out text", lambda: (T()(), os.remove("small/val.bin")), E("routing", "run"),
+     "small/val.bin"),
+    ("routing without matplotlib", lambda: (T()(), sys.modules.update(matplotlib=None)),
+     E("routing", "run", "--png", "p"), "pip install 'nanosigma[plot]'"),
 ]
 
 
@@ -154,6 +159,7 @@ CASES = [
 def workshop(corpus, in_folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", ""))
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", sys.modules.get("matplotlib"))  # put back after the test
     monkeypatch.setattr(data.tiktoken.registry, "ENCODINGS", {})  # tiktoken keeps what it loaded once
     monkeypatch.setattr(data.time, "sleep", lambda _: None)
     shutil.copytree(corpus, "small")

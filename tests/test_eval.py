@@ -131,3 +131,125 @@ def test_a_run_is_found_by_its_directory_or_a_step(finished):
     assert saved["model"]["n_expert"] == 6 and top_k == [1, 1]
     again, _, _ = evaluation.load_run(finished / "step-12")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+# --- routing ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def switched(corpus, tmp_path_factory):
+    """A run that switches to fewer experts at its half."""
+    out = tmp_path_factory.mktemp("runs") / "switched"
+    train.main(["--data", str(corpus), "--out", str(out), "--steps", "12", *SIZES, "--initial_top_k", "3",
+                "--switch", "0.5", "--eval_every", "2", "--keep", "9"])
+    return out
+
+
+@pytest.mark.parametrize("step", ["step-6", "step-12"])
+def test_a_look_equals_routing_one_window_at_a_time(switched, corpus, step):
+    """Every token of the held-out text, its expert in every layer, the sums; K is 3, then 1, in layer 0."""
+    run = evaluation.look(switched / step)
+    assert run.top_k == ([3, 1] if step == "step-6" else [1, 1])
+    model, _, _ = evaluation.load_run(switched / step)
+    val = torch.from_numpy(np.array(data.load_tokens(corpus / "val.bin")).astype(np.int64))
+    n = (len(val) - 1) // 16 * 16
+    assert torch.equal(run.tokens, val[:n])
+    logits = [[], []]
+    for layer, block in enumerate(model.blocks):
+        block.moe.router.register_forward_hook(
+            lambda m, x, _, layer=layer: logits[layer].append(x[0] @ m.weight.T))
+    for window in val[:n].view(-1, 1, 16):
+        model(window, top_k=run.top_k)
+    for layer in (0, 1):
+        prob = torch.cat(logits[layer]).softmax(-1)
+        assert torch.equal(run.experts[layer], prob.argmax(-1))
+        load = prob.topk(run.top_k[layer]).indices.flatten().bincount(minlength=6)
+        assert torch.equal(run.statistics.load[layer], load)
+        torch.testing.assert_close(run.statistics.prob_sum[layer], prob.sum(0), rtol=1e-4, atol=1e-4)
+        assert run.statistics.top_sum[layer].item() == pytest.approx(prob.amax(-1).sum().item(), rel=1e-4)
+
+
+def test_share_by_context_is_what_a_router_by_token_id_lacks():
+    tokens = torch.tensor([0, 0, 0, 0, 1, 1, 2, 4])
+    experts = torch.tensor([5, 5, 5, 3, 3, 3, 1, 0])
+    counts = evaluation.token_experts(tokens, experts, 6)
+    assert counts.shape == (5, 6) and counts[0].tolist() == [0, 0, 0, 1, 0, 3] and counts.sum() == 8
+    assert evaluation.share_by_context(counts) == pytest.approx(1 / 6)          # 2 and 4 were seen once
+    assert evaluation.share_by_context(counts[1:]) == 0 == evaluation.share_by_context(counts[2:])
+
+
+def test_co_activation_is_1_for_one_choice_and_0_for_independent_ones():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 8, (2, 20_000), generator=generator)
+    half = torch.where(torch.rand(20_000, generator=generator) < 0.5, a, b)     # a, every second time
+    share = evaluation.co_activation(torch.stack([a, (a + 3) % 8, b, half]), 8)
+    assert torch.equal(share, share.T) and share[0, 1] == pytest.approx(1, abs=0.01)
+    assert share[0, 2] == pytest.approx(0, abs=1e-3)
+    same, other = 0.5 + 0.5 / 8, 0.5 / 8                          # of the 8 values of half, given a
+    told = math.log(8) + same * math.log(same) + 7 * other * math.log(other)
+    assert share[0, 3].item() == pytest.approx(told / math.log(8), abs=0.01)
+    assert evaluation.co_activation(torch.zeros(2, 10, dtype=torch.int64), 1)[0, 1] == 0
+    few = evaluation.co_activation(torch.randint(0, 8, (2, 100), generator=generator), 8)
+    assert few[0, 1] < 0.1                                        # without the correction it would be 0.15
+
+
+def test_routing_command_compares_runs_in_80_columns(switched, finished, capsys):
+    evaluation.main(["routing", str(switched), str(finished)])
+    out = capsys.readouterr().out
+    paths = ("before the switch", f"{finished.parent}")           # as long as they are
+    assert max(len(line) for line in out.splitlines() if not any(p in line for p in paths)) <= 80
+    for part in ("layer 1", "expert depends on context", "co-activation", "uniform", "most and two least"):
+        assert part in out
+    log = evaluation.read_log(switched)[1:]
+    line = next(line for line in out.splitlines() if "before the switch" in line)
+    losses = {row["step"]: row["val_loss"] for row in log if "val_loss" in row}
+    for step in (6, 8, 12):                                       # the switch is after 6 of 12 steps
+        assert f"{losses[step]:.4f} (step {step})" in line
+    table = out[out.index("largest and smallest"):].splitlines()
+    compared = next(line for line in table if "switched" in line)
+    end = [row for row in log if row["step"] > 0.9 * 12]
+    want = 100 * np.mean([row["load_max"][0] for row in end])
+    assert f"{want:+.0f}/" in compared
+
+
+def test_a_dense_run_has_nothing_to_route(corpus, tmp_path, capsys):
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "dense"), "--steps", "1", *SIZES, "--n_expert",
+                "1"])
+    evaluation.main(["routing", str(tmp_path / "dense")])
+    assert "max    +0% min   +0%" in capsys.readouterr().out
+
+
+def test_routing_draws_every_picture(switched, finished, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    folder = tmp_path / "pictures"
+    evaluation.main(["routing", str(switched), str(finished), "--png", str(folder)])
+    names = ["coactivation.png", "deviation.png", "gate.png", "load.png", "switch.png"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    for path in folder.iterdir():
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(path.read_bytes()[16:20], "big") <= 1000                       # pixels
+    assert capsys.readouterr().out.count("drawn: ") == 5
+
+
+def test_pictures_show_what_was_logged(switched, finished):
+    """The lines of the deviation and of the loss are the numbers of the log; f and p those of the text."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    pyplot = evaluation.load_pyplot()
+    runs = [evaluation.look(switched), evaluation.look(finished)]
+    left = evaluation.draw_deviation(pyplot, runs).axes[0]
+    log = evaluation.read_log(switched)[1:]
+    want = [[100 * row[name][0] for row in log] for name in ("load_max", "window_max", "load_min")]
+    drawn = [list(line.get_ydata()) for line in left.lines]
+    assert [drawn[i] for i in (0, 1, 2)] == want
+    gate = evaluation.draw_gate(pyplot, runs).axes[1]             # the last layer of the first run
+    f, p = (line.get_ydata() for line in gate.lines[:2])
+    assert sum(f) == pytest.approx(1) and sum(p) == pytest.approx(1, rel=1e-5)
+    assert 6 * sum(f * p) == pytest.approx(float(gate.get_title().split()[-1]), abs=0.01)
+    switch = evaluation.draw_switch(pyplot, runs).axes[0]
+    assert [list(line.get_xdata()) for line in switch.lines if line.get_linestyle() == "--"] == [[6, 6]]
+    pyplot.close("all")
+
+
+def test_names_are_cut_to_what_differs():
+    assert evaluation.short_names(["out/a/x", "out/b/x"]) == ["a/x", "b/x"]
+    assert evaluation.short_names(["out/a", "out/b"]) == ["a", "b"]
+    assert evaluation.short_names(["out/a/step-5"]) == ["step-5"] and evaluation.short_names(["a"]) == ["a"]
