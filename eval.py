@@ -339,7 +339,7 @@ def describe_routing(run):
         lines += ["", f"layer {layer}, its three most and two least used experts, and their tokens:"]
         order = counts[layer].sum(0).argsort(descending=True, stable=True).tolist()
         lines += [describe_expert(run, counts[layer], e) for e in dict.fromkeys(order[:3] + order[-2:])]
-    lines += ["", "co-activation, how much a layer's expert says about another's (0 nothing, 1 all):"]
+    lines += ["", "co-activation: what a layer's expert says of another's (0 nothing, 1 all)"]
     shown = list(range(L)) if L <= 8 else [round(i * (L - 1) / 7) for i in range(8)]
     matrix = co_activation(run.experts[shown], E)
     lines.append("layer  " + "".join(f"{layer:>6}" for layer in shown))
@@ -373,7 +373,7 @@ def compare_routing(runs):
         pair = [between(run, first, last, f"{name}_{side}") for side in ("max", "min")]
         return f"{'':10}" if pair[0] is None else f"{100 * pair[0][layer]:+5.0f}/{100 * pair[1][layer]:+4.0f}"
 
-    lines = ["most and least loaded expert of a step against a fair share, %: means of logged steps",
+    lines = ["most and least loaded expert of a step, % from a fair share: mean of logged steps",
              f"{'':17}held-out   ----- layer 0 -----   ---- last layer ----   uniform",
              f"{'% of the steps':17}    loss     50-60     90-100      50-60     90-100    router"]
     for run, name in zip(runs, short_names([run.name for run in runs])):
