@@ -373,7 +373,7 @@ def compare_routing(runs):
         pair = [between(run, first, last, f"{name}_{side}") for side in ("max", "min")]
         return f"{'':10}" if pair[0] is None else f"{100 * pair[0][layer]:+5.0f}/{100 * pair[1][layer]:+4.0f}"
 
-    lines = ["most and least loaded expert of a step, % from a fair share: mean of logged steps",
+    lines = ["most and least loaded expert in a step, % from a fair share (mean of steps)",
              f"{'':17}held-out   ----- layer 0 -----   ---- last layer ----   uniform",
              f"{'% of the steps':17}    loss     50-60     90-100      50-60     90-100    router"]
     for run, name in zip(runs, short_names([run.name for run in runs])):
