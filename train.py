@@ -97,7 +97,7 @@ class Settings:
     balance: str = setting("lbl", "balance", f"{', '.join(BALANCE)}: what keeps the experts evenly used")
     lbl_coef: float = setting(0.01, "balance", "weight of each layer's balance loss, lbl or top1")
     lbl_scope: str = setting("global", "balance", "global: load of the step so far; micro: of a micro-batch")
-    temperature: float = setting(1.0, "balance", "of the probabilities in top1; below 1 sharpens them")
+    temperature: float = setting(0.2, "balance", "of the probabilities in top1; below 1 sharpens them")
     bias_rate: float = setting(1e-3, "balance", "step of the selection biases in loss-free")
     z_coef: float = setting(0.0, "balance", "weight of each layer's router z-loss")
     initial_top_k: list = setting([], "balance", "experts activated in layer 0, 1, .. before the switch: 8,4")
@@ -304,7 +304,7 @@ def start(settings, config, exists, typed):
     elif s.init_from:
         parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
     masters.refresh()
-    for block in model.blocks:
+    for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out / "log.jsonl")
@@ -581,6 +581,7 @@ checkpoint  {s.out}/step-{done}
 try next
   python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram
   python eval.py sample --ckpt {s.out} --prompt "def "
+  python eval.py routing {s.out}         # which expert takes which token
   python train.py{same} --n_expert 1 --out out/dense     # the dense control
   python train.py --help""")
 

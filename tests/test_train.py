@@ -367,6 +367,15 @@ def test_settings_reach_the_optimizer(corpus, tmp_path):
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
 
 
+@pytest.mark.parametrize("balance, temperature", [("top1", 0.3), ("lbl", 1.0)])
+def test_the_temperature_reaches_the_routers_of_a_run_that_uses_it(corpus, tmp_path, balance, temperature):
+    typed = train.parse(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--balance", balance,
+                         "--temperature", "0.3"])
+    run, _ = train.start(*train.resolve(typed), typed)
+    with run.log:
+        assert {block.moe.router.temperature for block in run.model.blocks} == {temperature}
+
+
 def test_a_presets_list_is_cut_to_the_layers(in_folder):
     settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3})
     assert settings.initial_top_k == [8, 8, 6] and config.n_layer == 3
