@@ -65,8 +65,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         settings, unknown = self.parse_known_args(args)
         if unknown:
-            subs = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
-            actions = [a for p in [self, *subs] if hasattr(p, "_actions") for a in p._actions]
+            subs = [a.choices[getattr(settings, a.dest)] for a in self._actions
+                    if isinstance(a, argparse._SubParsersAction)]
+            actions = [a for p in [self, *subs] for a in p._actions]
             known = [o for a in actions for o in a.option_strings if o.startswith("--")]
             self.error(f"unknown setting {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], known))
         return settings

@@ -65,6 +65,25 @@ def same_tokenizer(out, folder):
         raise ValueError(f"the tokenizer of {out} is not that of {folder}: their tokens mean other things")
 
 
+def open_data(source):
+    """-> (folder, training tokens, held-out tokens, vocabulary) of a folder or token file of data.py."""
+    source = Path(source)
+    folder = source.parent if source.is_file() else source
+    if not (folder / "val.bin").exists():
+        raise ValueError(f"{folder} has no held-out text (val.bin); --data FOLDER names one that has")
+    file = source if source.is_file() else folder / "train.bin"
+    return folder, data.load_tokens(file), data.load_tokens(folder / "val.bin"), data.vocabulary(file)
+
+
+def load_for(ckpt, folder, vocab_size, device):
+    """load_run, for the tokens of a data folder.  ValueError if these are none of the run's."""
+    same_tokenizer(run_folder(ckpt), folder)
+    model, saved, top_k = load_run(ckpt, device)
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(f"vocab_size of {ckpt} ({model.config.vocab_size}) is below that of {folder}")
+    return model, saved, top_k
+
+
 def read_settings(out):
     """settings.json of a run directory.  ValueError if it is none."""
     try:
@@ -83,18 +102,19 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32):
     """Cross-entropy alone over windows of held-out tokens, evenly spread if there are more than `limit`
     tokens.
 
-    -> (nats per token, load [L, E] int64, indices of the windows)."""
+    -> (nats per token, Statistics of all layers, indices of the windows)."""
     n = (len(tokens) - 1) // seq_len
     if n < 1:
         raise ValueError(f"seq_len ({seq_len}) is too long for {len(tokens)} held-out tokens")
     windows = np.unique(np.linspace(0, n - 1, min(n, max(1, (limit or n * seq_len) // seq_len))).astype(int))
-    loss, n_targets, load = 0.0, 0, 0
+    loss, n_targets, sums = 0.0, 0, None
     for a in range(0, len(windows), rows):
         batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in windows[a:a + rows]])
         batch = torch.from_numpy(batch.astype(np.int64)).to(device)
         out = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), top_k)
-        loss, n_targets, load = loss + out.loss.item(), n_targets + out.n_targets, load + out.load
-    return loss / n_targets, load, windows
+        loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
+        sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
+    return loss / n_targets, sums, windows
 
 
 def token_bytes(encoding):
@@ -152,16 +172,11 @@ def compare_losses(ckpts, source=None, device="cpu"):
 
     -> (rows (name, nats per token, perplexity, bits per byte), number of targets, folder of the text)."""
     settings = read_settings(run_folder(ckpts[0]))["settings"]
-    folder = Path(source or settings["data"])
-    folder = folder.parent if folder.is_file() else folder
+    folder, train, val, vocab_size = open_data(source or settings["data"])
     encoding = data.load_encoding(folder)
-    train, val = (data.load_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     losses = []
     for ckpt in ckpts:
-        same_tokenizer(run_folder(ckpt), folder)
-        model, _, top_k = load_run(ckpt, device)
-        if model.config.vocab_size < encoding.n_vocab:
-            raise ValueError(f"vocab_size of {ckpt} ({model.config.vocab_size}) is below that of {folder}")
+        model, _, top_k = load_for(ckpt, folder, vocab_size, device)
         loss, _, windows = validate(model, val, settings["seq_len"], top_k, device)
         losses.append((str(ckpt), loss))
     targets = np.arange(2, len(windows) * settings["seq_len"] + 1)       # a trigram needs two tokens
@@ -198,7 +213,8 @@ def read_log(out):
     """log.jsonl of a run: the header, then the logged steps."""
     out = run_folder(out)
     try:
-        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]       # the last may be cut short
     except (OSError, ValueError) as error:
         raise ValueError(f"{out / 'log.jsonl'} cannot be read ({error})") from None
 
@@ -253,37 +269,39 @@ class Look(NamedTuple):
     """What `routing` knows of a run: its log, and where its newest weights send the held-out tokens."""
 
     name: str
-    rows: list                  # of log.jsonl, without the header
+    rows: list                  # of log.jsonl up to the checkpoint, without the header
     steps: int                  # of the whole run
+    switch: int                 # the last step with more experts in some layer; None if there is none
     top_k: list                 # [L] at the checkpoint
+    data: str
     loss: float                 # held out, nats per token
     statistics: Statistics      # [L, ..]
     tokens: torch.Tensor        # [N] token ids
     experts: torch.Tensor       # [L, N] expert of each token: the best one, if there are several
     top_share: float            # of the most frequent token in the training text
-    encoding: object
+    encoding: object            # or None
 
 
-def look(ckpt, source=None, device="cpu"):
-    """Route all held-out tokens of a run's own data (or of another folder) -> Look."""
-    model, saved, top_k = load_run(ckpt, device)
-    settings = saved["settings"]
-    folder = Path(source or settings["data"])
-    folder = folder.parent if folder.is_file() else folder
-    same_tokenizer(run_folder(ckpt), folder)
-    train, val = (data.load_tokens(folder / f"{split}.bin") for split in ("train", "val"))
-    seen = [[] for _ in model.blocks]
-    for block, kept in zip(model.blocks, seen):
-        block.moe.router.register_forward_hook(lambda m, x, routing, kept=kept: kept.append(routing))
-    length = settings["seq_len"]
-    loss, _, windows = validate(model, val, length, top_k, device)
-    layers = [[sum(t) for t in zip(*(r.statistics[:7] for r in routings))] for routings in seen]
-    statistics = Statistics(*(torch.stack(s).cpu() for s in zip(*layers)))
-    experts = torch.stack([torch.cat([r.experts[:, 0] for r in routings]) for routings in seen]).cpu()
+def look(ckpt, source=None, device="cpu", limit=1 << 20):
+    """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder -> Look."""
+    s = read_settings(run_folder(ckpt))["settings"]
+    folder, train, val, vocab_size = open_data(source or s["data"])
+    model, saved, top_k = load_for(ckpt, folder, vocab_size, device)
+    chosen = [[] for _ in model.blocks]
+    for block, seen in zip(model.blocks, chosen):
+        block.moe.router.register_forward_hook(
+            lambda m, x, routing, seen=seen: seen.append(routing.experts[:, 0].cpu()))
+    length, done = s["seq_len"], int(newest(ckpt).name.removeprefix("step-"))
+    loss, sums, windows = validate(model, val, length, top_k, device, limit)
     tokens = torch.from_numpy(np.concatenate([val[w * length:(w + 1) * length] for w in windows]).astype(int))
-    share = data.largest_share(train, data.vocabulary(folder / "train.bin"))
-    return Look(str(ckpt), read_log(ckpt)[1:], settings["steps"], top_k, loss, statistics, tokens, experts,
-                share, data.load_encoding(folder))
+    first, last = (active_experts(step, s["steps"], s["initial_top_k"], model.config.top_k, s["switch"],
+                                  model.config.n_layer) for step in (0, done - 1))
+    encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
+    return Look(str(ckpt), [row for row in read_log(ckpt)[1:] if row["step"] <= done], s["steps"],
+                math.ceil(round(s["switch"] * s["steps"], 6)) if first != last else None, top_k, str(folder),
+                loss, Statistics(*(t.cpu() for t in sums)), tokens,
+                torch.stack([torch.cat(seen) for seen in chosen]), data.largest_share(train, vocab_size),
+                encoding)
 
 
 def token_experts(tokens, experts, n_expert):
@@ -294,7 +312,9 @@ def token_experts(tokens, experts, n_expert):
 
 def share_by_context(counts):
     """Share of the tokens that are not sent to the expert which their id is sent to most: 0 is a router by
-    token id.  counts [V, E]; ids seen once say nothing and are left out."""
+    token id.  counts [V, E]; ids seen once say nothing and are left out.
+
+    Rare ids keep it below 1 even for a router that throws dice: compare runs on the same text only."""
     counts = counts[counts.sum(-1) > 1]
     return 1 - (counts.amax(-1).sum() / counts.sum()).item() if len(counts) else 0.0
 
@@ -303,7 +323,8 @@ def co_activation(experts, n_expert):
     """How much the expert of one layer says about that of another: [L, L], mutual information over the mean
     of the two entropies; 0 is independent, 1 is one and the same choice.
 
-    Corrected for what chance alone shows on this many tokens (Miller and Madow 1955)."""
+    Both are taken less what independent choices would show on N tokens, about (E - 1)^2 / 2N nats (adjusted
+    mutual information, Vinh et al. 2010)."""
     L, N = experts.shape
     share = torch.eye(L, dtype=torch.float64)
     for a in range(L):
@@ -314,7 +335,7 @@ def co_activation(experts, n_expert):
             entropy = [torch.special.entr(p).sum() for p in (one, two, pair)]
             chance = ((one > 0).sum() - 1) * ((two > 0).sum() - 1) / (2 * N)
             told = (entropy[0] + entropy[1] - entropy[2] - chance).clamp(min=0)
-            share[a, b] = share[b, a] = told / ((entropy[0] + entropy[1]) / 2).clamp(min=1e-12)
+            share[a, b] = share[b, a] = told / ((entropy[0] + entropy[1]) / 2 - chance).clamp(min=1e-12)
     return share
 
 
@@ -322,7 +343,6 @@ def describe_routing(run):
     """The look of one run as text, 80 columns wide."""
     sums, n = run.statistics, len(run.tokens)
     L, E = sums.load.shape
-    counts = [token_experts(run.tokens, run.experts[layer], E) for layer in range(L)]
     high, low = noise_floor(n, E, run.top_k[0])
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n)
     zipf = 100 * zipf_bound(run.top_share, E, run.top_k[0])
@@ -332,14 +352,17 @@ def describe_routing(run):
              f"{zipf:+.0f} %:",
              draw_load(sums.load), "",
              f"layer   K   LBL    top-1 p   entropy (flat: {math.log(E):.2f})   expert depends on context"]
+    words = []
     for layer in range(L):
+        counts = token_experts(run.tokens, run.experts[layer], E)
         lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:6.3f} {sums.top_sum[layer] / n:9.3f}"
-                     f" {sums.entropy_sum[layer] / n:9.2f} {100 * share_by_context(counts[layer]):24.0f} %")
-    for layer in sorted({0, L - 1}):
-        lines += ["", f"layer {layer}, its three most and two least used experts, and their tokens:"]
-        order = counts[layer].sum(0).argsort(descending=True, stable=True).tolist()
-        lines += [describe_expert(run, counts[layer], e) for e in dict.fromkeys(order[:3] + order[-2:])]
-    lines += ["", "co-activation: what a layer's expert says of another's (0 nothing, 1 all)"]
+                     f" {sums.entropy_sum[layer] / n:9.2f} {100 * share_by_context(counts):24.0f} %")
+        if layer in (0, L - 1):
+            words += ["", f"layer {layer}, its three most and two least used experts, and their tokens"
+                      + (" (best expert only):" if run.top_k[layer] > 1 else ":")]
+            order = counts.sum(0).argsort(descending=True, stable=True).tolist()
+            words += [describe_expert(run, counts, e) for e in dict.fromkeys(order[:3] + order[-2:])]
+    lines += words + ["", "co-activation: what a layer's expert says of another's (0 nothing, 1 all)"]
     shown = list(range(L)) if L <= 8 else [round(i * (L - 1) / 7) for i in range(8)]
     matrix = co_activation(run.experts[shown], E)
     lines.append("layer  " + "".join(f"{layer:>6}" for layer in shown))
@@ -353,7 +376,7 @@ def describe_expert(run, counts, e):
     mine, total = counts[:, e], max(1, int(counts[:, e].sum()))
     text = f"  expert {e:<3} {100 * counts[:, e].sum() / counts.sum():4.1f} % "
     for token in mine.argsort(descending=True, stable=True)[:6].tolist():
-        word = repr(run.encoding.decode([token]) if token < run.encoding.n_vocab else "?")
+        word = repr(run.encoding.decode([token])) if run.encoding else str(token)
         part = f" {word} {100 * int(mine[token]) / total:.0f} %"
         if mine[token] and len(text + part) <= 80:
             text += part
@@ -374,22 +397,30 @@ def compare_routing(runs):
         return f"{'':10}" if pair[0] is None else f"{100 * pair[0][layer]:+5.0f}/{100 * pair[1][layer]:+4.0f}"
 
     lines = ["most and least loaded expert in a step, % from a fair share (mean of steps)",
-             f"{'':17}held-out   ----- layer 0 -----   ---- last layer ----   uniform",
-             f"{'% of the steps':17}    loss     50-60     90-100      50-60     90-100    router"]
+             f"{'':17}held-out   ----- layer 0 -----   ---- last layer ----   chance,",
+             f"{'% of the steps':17}    loss     50-60     90-100      50-60     90-100   layer 0"]
     for run, name in zip(runs, short_names([run.name for run in runs])):
         parts = [percent(run, *at, layer, "load") for layer in (0, -1) for at in ((0.5, 0.6), (0.9, 1))]
         parts.append(percent(run, 0.9, 1, 0, "noise"))
         lines.append(f"{name[-17:]:17}{run.loss:8.4f} {' '.join(parts)}")
+    if len({run.data for run in runs}) > 1:
+        lines.append("the held-out losses are of different texts: they do not compare")
     return "\n".join(lines + [text for text in map(around_switch, runs) if text])
 
 
+def validations(run):
+    """Steps and held-out losses of the log."""
+    found = [(row["step"], row["val_loss"]) for row in run.rows if "val_loss" in row]
+    return [(step, loss) for step, loss in found if math.isfinite(loss)]
+
+
 def around_switch(run):
-    """What the switch to fewer experts cost, in words, or None if the log shows none."""
-    ks = [sum(row["top_k"]) for row in run.rows]
-    at = next((i for i in range(1, len(ks)) if ks[i] < ks[i - 1]), None)
-    before, after = ([(row["step"], row["val_loss"]) for row in part if "val_loss" in row]
-                     for part in (run.rows[:at], run.rows[at:]))
-    if at is None or not before or not after:
+    """What the switch to fewer experts cost, in words, or None if there was none or no validation saw it."""
+    if run.switch is None:
+        return None
+    before, after = ([(step, loss) for step, loss in validations(run) if (step > run.switch) == later]
+                     for later in (False, True))
+    if not before or not after:
         return None
     shown = [f"{loss:.4f} (step {step})" for step, loss in (before[-1], after[0], after[-1])]
     return f"{run.name}: held out {shown[0]} before the switch, {shown[1]} after, {shown[2]} at the end"
@@ -398,6 +429,7 @@ def around_switch(run):
 def routing_command(args):
     if args.png:
         pyplot = load_pyplot()                                    # before minutes of work
+        Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [look(ckpt, args.data, args.device) for ckpt in args.runs]
     for run in runs:
         print(describe_routing(run), end="\n\n")
@@ -424,9 +456,8 @@ def load_pyplot():
 
 def draw_pictures(pyplot, runs, folder):
     """Write every picture that these runs have something to show for -> their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    short = short_names([run.name for run in runs])
-    runs = [run._replace(name=name) for run, name in zip(runs, short)]
+    names = short_names([run.name for run in runs])
+    runs = [run._replace(name=name) for run, name in zip(runs, names)]
     pictures = {"load": draw_heat, "deviation": draw_deviation, "gate": draw_gate, "switch": draw_switch,
                 "coactivation": draw_co_activation}
     paths = []
@@ -441,15 +472,26 @@ def draw_pictures(pyplot, runs, folder):
 
 def short_names(names):
     """The names without the folders that all of them share."""
-    shared = os.path.commonpath([str(Path(name).parent) for name in names]) if len(names) > 1 else ""
-    return [os.path.relpath(name, shared or Path(name).parent) for name in names]
+    paths = [os.path.abspath(name) for name in names]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, shared) for path in paths]
+
+
+def last_layer(runs):
+    """How to call the last layer of some runs."""
+    return " / ".join(f"layer {n - 1}" for n in sorted({len(run.top_k) for run in runs}))
+
+
+def fractions(run, layer):
+    """f and p [E] of a layer: the share of the rows that each expert gets, its mean probability."""
+    load, prob_sum = run.statistics.load[layer], run.statistics.prob_sum[layer]
+    return (load / load.sum()).numpy(), (prob_sum / len(run.tokens)).numpy()
 
 
 def draw_heat(pyplot, runs):
     """Layers x experts, one panel for each run: load relative to a fair share."""
-    height = sum(0.22 * len(run.top_k) + 0.75 for run in runs) + 0.5
-    figure, axes = pyplot.subplots(len(runs), 1, figsize=(9, height), squeeze=False, layout="constrained",
-                                   sharex=True)
+    height = sum(0.22 * len(run.top_k) + 0.9 for run in runs) + 0.3
+    figure, axes = pyplot.subplots(len(runs), 1, figsize=(9, height), squeeze=False, layout="constrained")
     for axis, run in zip(axes[:, 0], runs):
         load = run.statistics.load
         share = load / load.sum(-1, keepdim=True) * load.shape[1]
@@ -464,8 +506,9 @@ def draw_heat(pyplot, runs):
 
 def draw_deviation(pyplot, runs):
     """Largest and smallest deviation of the load over time, first and last layer (the paper's Figures 2a, 3
-    and 4)."""
+    and 4).  Noise and Zipf bound are those of the first run."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    first, highest = runs[0], 210
     for axis, layer in zip(axes, (0, -1)):
         for color, run in enumerate(runs):
             steps = [row["step"] for row in run.rows]
@@ -474,16 +517,17 @@ def draw_deviation(pyplot, runs):
                                 for kind in ("load", "window"))
                 axis.plot(steps, step, color=f"C{color}", alpha=0.3, lw=0.8)
                 axis.plot(steps, window, color=f"C{color}", lw=1.6, label=run.name if side == "max" else None)
-        noise = [[100 * row[f"noise_{side}"][layer] for row in runs[0].rows] for side in ("min", "max")]
-        axis.fill_between([row["step"] for row in runs[0].rows], *noise, color="0.85", zorder=0,
-                          label=f"uniform router, a step of {runs[0].name}")
-        bound = zipf_bound(runs[0].top_share, runs[0].statistics.load.shape[1], 1)
+                highest = max(highest, *step)
+        noise = [[100 * row[f"noise_{side}"][layer] for row in first.rows] for side in ("min", "max")]
+        axis.fill_between([row["step"] for row in first.rows], *noise, color="0.85", zorder=0,
+                          label=f"chance in a step of {first.name}")
+        bound = zipf_bound(first.top_share, first.statistics.load.shape[1], 1)
         axis.axhline(100 * bound, color="k", ls=":", lw=1, label="best router by token id, K = 1")
-        axis.set(title=f"layer {layer % len(runs[0].top_k)}", xlabel="step")
+        axis.set(title="layer 0" if layer == 0 else last_layer(runs), xlabel="step")
         axis.set_yscale("symlog", linthresh=300, linscale=3)
-        axis.set_ylim(-110, None)
-        axis.set_yticks([-100, 0, 100, 200, 300, 1000, 3000, 9500],
-                        ["-100", "0", "100", "200", "300", "1000", "3000", "9500"])
+        ticks = [-100, 0, 100, 200, 300, 1000, 3000, 9500]
+        axis.set_yticks(ticks, map(str, ticks))
+        axis.set_ylim(-110, 1.1 * highest)
     axes[0].set_ylabel("deviation from a fair share, %")
     figure.suptitle("most and least loaded expert: in one step (thin), over the last steps (bold)",
                     fontsize=11)
@@ -494,38 +538,33 @@ def draw_deviation(pyplot, runs):
 def draw_gate(pyplot, runs):
     """Share of tokens f and mean probability p of each expert, first and last layer (Figures 2b and 2c)."""
     figure, axes = pyplot.subplots(len(runs), 2, figsize=(9, 2.1 * len(runs) + 0.6), squeeze=False,
-                                   sharex=True, sharey=True, layout="constrained")
+                                   sharey="row", layout="constrained")
     for row, run in zip(axes, runs):
-        sums, n = run.statistics, len(run.tokens)
         for axis, layer in zip(row, (0, -1)):
-            f = sums.load[layer] / sums.load[layer].sum()
-            p = sums.prob_sum[layer] / n
-            lbl = load_balancing_loss(sums.load[layer], sums.prob_sum[layer], n)
-            axis.plot(f.numpy(), color="C0", lw=1, label="f, share of the tokens")
-            axis.plot(p.numpy(), color="C3", lw=1.4, label="p, mean probability")
+            f, p = fractions(run, layer)
+            axis.plot(f, color="C0", lw=1, label="f, share of the tokens")
+            axis.plot(p, color="C3", lw=1.4, label="p, mean probability")
             axis.axhline(1 / len(f), color="0.5", lw=0.8)
-            axis.set_title(f"{run.name}, layer {layer % len(sums.load)}: LBL {lbl:.2f}")
+            axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: LBL {len(f) * (f * p).sum():.2f}")
+        row[0].set_ylim(0)
     for axis in axes[-1]:
         axis.set_xlabel("expert")
-    top = max(run.statistics.load[[0, -1]].amax() / run.statistics.load[0].sum() for run in runs)
-    axes[0, 0].set_ylim(0, min(1.05 * top.item(), 6 / runs[0].statistics.load.shape[1]))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def draw_switch(pyplot, runs):
-    """Held-out cross-entropy over time, and close to the first switch, if there is one."""
-    curves = [[(row["step"], row["val_loss"]) for row in run.rows if "val_loss" in row] for run in runs]
-    if not all(curves):
+    """Held-out cross-entropy over time; None if no run was validated."""
+    curves = [(color, run, validations(run)) for color, run in enumerate(runs) if validations(run)]
+    if not curves:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
-    for color, (run, curve) in enumerate(zip(runs, curves)):
+    for color, run, curve in curves:
         axis.plot(*zip(*curve), color=f"C{color}", marker=".", ms=4, lw=1.4,
                   label=f"{run.name}: {curve[-1][1]:.3f} at the end")
-        for before, after in zip(run.rows, run.rows[1:]):
-            if sum(after["top_k"]) < sum(before["top_k"]):
-                axis.axvline(before["step"], color=f"C{color}", ls="--", lw=1)
-    late = [loss for curve in curves for step, loss in curve if step > 0.25 * curve[-1][0]]
+        if run.switch:
+            axis.axvline(run.switch, color=f"C{color}", ls="--", lw=1)
+    late = [loss for _, _, curve in curves for step, loss in curve if step > 0.25 * curve[-1][0]]
     axis.set(title="held-out cross-entropy; dashed: the switch to fewer experts", xlabel="step",
              ylabel="nats per token", ylim=(min(late) - 0.05, max(late) + 0.05))
     axis.legend(fontsize=10)

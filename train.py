@@ -303,6 +303,8 @@ def start(settings, config, exists, typed):
         parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer))
     elif s.init_from:
         parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
+        for bias in masters.buffers.values() if s.balance != "loss-free" else ():
+            bias.zero_()                                          # nothing would ever move them again
     masters.refresh()
     for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
@@ -384,7 +386,8 @@ def train_step(run, step, first):
     """One update of the weights, from sequences first, first + 1, ... -> Step.
 
     Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever
-    add up.
+    add up.  A balance loss is that of the step's tokens so far: with several micro-batches the first ones see
+    few of them, and its gradient is that of the whole step's loss only if there is one.
     """
     s, model = run.settings, run.model
     top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
@@ -432,21 +435,34 @@ def update(run, step, load):
             update_bias(block.moe.router.bias, layer_load, s.bias_rate)
 
 
-def describe(run, step, did, window, window_steps):
-    """What the log says of a step: {name: number, or one for each layer}.
+class Window:
+    """The steps since the last line of the log, as far as they activated the same numbers of experts."""
 
-    window [L, E] is the load of the last window_steps steps together."""
+    def __init__(self):
+        self.top_k, self.skipped = None, 0
+        self.load, self.steps, self.tokens = 0, 0, 0
+
+    def add(self, did, n_tokens):
+        if did.top_k != self.top_k:
+            self.top_k, self.load, self.steps, self.tokens = did.top_k, 0, 0, 0
+        self.load, self.steps = self.load + did.statistics.load, self.steps + 1
+        self.tokens, self.skipped = self.tokens + n_tokens, self.skipped + did.skipped
+
+
+def describe(run, step, did, window):
+    """What the log says of a step and of the window that it ends: {name: number, or one for each layer}."""
     s, n_tokens, sums = run.settings, did.sequences * run.settings.seq_len, did.statistics
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
-           "skipped": did.skipped, "top_k": did.top_k, "sequences": did.sequences}
+           "skipped": window.skipped, "top_k": did.top_k, "sequences": did.sequences}
     row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
-    row |= deviation(window, "window") | chance(run, did.top_k, n_tokens * window_steps, "window_noise")
+    row |= deviation(window.load, "window") | chance(run, did.top_k, window.tokens, "window_noise")
+    if s.balance == "top1":
+        row["top1_lbl_layer"] = top1_balancing_loss(sums.sharp_sum, sums.sharp_top_sum, n_tokens)
     row |= {
-        "window": window_steps,
+        "window": window.steps,
         "zipf": [zipf_bound(run.top_share, run.config.n_expert, k) for k in did.top_k],
         "lbl_layer": lbl,
-        "top1_lbl_layer": top1_balancing_loss(sums.sharp_sum, sums.sharp_top_sum, n_tokens),
         "z_layer": router_z_loss(sums.z_sum, n_tokens),
         "top_prob": sums.top_sum / n_tokens,
         "gate_entropy": sums.entropy_sum / n_tokens,
@@ -515,21 +531,24 @@ def train(run, done):
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
-    clock, since, window, window_steps = time.perf_counter(), 0, 0, 0
+    clock, since, window = time.perf_counter(), 0, Window()
     bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while done < s.steps and not stop.asked:
             did = train_step(run, done, first)
             done, first, since = done + 1, first + did.sequences, since + did.sequences * s.seq_len
-            window, window_steps = window + did.statistics.load, window_steps + 1
+            window.add(did, did.sequences * s.seq_len)
             bar.update()
+            if did.skipped:
+                bar.write(f"step {done} changed nothing: its gradient is not finite", file=sys.stderr)
             evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
-                row = {"step": done, **describe(run, done - 1, did, window, window_steps),
+                row = {"step": done, **describe(run, done - 1, did, window),
                        "tokens_per_s": rate, "mfu": utilisation(run, did.top_k, rate)}
-                window, window_steps = 0, 0
+                if done % s.log_every == 0:
+                    window = Window()
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
@@ -560,12 +579,12 @@ def report(run, done, seconds):
     s = run.settings
     top_k = active_experts(done - 1, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
     if run.val is not None:
-        loss, load, _ = validation(run, top_k)
+        loss, statistics, _ = validation(run, top_k)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:
             print("load of each expert on held-out text; half height is the uniform share:")
-            print(evaluation.draw_load(load))
+            print(evaluation.draw_load(statistics.load))
         if not math.isfinite(loss):
             print("the weights are no numbers any more; a new run with a lower --lr may help")
             return

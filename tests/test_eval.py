@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -19,12 +21,12 @@ from model import Model
 def test_validation_is_cross_entropy_over_all_windows():
     model = Model(small(vocab_size=300)).double()
     tokens = np.random.default_rng(0).integers(0, 300, 16 * 10 + 5).astype(np.uint16)
-    loss, load, windows = evaluation.validate(model, tokens, 16, 1, rows=3)
+    loss, sums, windows = evaluation.validate(model, tokens, 16, 1, rows=3)
     want = [F.cross_entropy(model(torch.from_numpy(tokens[i:i + 16].astype(np.int64))[None])[0],
                             torch.from_numpy(tokens[i + 1:i + 17].astype(np.int64)))
             for i in range(0, 160, 16)]
     assert loss == pytest.approx(torch.stack(want).mean().item(), rel=1e-10)
-    assert windows.tolist() == list(range(10)) and load.sum(-1).tolist() == [160, 160]
+    assert windows.tolist() == list(range(10)) and sums.load.sum(-1).tolist() == [160, 160]
     assert evaluation.validate(model, tokens, 16, 1, limit=50)[2].tolist() == [0, 4, 9]
 
 
@@ -105,7 +107,7 @@ def test_steps_to_another_runs_loss(tmp_path, a, b, words):
     for name, rows in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()
         lines = [{"settings": {}}] + [{"step": s, "loss": 9.0, "val_loss": v} for s, v in rows]
-        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     assert words in evaluation.first_below(tmp_path / "a", tmp_path / "b")
 
 
@@ -188,8 +190,10 @@ def test_co_activation_is_1_for_one_choice_and_0_for_independent_ones():
     told = math.log(8) + same * math.log(same) + 7 * other * math.log(other)
     assert share[0, 3].item() == pytest.approx(told / math.log(8), abs=0.01)
     assert evaluation.co_activation(torch.zeros(2, 10, dtype=torch.int64), 1)[0, 1] == 0
-    few = evaluation.co_activation(torch.randint(0, 8, (2, 100), generator=generator), 8)
-    assert few[0, 1] < 0.1                                        # without the correction it would be 0.15
+    for n in (200, 2000):                                         # few tokens
+        c, d = torch.randint(0, 8, (2, n), generator=generator)
+        share = evaluation.co_activation(torch.stack([c, d, c]), 8)
+        assert share[0, 1] < 0.05 and share[0, 2] == pytest.approx(1, abs=1e-6)
 
 
 def test_routing_command_compares_runs_in_80_columns(switched, finished, capsys):
@@ -250,7 +254,52 @@ def test_pictures_show_what_was_logged(switched, finished):
     pyplot.close("all")
 
 
-def test_names_are_cut_to_what_differs():
-    assert evaluation.short_names(["out/a/x", "out/b/x"]) == ["a/x", "b/x"]
+def test_pictures_of_unequal_runs(switched, corpus, tmp_path):
+    """Other numbers of experts and layers, no validation, a loss that is no number: nothing is cut."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    pyplot, out = evaluation.load_pyplot(), tmp_path / "wide"
+    train.main(["--data", str(corpus), "--out", str(out), "--steps", "2", *SIZES, "--n_expert", "9",
+                "--n_layer", "3"])
+    wide, run = evaluation.look(out), evaluation.look(switched / "step-6")
+    heat = evaluation.draw_heat(pyplot, [wide, run])
+    assert [axis.get_xlim() for axis in heat.axes[:2]] == [(-0.5, 8.5), (-0.5, 5.5)]
+    assert evaluation.draw_deviation(pyplot, [wide, run]).axes[1].get_title() == "layer 1 / layer 2"
+    for axis in evaluation.draw_gate(pyplot, [wide, run]).axes:
+        assert max(max(line.get_ydata()) for line in axis.lines) < axis.get_ylim()[1]
+    nan, never = wide._replace(rows=[wide.rows[0] | {"val_loss": float("nan")}]), wide._replace(rows=[])
+    assert len(evaluation.draw_switch(pyplot, [nan, never, run]).axes[0].lines) == 1
+    assert evaluation.draw_switch(pyplot, [nan]) is None
+    pyplot.close("all")
+
+
+def test_a_look_at_a_step_ends_with_it(switched):
+    early, late = evaluation.look(switched / "step-6"), evaluation.look(switched)
+    assert early.rows[-1]["step"] == 6 and late.rows[-1]["step"] == 12
+    assert (early.switch, late.switch) == (None, 6)
+    assert evaluation.between(late, 0.5, 0.75, "load_max") == pytest.approx(
+        np.mean([row["load_max"] for row in late.rows if row["step"] in (7, 8, 9)], 0))
+    assert evaluation.between(early, 0.9, 1, "load_max") is None
+
+
+def test_routes_without_a_tokenizer_are_shown_by_number(corpus, tmp_path, capsys):
+    (tmp_path / "plain").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "plain" / f"{split}.bin").write_bytes((corpus / f"{split}.bin").read_bytes())
+    train.main(["--data", str(tmp_path / "plain"), "--out", str(tmp_path / "run"), "--steps", "1", *SIZES])
+    evaluation.main(["routing", str(tmp_path / "run")])
+    assert re.search(r"expert \d+ +[\d.]+ %  \d+ \d+ %", capsys.readouterr().out)
+
+
+def test_a_line_that_is_being_written_is_left_out(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 13, "lo')
+    assert evaluation.read_log(tmp_path / "run") == evaluation.read_log(finished)
+
+
+def test_names_are_cut_to_what_differs(in_folder):
+    assert evaluation.short_names(["out/a/x", "out/b/x"]) == ["a/x", "b/x"] == evaluation.short_names(
+        ["out/a/x", str(in_folder / "out" / "b" / "x")])
+    assert evaluation.short_names(["a/run", "b/run"]) == ["a/run", "b/run"]
     assert evaluation.short_names(["out/a", "out/b"]) == ["a", "b"]
     assert evaluation.short_names(["out/a/step-5"]) == ["step-5"] and evaluation.short_names(["a"]) == ["a"]

@@ -1,6 +1,7 @@
 """Schedules, the training step against a slow reference, the loop, its log, and resuming."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ import parallel
 import train
 from model import Model, flops_per_token
 from router import active_experts, noise_floor
-from train import Run, Settings, describe, learning_rate, sequences, train_step
+from train import Run, Settings, Window, describe, learning_rate, sequences, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -74,8 +75,9 @@ def make_run(**changes):
 
 def logged(run, step):
     """Do a step -> what the log says of it."""
-    did = train_step(run, step, 12 * step)
-    return describe(run, step, did, did.statistics.load, 1)
+    did, window = train_step(run, step, 12 * step), Window()
+    window.add(did, 96)
+    return describe(run, step, did, window)
 
 
 def slow_balance_loss(s, E, chosen, logits):
@@ -156,7 +158,7 @@ def test_micro_batches_change_nothing_but_rounding_without_a_balance_loss(balanc
 
 def test_what_is_reported_is_of_the_whole_step():
     """Every figure of a step in four parts, against its definition on all tokens at once."""
-    run, E, N = make_run(lbl_coef=0.0, accumulate=4, temperature=0.5), 6, 96
+    run, E, N = make_run(balance="top1", lbl_coef=0.0, accumulate=4, temperature=0.5), 6, 96
     x, y = run.train.rows(0, 12)
     gates, streams, outputs = [], [], []
     for block in run.model.blocks:
@@ -173,7 +175,7 @@ def test_what_is_reported_is_of_the_whole_step():
         want = {
             "load_max": load.max() * E / N - 1, "load_min": load.min() * E / N - 1,
             "lbl_layer": E * (load / N * p.mean(0)).sum(), "top_prob": p.amax(-1).mean(),
-            "top1_lbl_layer": slow_balance_loss(Settings(balance="top1", temperature=0.5), E, None, z),
+            "top1_lbl_layer": slow_balance_loss(run.settings, E, None, z),
             "z_layer": z.logsumexp(-1).square().mean(), "gate_entropy": -(p * p.log()).sum(-1).mean(),
             "output_ratio": output.square().mean().sqrt() / stream.square().mean().sqrt(),
             "zipf": 0.5 * E - 1, "bias_range": 0.0, "noise_max": noise_floor(N, E, 1)[0]}
@@ -205,6 +207,18 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
         want = [0.25 * ((n < 16) - (n > 16)) for n in counts]     # 96 tokens over 6 experts
         assert block.moe.router.bias.tolist() == want
     assert logged(run, 1)["bias_range"] == [0.5, 0.5] or any(b.any() for b in run.model.buffers())
+
+
+def test_a_window_is_of_one_list_and_counts_its_tokens():
+    run, window = make_run(initial_top_k=[3], switch=0.2, ramp_from=4, ramp=0.4), Window()
+    seen = []
+    for step in range(4):                                         # 4, 6, 8, 10 sequences; the switch after 2
+        did = train_step(run, step, 0)
+        window.add(did, did.sequences * 8)
+        seen.append((window.steps, window.tokens, window.load.sum(-1).tolist()))
+    assert seen == [(1, 32, [96, 32]), (2, 80, [240, 80]), (1, 64, [64, 64]), (2, 144, [144, 144])]
+    row = describe(run, 3, did, window)
+    assert row["window"] == 2 and row["window_noise_max"][0] == noise_floor(144, 6, 1)[0]
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing():
@@ -349,6 +363,29 @@ def test_a_window_is_the_load_of_the_steps_since_the_last_line(corpus, tmp_path)
             assert w["window_min"][layer] >= (a["load_min"][layer] + b["load_min"][layer]) / 2 - 1e-6
         assert w["window_noise_max"][0] == noise_floor(2 * 8 * 16, 6, 1)[0] < w["noise_max"][0]
     assert any(w["window_max"] != w["load_max"] for w in second)
+
+
+def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
+    base = ["--data", str(corpus), "--steps", "2", *SIZES]
+    train.main([*base, "--balance", "loss-free", "--bias_rate", "0.1", "--out", str(tmp_path / "free")])
+    assert max(rows(tmp_path / "free")[-1]["bias_range"]) > 0
+    train.main([*base, "--init_from", str(tmp_path / "free"), "--out", str(tmp_path / "lbl")])
+    assert [row["bias_range"] for row in rows(tmp_path / "lbl")] == [[0, 0], [0, 0]]
+
+
+def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsys):
+    real = train.parallel.clip_gradients
+    norms = iter([1.0, math.nan, math.inf, 1.0, 1.0, 1.0])
+
+    def clip(masters, max_norm):
+        total, each = real(masters, max_norm)
+        return total * next(norms), each
+    monkeypatch.setattr(train.parallel, "clip_gradients", clip)
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "6", *SIZES, "--log_every",
+                "2"])
+    assert [row["skipped"] for row in rows(tmp_path / "run") if row["step"] % 2 == 0] == [1, 1, 0]
+    err = capsys.readouterr().err
+    assert "step 2 changed nothing" in err and "step 3 changed nothing" in err and "step 4 ch" not in err
 
 
 def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
