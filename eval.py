@@ -515,7 +515,7 @@ def draw_deviation(pyplot, runs):
             for side in ("max", "min"):
                 step, window = ([100 * row[f"{kind}_{side}"][layer] for row in run.rows]
                                 for kind in ("load", "window"))
-                axis.plot(steps, step, color=f"C{color}", alpha=0.3, lw=0.8)
+                axis.plot(steps, step, color=f"C{color}", alpha=0.45, lw=0.8)
                 axis.plot(steps, window, color=f"C{color}", lw=1.6, label=run.name if side == "max" else None)
                 highest = max(highest, *step)
         noise = [[100 * row[f"noise_{side}"][layer] for row in first.rows] for side in ("min", "max")]

@@ -10,9 +10,10 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted({line.split("#")[0].strip()
-                   for block in re.findall(r"```\w*\n(.*?)```", README, re.S)
-                   for line in block.splitlines()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
+VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(BLOCKS), re.M)) | {"seed": "0"}
+COMMANDS = sorted({re.sub(r"\$(\w+)", lambda m: VARIABLES[m[1]], line.split("#")[0].strip())
+                   for block in BLOCKS for line in block.splitlines()
                    if re.match(r"\s*python (train|eval|data|model)\.py", line)})
 
 
