@@ -234,6 +234,7 @@ def test_the_control_routes_on_the_token_alone(control):
     experts_of_a_token = [max(len(set(experts[tokens.flatten() == t].tolist())) for t in range(5))
                           for experts in chosen]
     assert (experts_of_a_token[0] == 1) == control and experts_of_a_token[1] > 1
+    assert [block.token_router for block in model.blocks] == [control, False]
 
 
 def test_targets_of_minus_one_are_not_counted():
