@@ -522,14 +522,14 @@ def draw_deviation(pyplot, runs):
         axis.fill_between([row["step"] for row in first.rows], *noise, color="0.85", zorder=0,
                           label=f"chance in a step of {first.name}")
         bound = zipf_bound(first.top_share, first.statistics.load.shape[1], 1)
-        axis.axhline(100 * bound, color="k", ls=":", lw=1, label="best router by token id, K = 1")
+        axis.axhline(100 * bound, color="k", ls=":", lw=1, label="Zipf bound, K = 1")
         axis.set(title="layer 0" if layer == 0 else last_layer(runs), xlabel="step")
         axis.set_yscale("symlog", linthresh=300, linscale=3)
         ticks = [-100, 0, 100, 200, 300, 1000, 3000, 9500]
         axis.set_yticks(ticks, map(str, ticks))
         axis.set_ylim(-110, 1.1 * highest)
-    axes[0].set_ylabel("deviation from a fair share, %")
-    figure.suptitle("most and least loaded expert: in one step (thin), over the last steps (bold)",
+    axes[0].set_ylabel("deviation from a fair share, %\n(logarithmic above 300)")
+    figure.suptitle("most and least loaded expert: in one step (thin), since the last line of the log (bold)",
                     fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
     return figure
@@ -546,7 +546,7 @@ def draw_gate(pyplot, runs):
             axis.plot(p, color="C3", lw=1.4, label="p, mean probability")
             axis.axhline(1 / len(f), color="0.5", lw=0.8)
             axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: LBL {len(f) * (f * p).sum():.2f}")
-        row[0].set_ylim(0)
+        row[0].set(ylim=(0, None), ylabel="share")
     for axis in axes[-1]:
         axis.set_xlabel("expert")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
