@@ -286,7 +286,7 @@ def look(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder -> Look."""
     s = read_settings(run_folder(ckpt))["settings"]
     folder, train, val, vocab_size = open_data(source or s["data"])
-    model, saved, top_k = load_for(ckpt, folder, vocab_size, device)
+    model, _, top_k = load_for(ckpt, folder, vocab_size, device)
     chosen = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, chosen):
         block.moe.router.register_forward_hook(
@@ -294,11 +294,11 @@ def look(ckpt, source=None, device="cpu", limit=1 << 20):
     length, done = s["seq_len"], int(newest(ckpt).name.removeprefix("step-"))
     loss, sums, windows = validate(model, val, length, top_k, device, limit)
     tokens = torch.from_numpy(np.concatenate([val[w * length:(w + 1) * length] for w in windows]).astype(int))
-    first, last = (active_experts(step, s["steps"], s["initial_top_k"], model.config.top_k, s["switch"],
-                                  model.config.n_layer) for step in (0, done - 1))
+    first = active_experts(0, s["steps"], s["initial_top_k"], model.config.top_k, s["switch"],
+                           model.config.n_layer)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Look(str(ckpt), [row for row in read_log(ckpt)[1:] if row["step"] <= done], s["steps"],
-                math.ceil(round(s["switch"] * s["steps"], 6)) if first != last else None, top_k, str(folder),
+                math.ceil(round(s["switch"] * s["steps"], 6)) if first != top_k else None, top_k, str(folder),
                 loss, Statistics(*(t.cpu() for t in sums)), tokens,
                 torch.stack([torch.cat(seen) for seen in chosen]), data.largest_share(train, vocab_size),
                 encoding)
