@@ -116,7 +116,7 @@ def load_balancing_loss(load, prob_sum, n_tokens):
 
 
 def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
-    """Top-1 LBL: E * sum_i fhat_i^2 / pbar, per layer (arXiv 2512.16248, section on load balance).
+    """Top-1 LBL: E * sum_i fhat_i^2 / pbar, per layer (arXiv 2512.16248, Figure 4).
 
     fhat_i is the mean over tokens of p_i = softmax(z / temperature)_i, a differentiable stand-in for f_i, and
     pbar the mean of each token's largest p.  1.0 only when p is one-hot AND balanced; a flat p gives E, and
