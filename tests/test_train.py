@@ -206,7 +206,9 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
     for block, counts in zip(run.model.blocks, load.tolist()):
         want = [0.25 * ((n < 16) - (n > 16)) for n in counts]     # 96 tokens over 6 experts
         assert block.moe.router.bias.tolist() == want
-    assert logged(run, 1)["bias_range"] == [0.5, 0.5] or any(b.any() for b in run.model.buffers())
+    row = logged(run, 1)
+    biases = [block.moe.router.bias.tolist() for block in run.model.blocks]
+    assert row["bias_range"] == [max(b) - min(b) for b in biases] and max(row["bias_range"]) > 0
 
 
 def test_a_window_is_of_one_list_and_counts_its_tokens():
