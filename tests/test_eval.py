@@ -235,6 +235,15 @@ def test_routing_draws_every_picture(switched, finished, tmp_path, capsys):
     assert capsys.readouterr().out.count("drawn: ") == 5
 
 
+def test_a_folder_that_cannot_be_is_refused_before_the_work(finished, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(["routing", str(finished), "--png", str(tmp_path / "taken")])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "File exists" in err and not out
+
+
 def test_pictures_show_what_was_logged(switched, finished):
     """The lines of the deviation and of the loss are the numbers of the log; f and p those of the text."""
     pytest.importorskip("matplotlib", reason="needs the extra plot")
