@@ -39,7 +39,7 @@ class Masters:
             if dtype != torch.float32 and p.dim() > 1 and "router" not in name:
                 self.named[name] = master = nn.Parameter(p.detach().clone())
                 p.data = p.data.to(dtype)
-                p.register_post_accumulate_grad_hook(lambda p, master=master: move_gradient(p, master))
+                p.register_post_accumulate_grad_hook(accumulate_into(master))
                 self.copies.append((p, master))
 
     @torch.no_grad()
@@ -49,12 +49,19 @@ class Masters:
             torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
 
 
-def move_gradient(copy, master):
-    if master.grad is None:
-        master.grad = copy.grad.float()
-    else:
-        master.grad += copy.grad
-    copy.grad = None
+def accumulate_into(master):
+    """-> a hook that moves the gradient of a copy to its master, in memory taken once: on a CPU fresh memory
+    costs more than what is written to it."""
+    memory = torch.empty_like(master)
+
+    def hook(copy):
+        if master.grad is None:
+            master.grad = memory.copy_(copy.grad)
+        else:
+            master.grad += copy.grad
+        copy.grad = None
+
+    return hook
 
 
 def adamw(masters, lr, betas, eps, weight_decay):
