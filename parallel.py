@@ -37,10 +37,14 @@ class Masters:
         for name, p in model.named_parameters():
             self.named[name] = p
             if dtype != torch.float32 and p.dim() > 1 and "router" not in name:
-                self.named[name] = master = nn.Parameter(p.detach().clone())
-                p.data = p.data.to(dtype)
-                p.register_post_accumulate_grad_hook(accumulate_into(master))
-                self.copies.append((p, master))
+                self.hold(name, p, dtype)
+
+    def hold(self, name, p, dtype):
+        """From now on p computes in dtype, and its fp32 master is the optimizer's."""
+        self.named[name] = master = nn.Parameter(p.detach().clone())
+        p.data = p.data.to(dtype)
+        p.register_post_accumulate_grad_hook(accumulate_into(master))
+        self.copies.append((p, master))
 
     @torch.no_grad()
     def refresh(self):

@@ -25,6 +25,7 @@ from model import (
     sample,
     to_hf,
 )
+from parallel import Masters
 from router import GATES, differentiate_at, load_balancing_loss
 
 
@@ -95,6 +96,39 @@ def test_moe_equals_one_token_at_a_time(gate, K):
     assert statistics.load.sum() == 18 * K
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_filled_up_groups_change_nothing(monkeypatch, K):
+    """Rows that fill up a group to a multiple have no output and no gradient, whatever is in them."""
+    moe = randomised(small()).double().blocks[0].moe
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    upstream, real, seen = torch.randn_like(x), M.sort_by_expert, []
+
+    def run(multiple):
+        def sort(experts, load, _):
+            source, place, sizes = real(experts, load, multiple)
+            seen.append((sizes.tolist(), load.tolist(), len(source)))
+            return source, place, sizes
+        monkeypatch.setattr(M, "sort_by_expert", sort)
+        out = moe(x, K)[0]
+        return out, *torch.autograd.grad(out, [x, *moe.parameters()], upstream)
+    for a, b in zip(run(5), run(1)):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    (sizes, load, rows), (exact, _, fewer) = seen
+    assert sizes == [-(-n // 5) * 5 for n in load] and exact == load and rows == sum(sizes) > fewer == 18 * K
+
+
+@pytest.mark.parametrize("dtype, multiple", [(torch.bfloat16, 32), (torch.float32, 1)])
+def test_groups_are_filled_up_in_bf16(monkeypatch, dtype, multiple):
+    model, seen = Model(small(d_expert=16)), []
+    Masters(model, dtype)
+    real = model.blocks[0].moe.experts.forward
+    monkeypatch.setattr(model.blocks[0].moe.experts, "forward",
+                        lambda rows, load: seen.append((len(rows), load)) or real(rows, load))
+    model(torch.randint(0, 64, (2, 30)))
+    rows, load = seen[0]
+    assert rows == load.sum() and (load % multiple == 0).all() and (rows == 60) == (multiple == 1)
+
+
 @pytest.mark.parametrize("chunk", [128, 1000])
 def test_chunked_cross_entropy_equals_torch(monkeypatch, chunk):
     monkeypatch.setitem(ChunkedCrossEntropy.ROWS, "cpu", chunk)   # of 300: the last chunk is shorter
@@ -155,6 +189,52 @@ def test_attention_equals_its_definition():
             want[t, h] = score.softmax(0) @ qkv[:t + 1, 6 + h // 2]
     want = want.view(7, 32) @ attention.out.weight.T
     torch.testing.assert_close(attention(x, cos, sin)[0], want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("T, heads", [(1, (4, 2)), (64, (2, 2)), (65, (4, 1)), (150, (6, 2))])
+def test_chunked_attention_equals_torch(T, heads):
+    """Output and gradients; the last chunk is shorter; queries that share keys are one product."""
+    q, k, v = (torch.randn(2, n, T, 8, dtype=torch.float64, requires_grad=True) for n in (*heads, heads[1]))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    same_with_gradients(M.chunked_attention(q, k, v), want, [q, k, v])
+
+
+def same_with_gradients(got, want, inputs):
+    upstream = torch.randn_like(want)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    slow = torch.autograd.grad(want, inputs, upstream)
+    for a, b in zip(torch.autograd.grad(got, inputs, upstream), slow):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("T, chunked", [(1, False), (2, True), (1024, True), (1025, False)])
+def test_which_attention_runs(monkeypatch, T, chunked):
+    """Plain products where they are faster and small; a mask and long sequences are torch's."""
+    attention, calls = Model(small(n_head=1, n_kv_head=1)).blocks[0].attn, []
+    real = M.chunked_attention
+    monkeypatch.setattr(M, "chunked_attention", lambda *args: calls.append(1) or real(*args))
+    x, angles = torch.randn(1, T, 16), M.rotary(torch.arange(T), 8, 1e4, torch.float32)
+    y = attention(x, *angles)
+    assert bool(calls) == chunked
+    calls.clear()
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(x, *angles, mask), y, rtol=1e-4, atol=1e-5)
+    assert not calls
+
+
+def test_fast_norm_equals_torch():
+    x = (torch.randn(3, 5, 16, dtype=torch.float64) * 3).requires_grad_()
+    weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    want = F.rms_norm(x, (16,), weight, 0.1)
+    same_with_gradients(M.RootMeanSquare.apply(x, weight, 0.1), want, [x, weight])
+
+
+def test_fast_rotation_and_swiglu_equal_their_definitions():
+    x = torch.randn(2, 7, 3, 8, dtype=torch.float64, requires_grad=True)
+    angles = M.rotary(torch.arange(7), 8, 100.0, torch.float64)
+    same_with_gradients(M.Rotate.apply(x, *angles), M.rotate(x, *angles), [x])
+    gate, up = x.chunk(2, -1)
+    same_with_gradients(M.SwiGLU.apply(x), F.silu(gate) * up, [x])
 
 
 def test_norms_and_angles_do_not_round_to_bf16():
@@ -293,16 +373,38 @@ def test_init_is_drawn_by_name_and_seed():
         assert p.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_bf16_weights_give_nearly_the_same_logits():
-    model = randomised(small(d_model=64, d_expert=64))
-    tokens = torch.randint(0, 64, (2, 30))
-    want = model(tokens)
-    for name, p in model.named_parameters():
-        if p.dim() > 1 and "router" not in name:
-            p.data = p.data.bfloat16()
-    got = model(tokens)
-    assert got.dtype == torch.float32
-    assert F.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.999
+BF16_MODULES = {
+    "embed": lambda model, x, tokens, angles: model.embed(tokens),
+    "norm": lambda model, x, tokens, angles: model.norm(x),
+    "attention": lambda model, x, tokens, angles: model.blocks[0].attn(x, *angles),
+    "moe": lambda model, x, tokens, angles: model.blocks[0].moe(x, 2)[0],
+    "block": lambda model, x, tokens, angles: model.blocks[0](x, 1, *angles)[0],
+    "head": lambda model, x, tokens, angles: ChunkedCrossEntropy.apply(
+        x.flatten(0, 1), model.head.weight, tokens.flatten(), True),
+    "model": lambda model, x, tokens, angles: model(tokens, tokens).loss}
+
+
+@pytest.mark.parametrize("module", BF16_MODULES)
+def test_bf16_equals_fp32_module_by_module(module):
+    """The same weights and the same input: outputs and gradients point the same way."""
+    config = small(n_expert=4, d_model=64, d_expert=64, vocab_size=256)
+    x, tokens, found = torch.randn(2, 40, 64).bfloat16(), torch.randint(0, 256, (2, 40)), []
+    for dtype in torch.float32, torch.bfloat16:
+        model = randomised(config)
+        for p in model.parameters():
+            p.data = p.data.bfloat16().float()                    # what both can hold
+        masters, given = Masters(model, dtype), x.to(dtype).requires_grad_()
+        assert model.head.weight.dtype == dtype
+        angles = [angle.to(dtype) for angle in M.rotary(torch.arange(40), 8, 1e4, torch.float32)]
+        y = BF16_MODULES[module](model, given, tokens, angles)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+        found.append({"output": y.detach(), "input": given.grad}
+                     | {name: p.grad for name, p in masters.named.items()})
+    there = [name for name, value in found[0].items() if value is not None and value.any()]
+    assert len(there) > 1
+    for name in there:
+        a, b = (values[name].flatten().double() for values in found)
+        assert F.cosine_similarity(a, b, dim=0) > 0.999, name
 
 
 # --- generation -------------------------------------------------------------------------------------------

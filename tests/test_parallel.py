@@ -71,6 +71,20 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert (master.grad == 1000).all()
 
 
+def test_gradients_have_the_same_memory_in_every_step():
+    """.. and nothing of the step before is left in it."""
+    model, masters, optimizer = build(torch.bfloat16)
+    copy, master = masters.copies[0]
+    places = set()
+    for factor in (3.0, 5.0):
+        for _ in range(2):
+            (copy.float().sum() * factor).backward()
+        assert (master.grad == 2 * factor).all()
+        places.add(master.grad.data_ptr())
+        optimizer.zero_grad(set_to_none=True)
+    assert len(places) == 1
+
+
 def test_bf16_training_learns_like_fp32():
     losses = {}
     tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))

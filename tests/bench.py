@@ -1,0 +1,448 @@
+"""Speed and memory, beside transformers, a dense model and what the machine can do at most.
+
+    python tests/bench.py                                       every table; needs .[test,hf]
+    python tests/bench.py step --sizes medium --top_k 1 --rounds 9
+
+The candidates of a table run in turn in one process, so that a noisy machine is noisy for all of them, with
+new data in every round.  A time is the median of the rounds (least and most behind it): process CPU time on
+one CPU thread, wall time on several, device events on a GPU.  A ratio is the median of the rounds' ratios.
+Never a test: nothing here passes or fails.
+
+    layer       one MoE layer, forward and backward           step     a whole training step
+    generate    tokens per second with a cache                growth   step time as the experts grow in number
+    memory      peak against what must be held                data     tokenizer, sampler, cold start
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import data
+import eval as evaluation
+import parallel
+import train
+from model import MoE, Model, ModelConfig, PRESETS, flops_per_token, pick_device
+
+# sizes, sequences per step and tokens per sequence
+SIZES = {
+    "laptop": (PRESETS["laptop"], 32, 128),
+    "medium": (ModelConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, head_dim=32, d_model=256,
+                           n_expert=96, d_expert=128, tie_embeddings=True, max_seq_len=512), 8, 512),
+    "paper": (dataclasses.replace(PRESETS["sigma-moe-tiny"], n_layer=1, vocab_size=8192, tie_embeddings=True,
+                                  max_seq_len=512), 8, 512)}     # one layer of the paper's, a small head
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dense(config):
+    """The model with one expert that has as many active FLOPs."""
+    return dataclasses.replace(config, n_expert=1, top_k=1, d_expert=config.d_expert * config.top_k)
+
+
+class Tokens:
+    """What train_step asks a sampler for: tokens as frequent as words are (1 / rank)."""
+
+    def __init__(self, vocab_size, seq_len):
+        self.frequency, self.seq_len = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64), seq_len
+
+    def rows(self, first, count):
+        generator = torch.Generator().manual_seed(first)
+        rows = torch.multinomial(self.frequency, count * (self.seq_len + 1), True, generator=generator)
+        rows = rows.view(count, -1)
+        return rows[:, :-1], rows[:, 1:]
+
+
+# --- timing -----------------------------------------------------------------------------------------------
+
+def seconds(work, device):
+    """How long work() takes."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    work()
+    return clock() - began
+
+
+def interleave(candidates, args):
+    """{name: work} -> {name: seconds of each round}.  The first rounds, which fill caches, do not count."""
+    times = {name: [] for name in candidates}
+    bar = tqdm(total=(args.warm + args.rounds) * len(candidates), leave=False, disable=None)
+    with bar:
+        for turn in range(args.warm + args.rounds):
+            for name, work in candidates.items():
+                taken = seconds(work, args.device)
+                if turn >= args.warm:
+                    times[name].append(taken)
+                bar.update()
+    return times
+
+
+def ratio(times, others):
+    """Median of others / times over the rounds, with the least and the most."""
+    each = [b / a for a, b in zip(times, others)]
+    return f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def table(title, head, rows):
+    print(f"\n### {title}\n| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def report(title, times, flops, peers):
+    """One row per candidate: times, share of the matrix product's rate, its time over that of `peers`."""
+    rows = []
+    for name, each in times.items():
+        if name.startswith("product"):
+            continue
+        kind = name.split(", ")[-1]
+        limit = [t * flops / PRODUCT for t in times[f"product, {kind}"]]
+        beside = ratio(times[peers[kind]], each) if peers[kind] in times and name != peers[kind] else ""
+        rows.append((name, f"{median(each) * 1e3:.1f}", f"{min(each) * 1e3:.1f}", f"{max(each) * 1e3:.1f}",
+                     f"{median(a / b for a, b in zip(limit, each)):.0%}", beside))
+    table(title, ("candidate", "ms", "least", "most", "of the limit", "times ours"), rows)
+    for kind in {name.split(", ")[-1] for name in times}:
+        rate = PRODUCT / median(times[f"product, {kind}"])
+        print(f"limit: {flops / 1e9:.1f} GFLOP at the {rate / 1e9:.0f} GFLOP/s of a large product in {kind}")
+
+
+PRODUCT = 2 * 2048 ** 3                                           # FLOPs of the product below
+
+
+def product(dtype, device):
+    """The limit: a product of two large matrices."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+# --- candidates -------------------------------------------------------------------------------------------
+
+def our_run(config, batch, seq_len, dtype, device):
+    """A train.Run on made-up tokens."""
+    s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4)
+    model = Model(config, 0).to(device)
+    masters = parallel.Masters(model, dtype)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    return train.Run(s, config, model, masters, optimizer, Tokens(config.vocab_size, seq_len), None, None,
+                     device, 0.0)
+
+
+def our_step(run):
+    """A training step of this project: train.train_step as it is."""
+    done = 0
+
+    def work():
+        nonlocal done
+        train.train_step(run, done, done * run.settings.batch_size)
+        done += 1
+    return work
+
+
+def transformers_model(config, device):
+    """Qwen3MoeForCausalLM with the weights that ours is initialised with."""
+    import transformers
+    from test_model import hf_folder
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = hf_folder(Model(config, 0), Path(folder))
+        return transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+class AllCopied(parallel.Masters):
+    """Masters for transformers in bf16: routers and norms have copies too, as its code wants them."""
+
+    def __init__(self, model, dtype):
+        self.named, self.copies, self.buffers = dict(model.named_parameters()), [], {}
+        for name, p in model.named_parameters() if dtype != torch.float32 else ():
+            self.hold(name, p, dtype)
+
+
+def their_step(model, config, batch, seq_len, dtype, device, balance=True):
+    """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
+    backward."""
+    masters = AllCopied(model, dtype)
+    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 1e-8, 0.1)
+    sampler, done = Tokens(config.vocab_size, seq_len), 0
+
+    def step(experts):
+        nonlocal done
+        model.set_experts_implementation(experts)
+        tokens = sampler.rows(done * batch, batch)[0].to(device)
+        done += 1
+        model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=balance).loss.backward()
+        parallel.clip_gradients(masters, 1.0)
+        optimizer.step()
+        masters.refresh()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that really run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function).removeprefix("aten.").split(".")[0]] += 1
+        return function(*args, **kwargs or {})
+
+
+def products_of(work):
+    with Products() as products:
+        work()
+    return ", ".join(f"{products.counts[name]} {name}" for name in ("_grouped_mm", "mm", "bmm"))
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+def bench_step(args):
+    for size, top_k, kind in cases(args):
+        config, batch, seq_len = SIZES[size]
+        config, dtype = dataclasses.replace(config, top_k=top_k), DTYPES[kind]
+        run = our_run(config, batch, seq_len, dtype, args.device)
+        theirs = their_step(transformers_model(config, args.device), config, batch, seq_len, dtype, args.device)
+        candidates = {
+            "product": product(dtype, args.device),
+            "ours": our_step(run),
+            "dense": our_step(our_run(dense(config), batch, seq_len, dtype, args.device)),
+            "transformers grouped_mm": lambda theirs=theirs: theirs("grouped_mm")}
+        if top_k == 1 and size != "paper":
+            candidates["transformers eager"] = lambda theirs=theirs: theirs("eager")
+        candidates = {f"{name}, {kind}": work for name, work in candidates.items()}
+        times = interleave(candidates, args)
+        flops = flops_per_token(config, seq_len, top_k) * batch * seq_len
+        report(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens, {kind}", times, flops,
+               {kind: f"ours, {kind}"})
+        print(f"ours / dense: {ratio(times[f'dense, {kind}'], times[f'ours, {kind}'])}")
+        print(f"optimizer, clipping and copies: {optimizer_share(run):.0%} of ours")
+        for name, work in list(candidates.items())[1:]:
+            print(f"in one step of {name}: {products_of(work)}")
+        del run, theirs, candidates, work
+        gc.collect()
+
+
+def optimizer_share(run, steps=5):
+    """Median over some steps of the time in clipping, AdamW and the copies, as a part of the whole."""
+    shares = []
+    for i in range(steps):
+        whole = seconds(lambda i=i: train.train_step(run, i, i * run.settings.batch_size), run.device)
+        for p in run.masters.named.values():
+            p.grad = torch.zeros_like(p)
+
+        def update():
+            parallel.clip_gradients(run.masters, 1.0)
+            run.optimizer.step()
+            run.masters.refresh()
+        shares.append(seconds(update, run.device) / whole)
+        run.optimizer.zero_grad(set_to_none=True)
+    return median(shares)
+
+
+def layer_work(module, config, dtype, n_tokens, args):
+    """Forward and backward of one MoE layer, ours or transformers', on new input each time."""
+    def work():
+        x = torch.randn(8, n_tokens // 8, config.d_model, device=args.device).to(dtype).requires_grad_()
+        y = module(x, config.top_k) if isinstance(module, MoE) else module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+        for p in module.parameters():
+            p.grad = None
+    return work
+
+
+def bench_layer(args):
+    for size, top_k, kind in cases(args):
+        config = dataclasses.replace(SIZES[size][0], top_k=top_k, n_layer=1)
+        dtype, n_tokens = DTYPES[kind], 4096 if size == "paper" else 8192
+        candidates = {"product": product(dtype, args.device)}
+        for name, sizes in ("ours", config), ("dense", dense(config)):
+            model = Model(sizes, 0).to(args.device)
+            parallel.Masters(model, dtype)
+            candidates[name] = layer_work(model.blocks[0].moe, sizes, dtype, n_tokens, args)
+        model = transformers_model(config, args.device)
+        module = model.model.layers[0].mlp.to(dtype)
+        for experts in ("grouped_mm", "eager") if top_k == 1 and size != "paper" else ("grouped_mm",):
+            def theirs(work=layer_work(module, config, dtype, n_tokens, args), model=model, experts=experts):
+                model.set_experts_implementation(experts)
+                work()
+            candidates[f"transformers {experts}"] = theirs
+        times = interleave({f"{name}, {kind}": work for name, work in candidates.items()}, args)
+        flops = 6 * n_tokens * config.d_model * (3 * config.d_expert * top_k + config.n_expert)
+        report(f"layer, {size}, K = {top_k}, {n_tokens:,} tokens, {kind}", times, flops,
+               {kind: f"ours, {kind}"})
+        print(f"ours / dense: {ratio(times[f'dense, {kind}'], times[f'ours, {kind}'])}")
+        del model, module, candidates, theirs
+        gc.collect()
+
+
+def cases(args):
+    return [(size, top_k, kind) for size in args.sizes for top_k in args.top_k for kind in args.dtypes]
+
+
+def bench_generate(args, prompt=32, new=64):
+    for size in [size for size in args.sizes if size != "paper"]:
+        config = SIZES[size][0]
+        model, theirs = Model(config, 0).to(args.device), transformers_model(config, args.device)
+        for batch in (1, 32):
+            tokens = torch.randint(0, config.vocab_size, (batch, prompt), device=args.device)
+            candidates = {"ours": lambda tokens=tokens: model.generate(tokens, new, temperature=0)}
+            for experts in ("grouped_mm", "batched_mm", "eager"):
+                def work(experts=experts, tokens=tokens):
+                    theirs.set_experts_implementation(experts)
+                    theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                                    min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+                candidates[f"transformers {experts}"] = work
+            times = interleave(candidates, args)
+            table(f"generate, {size}, {batch} sequences, {prompt} tokens + {new}, fp32",
+                  ("candidate", "tokens/s", "least", "most", "times ours"),
+                  [(name, *(f"{batch * new / pick(each):,.0f}" for pick in (median, max, min)),
+                    ratio(times["ours"], each) if name != "ours" else "") for name, each in times.items()])
+
+
+def bench_growth(args, seq_len=512, batch=32):
+    for kind in args.dtypes:
+        candidates, config = {}, SIZES["medium"][0]
+        for n_expert in (8, 32, 96, 256):
+            run = our_run(dataclasses.replace(config, n_expert=n_expert), batch, seq_len, DTYPES[kind],
+                          args.device)
+            candidates[n_expert] = our_step(run)
+        times = interleave(candidates, args)
+        table(f"growth, medium, K = 1, {batch * seq_len:,} tokens, {kind}",
+              ("experts", "ms", "least", "most", "times 8 experts"),
+              [(str(n), *(f"{pick(each) * 1e3:.0f}" for pick in (median, min, max)), ratio(times[8], each))
+               for n, each in times.items()])
+
+
+def bench_memory(args):
+    rows = []
+    for size, top_k, kind in cases(args):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:    # a process of its own: a peak of its own
+            held, peak = pool.apply(peak_of_step, (size, top_k, kind, args.device))
+        parts = (f"{held[name] / 2**20:,.0f}" for name in ("state", "saved"))
+        rows.append((f"{size}, K = {top_k}, {kind}", *parts, f"{peak / 2**20:,.0f}",
+                     f"{peak / sum(held.values()):.2f}"))
+    table("memory of training, MiB", ("model", "weights, gradients, moments, copies", "kept by autograd", "peak",
+                                      "peak / both"), rows)
+
+
+def peak_of_step(size, top_k, kind, device):
+    """-> ({what must be held: bytes}, bytes at the peak of five steps)."""
+    torch.set_num_threads(1)
+    config, batch, seq_len = SIZES[size]
+    config = dataclasses.replace(config, top_k=top_k)
+    train_once = our_step(our_run(ModelConfig(64, 1, 1, 1, 8, 8, 2, 8, max_seq_len=64), 2, 16,
+                                  DTYPES[kind], device))
+    train_once()                                                  # what the libraries take is not the model's
+    before = resident(device)
+    run = our_run(config, batch, seq_len, DTYPES[kind], device)
+    work, saved = our_step(run), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)
+                                                  is None or t, lambda t: t):
+        out = run.model(*run.train.rows(0, batch), top_k)
+    own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
+    kept = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in own)
+    state = sum(p.nbytes * 4 for p in run.masters.named.values())
+    state += sum(copy.nbytes for copy, _ in run.masters.copies)
+    del out
+    saved.clear()
+    for _ in range(5):
+        work()
+    return {"state": state, "saved": kept}, resident(device, peak=True) - before
+
+
+def resident(device, peak=False):
+    """Bytes that this process holds, or has held at most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    field = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def bench_data(args):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        prepared = seconds(lambda: data.prepare(folder / "stdlib"), "cpu")
+        meta = data.load_meta(folder / "stdlib")
+        encoding = data.load_encoding(folder / "stdlib")
+        texts = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+        size = sum(len(text.encode()) for text in texts)
+        tokenized = {"tokenise": lambda: [data.encode(encoding, text) for text in texts]}
+        sampler = data.Sampler(data.load_tokens(folder / "stdlib/train.bin"), 128, 0)
+        tokenized["rows"] = lambda: [sampler.rows(i * 32, 32) for i in range(100)]
+        times = interleave(tokenized, args)
+        began = time.perf_counter()
+        command = [sys.executable, "train.py", "--data", folder / "stdlib", "--out", folder / "out", "--steps", "3",
+                   "--log_every", "1", "--device", args.device]
+        with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            log = folder / "out/log.jsonl"
+            while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+                time.sleep(0.02)
+            first = time.perf_counter() - began
+            process.terminate()
+    table("data", ("what", "median", "least", "most"), [
+        ("tokenising, MB/s", *(f"{size / 1e6 / pick(times['tokenise']):.1f}" for pick in (median, max, min))),
+        ("sampler, million tokens/s", *(f"{100 * 32 * 128 / 1e6 / pick(times['rows']):.1f}"
+                                        for pick in (median, max, min))),
+        (f"preparing the corpus ({meta['train_tokens']:,} tokens), s", f"{prepared:.1f}", "", ""),
+        ("from `python train.py` to the first step, s", f"{first:.1f}", "", "")])
+
+
+TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, "growth": bench_growth,
+          "memory": bench_memory, "data": bench_data}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (all)")
+    many = {"type": lambda text: text.split(","), "metavar": "A,B"}
+    parser.add_argument("--sizes", default=list(SIZES), help=", ".join(SIZES), **many)
+    parser.add_argument("--dtypes", default=list(DTYPES), help=", ".join(DTYPES), **many)
+    parser.add_argument("--top_k", default=[1, 8], type=lambda text: [int(k) for k in text.split(",")],
+                        metavar="K,K", help="experts per token (1,8)")
+    parser.add_argument("--rounds", type=int, default=7, help="that count (7)")
+    parser.add_argument("--warm", type=int, default=4, help="rounds before them (4)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (the best there is)")
+    args = parser.parse_args(argv)
+    for given, known in (args.tables, TABLES), (args.sizes, SIZES), (args.dtypes, DTYPES):
+        for name in given:
+            if name not in known:
+                parser.error(f"{name!r} is none of {', '.join(known)}")
+    args.device = pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUN"))}
+    print(f"torch {torch.__version__}, {train.device_name(args.device)}, "
+          f"{datetime.date.today()}; allocator: {json.dumps(settings) if settings else 'as it comes'}")
+    for name in args.tables or TABLES:
+        TABLES[name](args)
+
+
+if __name__ == "__main__":
+    main()
