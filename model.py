@@ -17,6 +17,7 @@ The architecture is Qwen3-MoE's (the weights load into transformers) at the size
 
 import zlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,18 @@ PRESETS = {
 
 # --- layers -----------------------------------------------------------------------------------------------
 
+class Function(torch.autograd.Function):
+    """One with a call() that leaves autograd out when there are no gradients: a third of the time of a
+    generated token would go there."""
+
+    @classmethod
+    def call(cls, *args):
+        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(NO_CONTEXT, *args)
+
+
+NO_CONTEXT = SimpleNamespace(save_for_backward=lambda *tensors: None)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in the weight's dtype (fp32) or wider."""
 
@@ -93,9 +106,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x):
-        if not x.is_cuda:
+        if torch.is_grad_enabled() and not x.is_cuda:
             return RootMeanSquare.apply(x, self.weight, self.eps)
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class RootMeanSquare(torch.autograd.Function):
@@ -122,21 +136,21 @@ class RootMeanSquare(torch.autograd.Function):
 
 
 def rotary(positions, head_dim, base, dtype):
-    """cos and sin [T, head_dim/2] of the angles that positions [T] turn each pair by (arXiv 2104.09864)."""
+    """cos and sin [T, 1, head_dim] of the angles that positions [T] turn each pair by (arXiv 2104.09864), as
+    rotate() wants them: each angle twice, the first sine negative."""
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
-    angle = positions.to(wide)[:, None] * (1.0 / base ** exponent)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions.to(wide)[:, None, None] * (1.0 / base ** exponent)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Turn x [B, T, heads, head_dim]; dimension i is paired with i + head_dim/2, as in transformers."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class Rotate(torch.autograd.Function):
+class Rotate(Function):
     """rotate(), whose gradient is turned back: nothing need be kept of x."""
 
     @staticmethod
@@ -184,7 +198,7 @@ class Attention(nn.Module):
         causal."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
-        q, k = Rotate.apply(self.q_norm(q), cos, sin), Rotate.apply(self.k_norm(k), cos, sin)
+        q, k = Rotate.call(self.q_norm(q), cos, sin), Rotate.call(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)            # [B, heads, T, hd]
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -216,7 +230,7 @@ def chunked_attention(q, k, v, size=64):
     return torch.cat(parts, 2).view(B, H, T, hd)
 
 
-class Dispatch(torch.autograd.Function):
+class Dispatch(Function):
     """h [N, D] -> its rows in the experts' order, h[source].
 
     The gradient is gathered too, by place [N, K], where autograd's own would scatter one row at a time (slow
@@ -234,7 +248,7 @@ class Dispatch(torch.autograd.Function):
         return sum(grad.index_select(0, slot) for slot in place.unbind(1)), None, None
 
 
-class Combine(torch.autograd.Function):
+class Combine(Function):
     """rows [R, D] in the experts' order, place [N, K], weights [N, K] -> [N, D], the weighted sum of each
     token's rows.
 
@@ -277,20 +291,34 @@ def grouped_product(rows, weights, ends):
     """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out]; expert e owns rows ends[e-1] :
     ends[e].
 
-    torch's grouped_mm, or the loop below where grouped_mm refuses: fp64, rows whose stride is no multiple of
-    16 bytes, and anything but bf16 on a GPU.  Experts without rows are normal.
+    torch's grouped_mm, or the loop below for what that refuses.  Experts without rows are normal.  When text
+    is generated on a CPU, most have none, and the loop is faster: grouped_mm visits them all.
     """
-    aligned = all(n * rows.element_size() % 16 == 0 for n in weights.shape[1:])
-    dtypes = (torch.bfloat16,) if rows.is_cuda else (torch.float32, torch.bfloat16, torch.float16)
-    if aligned and rows.dtype in dtypes and rows.device.type in ("cpu", "cuda"):
-        return F.grouped_mm(rows, weights, offs=ends)
-    return looped_product(rows, weights, ends)
+    few = rows.device.type == "cpu" and len(rows) < len(weights) and not torch.is_grad_enabled()
+    if few or refused(rows.dtype, rows.device.type, weights.shape[1:]):
+        return looped_product(rows, weights, ends)
+    return F.grouped_mm(rows, weights, offs=ends)
+
+
+def refused(dtype, device, widths):
+    """Why grouped_mm does not take rows and weights of these widths, or None."""
+    dtypes = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
+    if dtype not in dtypes.get(device, ()):
+        return f"it does not compute in {str(dtype)[6:]} on {device}"
+    unit = 16 // dtype.itemsize                                   # a stride is a multiple of 16 bytes
+    wrong = [width for width in widths if width % unit]
+    return f"in {str(dtype)[6:]} widths are multiples of {unit}, and {wrong[0]} is not" if wrong else None
 
 
 def looped_product(rows, weights, ends):
     """What grouped_product computes, one expert after the other."""
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights.unbind())])
+    begin, parts = 0, []
+    each = weights.unbind() if torch.is_grad_enabled() else weights       # 96 views cost more than a token
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            parts.append(rows[begin:end] @ each[expert])
+        begin = end
+    return torch.cat(parts) if parts else rows @ each[0]          # no rows at all: for the graph
 
 
 class Experts(nn.Module):
@@ -311,10 +339,10 @@ class Experts(nn.Module):
     @staticmethod
     def compute(rows, load, w_in, w_out):
         ends = load.cumsum(0).to(torch.int32)
-        return grouped_product(SwiGLU.apply(grouped_product(rows, w_in, ends)), w_out, ends)
+        return grouped_product(SwiGLU.call(grouped_product(rows, w_in, ends)), w_out, ends)
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLU(Function):
     """gate and up side by side [R, 2F] -> silu(gate) * up [R, F].  Keeps its input alone, and writes the
     gradient's halves where they belong."""
 
@@ -343,18 +371,19 @@ class MoE(nn.Module):
         self.router = Router(config.d_model, config.n_expert, config.gate)
         self.experts = Experts(config)
 
-    def forward(self, x, top_k, keep=None, scored=None):
+    def forward(self, x, top_k, keep=None, scored=None, counted=True):
         """x [B, T, D] -> output [B, T, D], Statistics.
 
         keep: indices of the tokens to route (None is all); the output of the others is zero.
-        scored: what the router sees in place of x."""
+        scored: what the router sees in place of x.
+        counted: False leaves out all statistics but the load."""
         h = kept(x, keep)
-        routing = self.router(h if scored is None else kept(scored, keep), top_k)
+        routing = self.router(h if scored is None else kept(scored, keep), top_k, counted)
         # oneDNN's bf16 products are made anew for every size and slow for odd ones
         multiple = 32 if h.device.type == "cpu" and h.dtype == torch.bfloat16 else 1
         source, place, sizes = sort_by_expert(routing.experts, routing.statistics.load, multiple)
-        rows = self.experts(Dispatch.apply(h, source, place), sizes)
-        out = Combine.apply(rows, place, routing.weights)
+        rows = self.experts(Dispatch.call(h, source, place), sizes)
+        out = Combine.call(rows, place, routing.weights)
         if keep is not None:
             out = out.new_zeros(x.shape).flatten(0, -2).index_copy(0, keep, out)
         return out.view_as(x), routing.statistics
@@ -380,7 +409,9 @@ class Block(nn.Module):
     def forward(self, x, top_k, cos, sin, mask=None, keep=None, cache=None, layer=None):
         scored = self.moe_norm(x) if self.token_router else None
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, layer)
-        y, statistics = self.moe(self.moe_norm(x), top_k, keep, scored)
+        y, statistics = self.moe(self.moe_norm(x), top_k, keep, scored, counted=cache is None)
+        if cache is not None:
+            return x + y, statistics.load
         sizes = {"output_sq": sum_of_squares(y), "stream_sq": sum_of_squares(kept(x, keep))}
         return x + y, *statistics._replace(**sizes)
 

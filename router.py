@@ -30,13 +30,13 @@ class Statistics(NamedTuple):
     The gate's probability p is the softmax over all experts, whatever the gate.  The block fills in the last
     two."""
 
-    load: torch.Tensor          # [E] int64, rows that each expert gets; sums to N*K
-    prob_sum: torch.Tensor      # [E] p of each expert, with gradient
-    sharp_sum: torch.Tensor     # [E] the same at the router's temperature, with gradient
-    sharp_top_sum: torch.Tensor     # [] the largest of those of each token, with gradient
-    z_sum: torch.Tensor         # [] squared logsumexp of the logits, with gradient
-    top_sum: torch.Tensor       # [] the largest p of each token
-    entropy_sum: torch.Tensor   # [] entropy of p in nats; log E is a flat gate
+    load: torch.Tensor                  # [E] int64, rows that each expert gets; sums to N*K
+    prob_sum: torch.Tensor = None       # [E] p of each expert, with gradient
+    sharp_sum: torch.Tensor = None      # [E] the same at the router's temperature, with gradient
+    sharp_top_sum: torch.Tensor = None  # [] the largest of those of each token, with gradient
+    z_sum: torch.Tensor = None          # [] squared logsumexp of the logits, with gradient
+    top_sum: torch.Tensor = None        # [] the largest p of each token
+    entropy_sum: torch.Tensor = None    # [] entropy of p in nats; log E is a flat gate
     output_sq: torch.Tensor = None      # [] squares of the experts' output ..
     stream_sq: torch.Tensor = None      # [] .. and of the residual stream that it is added to
 
@@ -74,8 +74,8 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(n_expert))
         self.temperature = 1.0                                    # of sharp_sum; train.py sets it
 
-    def forward(self, h, top_k):
-        """h [N, D] -> Routing with K = top_k."""
+    def forward(self, h, top_k, counted=True):
+        """h [N, D] -> Routing with K = top_k, and with all statistics or the load alone."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
@@ -86,17 +86,22 @@ class Router(nn.Module):
         weights = score.gather(-1, experts)
         if self.gate == "normalized":
             weights = weights / weights.sum(-1, keepdim=True).detach()
-        return Routing(weights, experts, self.statistics(logits, prob, experts.flatten()))
-
-    def statistics(self, logits, prob, rows):
-        """logits, prob [N, E], rows [N*K] the expert of each row -> Statistics."""
+        rows = experts.flatten()
         load = rows.new_zeros(prob.shape[-1]).scatter_add_(0, rows, torch.ones_like(rows))  # no device sync
-        sharp = prob if self.temperature == 1 else (logits / self.temperature).softmax(-1)
-        sharp_top_sum, log_total = sharp.amax(-1).sum(), logits.logsumexp(-1)
+        return Routing(weights, experts, self.statistics(logits, prob, load) if counted else Statistics(load))
+
+    def statistics(self, logits, prob, load):
+        """logits, prob [N, E], load [E] -> Statistics."""
+        prob_sum, top = prob.sum(0), prob.amax(-1)
+        sharp_sum, sharp_top_sum = prob_sum, top.sum()
+        if self.temperature != 1:
+            sharp = (logits / self.temperature).softmax(-1)
+            sharp_sum, sharp_top_sum = sharp.sum(0), sharp.amax(-1).sum()
+        log_total = logits.amax(-1) - top.log()                   # logsumexp, without exponentiating twice
         with torch.no_grad():
-            top_sum = sharp_top_sum.detach() if sharp is prob else prob.amax(-1).sum()
+            top_sum = top.sum()
             entropy_sum = log_total.sum() - torch.dot(prob.flatten(), logits.flatten())
-        return Statistics(load, prob.sum(0), sharp.sum(0), sharp_top_sum, log_total.square().sum(), top_sum,
+        return Statistics(load, prob_sum, sharp_sum, sharp_top_sum, log_total.square().sum(), top_sum,
                           entropy_sum)
 
 

@@ -44,6 +44,7 @@ from model import (
     count_parameters,
     flops_per_token,
     pick_device,
+    refused,
 )
 from router import (
     BALANCE,
@@ -273,6 +274,12 @@ class Run:
 def start(settings, config, exists, typed):
     """Prepare data and model, and load the newest checkpoint of the run -> (Run, steps done)."""
     s, out, device = settings, Path(settings.out), pick_device(settings.device)
+    if s.dtype == "bfloat16" and not computes_bf16(device):
+        print(f"{device_name(device)} does not compute in bfloat16: this run is in float32 instead")
+        s.dtype = "float32"
+    why = refused(getattr(torch, s.dtype), device.split(":")[0], (config.d_model, config.d_expert))
+    if why and config.n_expert > 1:
+        print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
     folder = Path(s.data)
     if not folder.exists() and s.data == Settings.data:
         print("preparing the corpus, once:")
@@ -317,6 +324,16 @@ def start(settings, config, exists, typed):
     write_settings(run)
     cut_log(log, done)
     return run, done
+
+
+def computes_bf16(device):
+    """Whether a device has bfloat16; a CPU always does, some of them slowly."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return bool(torch.ones(1, dtype=torch.bfloat16, device=device).sum())
+    except (TypeError, RuntimeError):                             # Apple's before macOS 14
+        return False
 
 
 def open_log(path):

@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,12 +34,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
 import data
-import eval as evaluation
 import parallel
 import train
-from model import MoE, Model, ModelConfig, PRESETS, flops_per_token, pick_device
+from model import PRESETS, Model, ModelConfig, MoE, flops_per_token, pick_device
 
 # sizes, sequences per step and tokens per sequence
 SIZES = {
@@ -186,9 +186,8 @@ def their_step(model, config, batch, seq_len, dtype, device, balance=True):
     optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 1e-8, 0.1)
     sampler, done = Tokens(config.vocab_size, seq_len), 0
 
-    def step(experts):
+    def step():
         nonlocal done
-        model.set_experts_implementation(experts)
         tokens = sampler.rows(done * batch, batch)[0].to(device)
         done += 1
         model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=balance).loss.backward()
@@ -224,14 +223,15 @@ def bench_step(args):
         config, batch, seq_len = SIZES[size]
         config, dtype = dataclasses.replace(config, top_k=top_k), DTYPES[kind]
         run = our_run(config, batch, seq_len, dtype, args.device)
-        theirs = their_step(transformers_model(config, args.device), config, batch, seq_len, dtype, args.device)
+        model = transformers_model(config, args.device)
+        theirs = their_step(model, config, batch, seq_len, dtype, args.device)
         candidates = {
             "product": product(dtype, args.device),
             "ours": our_step(run),
             "dense": our_step(our_run(dense(config), batch, seq_len, dtype, args.device)),
-            "transformers grouped_mm": lambda theirs=theirs: theirs("grouped_mm")}
-        if top_k == 1 and size != "paper":
-            candidates["transformers eager"] = lambda theirs=theirs: theirs("eager")
+            "transformers grouped_mm": with_experts(model, "grouped_mm", theirs)}
+        if top_k == 1 and size != "paper":                        # there it takes a minute
+            candidates["transformers eager"] = with_experts(model, "eager", theirs)
         candidates = {f"{name}, {kind}": work for name, work in candidates.items()}
         times = interleave(candidates, args)
         flops = flops_per_token(config, seq_len, top_k) * batch * seq_len
@@ -241,7 +241,7 @@ def bench_step(args):
         print(f"optimizer, clipping and copies: {optimizer_share(run):.0%} of ours")
         for name, work in list(candidates.items())[1:]:
             print(f"in one step of {name}: {products_of(work)}")
-        del run, theirs, candidates, work
+        del run, model, theirs, candidates, work
         gc.collect()
 
 
@@ -284,19 +284,24 @@ def bench_layer(args):
             parallel.Masters(model, dtype)
             candidates[name] = layer_work(model.blocks[0].moe, sizes, dtype, n_tokens, args)
         model = transformers_model(config, args.device)
-        module = model.model.layers[0].mlp.to(dtype)
+        theirs = layer_work(model.model.layers[0].mlp.to(dtype), config, dtype, n_tokens, args)
         for experts in ("grouped_mm", "eager") if top_k == 1 and size != "paper" else ("grouped_mm",):
-            def theirs(work=layer_work(module, config, dtype, n_tokens, args), model=model, experts=experts):
-                model.set_experts_implementation(experts)
-                work()
-            candidates[f"transformers {experts}"] = theirs
+            candidates[f"transformers {experts}"] = with_experts(model, experts, theirs)
         times = interleave({f"{name}, {kind}": work for name, work in candidates.items()}, args)
         flops = 6 * n_tokens * config.d_model * (3 * config.d_expert * top_k + config.n_expert)
         report(f"layer, {size}, K = {top_k}, {n_tokens:,} tokens, {kind}", times, flops,
                {kind: f"ours, {kind}"})
         print(f"ours / dense: {ratio(times[f'dense, {kind}'], times[f'ours, {kind}'])}")
-        del model, module, candidates, theirs
+        del model, theirs, candidates
         gc.collect()
+
+
+def with_experts(model, experts, work):
+    """work() with transformers' experts computed in this way."""
+    def chosen():
+        model.set_experts_implementation(experts)
+        work()
+    return chosen
 
 
 def cases(args):
@@ -309,13 +314,11 @@ def bench_generate(args, prompt=32, new=64):
         model, theirs = Model(config, 0).to(args.device), transformers_model(config, args.device)
         for batch in (1, 32):
             tokens = torch.randint(0, config.vocab_size, (batch, prompt), device=args.device)
-            candidates = {"ours": lambda tokens=tokens: model.generate(tokens, new, temperature=0)}
+            candidates = {"ours": partial(model.generate, tokens, new, temperature=0)}
             for experts in ("grouped_mm", "batched_mm", "eager"):
-                def work(experts=experts, tokens=tokens):
-                    theirs.set_experts_implementation(experts)
-                    theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                                    min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-                candidates[f"transformers {experts}"] = work
+                candidates[f"transformers {experts}"] = with_experts(theirs, experts, partial(
+                    theirs.generate, tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                    min_new_tokens=new, max_new_tokens=new, pad_token_id=0))
             times = interleave(candidates, args)
             table(f"generate, {size}, {batch} sequences, {prompt} tokens + {new}, fp32",
                   ("candidate", "tokens/s", "least", "most", "times ours"),
@@ -340,38 +343,42 @@ def bench_growth(args, seq_len=512, batch=32):
 def bench_memory(args):
     rows = []
     for size, top_k, kind in cases(args):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:    # a process of its own: a peak of its own
+        with multiprocessing.get_context("spawn").Pool(1) as pool:        # a process and a peak of its own
             held, peak = pool.apply(peak_of_step, (size, top_k, kind, args.device))
         parts = (f"{held[name] / 2**20:,.0f}" for name in ("state", "saved"))
         rows.append((f"{size}, K = {top_k}, {kind}", *parts, f"{peak / 2**20:,.0f}",
                      f"{peak / sum(held.values()):.2f}"))
-    table("memory of training, MiB", ("model", "weights, gradients, moments, copies", "kept by autograd", "peak",
-                                      "peak / both"), rows)
+    table("memory of training, MiB",
+          ("model", "weights, gradients, moments, copies", "kept by autograd", "peak", "peak / both"), rows)
 
 
 def peak_of_step(size, top_k, kind, device):
     """-> ({what must be held: bytes}, bytes at the peak of five steps)."""
     torch.set_num_threads(1)
     config, batch, seq_len = SIZES[size]
-    config = dataclasses.replace(config, top_k=top_k)
-    train_once = our_step(our_run(ModelConfig(64, 1, 1, 1, 8, 8, 2, 8, max_seq_len=64), 2, 16,
-                                  DTYPES[kind], device))
-    train_once()                                                  # what the libraries take is not the model's
+    tiny = ModelConfig(64, 1, 1, 1, 8, 8, 2, 8, max_seq_len=64)
+    our_step(our_run(tiny, 2, 16, DTYPES[kind], device))()        # what the libraries take is not the model's
     before = resident(device)
-    run = our_run(config, batch, seq_len, DTYPES[kind], device)
-    work, saved = our_step(run), {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t)
-                                                  is None or t, lambda t: t):
-        out = run.model(*run.train.rows(0, batch), top_k)
-    own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
-    kept = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in own)
+    run = our_run(dataclasses.replace(config, top_k=top_k), batch, seq_len, DTYPES[kind], device)
+    for work in [our_step(run)] * 5:
+        work()
+    peak = resident(device, peak=True) - before
     state = sum(p.nbytes * 4 for p in run.masters.named.values())
     state += sum(copy.nbytes for copy, _ in run.masters.copies)
-    del out
-    saved.clear()
-    for _ in range(5):
-        work()
-    return {"state": state, "saved": kept}, resident(device, peak=True) - before
+    return {"state": state, "saved": kept_by_autograd(run, batch)}, peak      # last: its hooks leak
+
+
+def kept_by_autograd(run, batch):
+    """Bytes that a forward pass keeps for the backward pass, parameters aside."""
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t                  # held, so that no other gets its address
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run.model(*(t.to(run.device) for t in run.train.rows(0, batch)))
+    own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
 
 
 def resident(device, peak=False):
@@ -387,30 +394,35 @@ def bench_data(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepared = seconds(lambda: data.prepare(folder / "stdlib"), "cpu")
-        meta = data.load_meta(folder / "stdlib")
         encoding = data.load_encoding(folder / "stdlib")
         texts = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
-        size = sum(len(text.encode()) for text in texts)
-        tokenized = {"tokenise": lambda: [data.encode(encoding, text) for text in texts]}
         sampler = data.Sampler(data.load_tokens(folder / "stdlib/train.bin"), 128, 0)
-        tokenized["rows"] = lambda: [sampler.rows(i * 32, 32) for i in range(100)]
-        times = interleave(tokenized, args)
-        began = time.perf_counter()
-        command = [sys.executable, "train.py", "--data", folder / "stdlib", "--out", folder / "out", "--steps", "3",
-                   "--log_every", "1", "--device", args.device]
-        with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as process:
-            log = folder / "out/log.jsonl"
-            while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
-                time.sleep(0.02)
-            first = time.perf_counter() - began
-            process.terminate()
+        times = interleave({"text": lambda: [data.encode(encoding, text) for text in texts],
+                            "rows": lambda: [sampler.rows(i * 32, 32) for i in range(100)]}, args)
+        first = cold_start(folder, args.device)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
     table("data", ("what", "median", "least", "most"), [
-        ("tokenising, MB/s", *(f"{size / 1e6 / pick(times['tokenise']):.1f}" for pick in (median, max, min))),
-        ("sampler, million tokens/s", *(f"{100 * 32 * 128 / 1e6 / pick(times['rows']):.1f}"
-                                        for pick in (median, max, min))),
-        (f"preparing the corpus ({meta['train_tokens']:,} tokens), s", f"{prepared:.1f}", "", ""),
+        ("tokenizer, MB/s", *(f"{megabytes / pick(times['text']):.1f}" for pick in (median, max, min))),
+        ("sampler, million tokens/s",
+         *(f"{100 * 32 * 128 / 1e6 / pick(times['rows']):.1f}" for pick in (median, max, min))),
+        ("preparing the default corpus, s", f"{prepared:.1f}", "", ""),
         ("from `python train.py` to the first step, s", f"{first:.1f}", "", "")])
+
+
+def cold_start(folder, device):
+    """Seconds from starting train.py to the first step in its log."""
+    began, log = time.perf_counter(), folder / "out/log.jsonl"
+    command = [sys.executable, "train.py", "--data", folder / "stdlib", "--out", folder / "out",
+               "--log_every", "1", "--device", device]
+    with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        while not (log.exists() and log.read_text().count("\n") > 1):
+            if process.poll() is not None:
+                raise SystemExit("train.py ended before its first step")
+            time.sleep(0.02)
+        taken = time.perf_counter() - began
+        process.kill()
+    return taken
 
 
 TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, "growth": bench_growth,
@@ -418,15 +430,16 @@ TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, 
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (all)")
     many = {"type": lambda text: text.split(","), "metavar": "A,B"}
     parser.add_argument("--sizes", default=list(SIZES), help=", ".join(SIZES), **many)
     parser.add_argument("--dtypes", default=list(DTYPES), help=", ".join(DTYPES), **many)
     parser.add_argument("--top_k", default=[1, 8], type=lambda text: [int(k) for k in text.split(",")],
                         metavar="K,K", help="experts per token (1,8)")
-    parser.add_argument("--rounds", type=int, default=7, help="that count (7)")
-    parser.add_argument("--warm", type=int, default=4, help="rounds before them (4)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
+    parser.add_argument("--warm", type=int, default=3, help="rounds before them (3)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (the best there is)")
     args = parser.parse_args(argv)
@@ -437,7 +450,7 @@ def main(argv=None):
     args.device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
-    settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUN"))}
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
     print(f"torch {torch.__version__}, {train.device_name(args.device)}, "
           f"{datetime.date.today()}; allocator: {json.dumps(settings) if settings else 'as it comes'}")
     for name in args.tables or TABLES:

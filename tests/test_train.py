@@ -526,3 +526,37 @@ def test_settings_are_recorded_where_the_log_begins(finished):
     first = json.loads((finished / "log.jsonl").read_text().splitlines()[0])
     assert first["settings"] == evaluation.read_settings(finished)["settings"]
     assert first["settings"]["out"] == str(finished)
+
+
+# --- devices that cannot do what is asked for -------------------------------------------------------------
+
+def test_a_device_without_bf16_is_said_once_and_trains_in_fp32(corpus, tmp_path, monkeypatch, capsys):
+    """The numbers and the settings are those of float32."""
+    command = ["--data", str(corpus), "--steps", "2", *SIZES]
+    train.main([*command, "--out", str(tmp_path / "fp32")])
+    capsys.readouterr()
+    monkeypatch.setattr(train, "computes_bf16", lambda device: False)
+    train.main([*command, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.count("does not compute in bfloat16: this run is in float32 instead") == 1
+    rows, settings = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").open()][1:]
+                      for name in ("fp32", "bf16")), json.loads((tmp_path / "bf16/settings.json").read_text())
+    fp32, bf16 = ([row["loss"] for row in log] for log in rows)
+    assert fp32 == bf16 and settings["settings"]["dtype"] == "float32"
+
+
+def test_this_cpu_computes_bf16_and_refusals_are_noticed(monkeypatch):
+    assert train.computes_bf16("cpu")
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(TypeError("no bfloat16")))
+    assert not train.computes_bf16("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert not train.computes_bf16("cuda")
+
+
+@pytest.mark.parametrize("width, dtype, said", [
+    ("8", "float32", None), ("6", "float32", "widths are multiples of 4, and 6 is not"),
+    ("12", "bfloat16", "widths are multiples of 8, and 12 is not")])
+def test_widths_that_grouped_mm_refuses_are_said_once(corpus, tmp_path, capsys, width, dtype, said):
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES,
+                "--d_expert", width, "--dtype", dtype])
+    out = capsys.readouterr().out
+    assert out.count("the experts run one after the other") == bool(said) and (not said or said in out)
