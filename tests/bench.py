@@ -263,13 +263,16 @@ def optimizer_share(run, steps=5):
 
 
 def layer_work(module, config, dtype, n_tokens, args):
-    """Forward and backward of one MoE layer, ours or transformers', on new input each time."""
+    """Forward and backward of one MoE layer, ours or transformers', on one input after another."""
+    inputs = [torch.randn(8, n_tokens // 8, config.d_model, device=args.device).to(dtype).requires_grad_()
+              for _ in range(3)]
+
     def work():
-        x = torch.randn(8, n_tokens // 8, config.d_model, device=args.device).to(dtype).requires_grad_()
+        inputs.append(x := inputs.pop(0))
         y = module(x, config.top_k) if isinstance(module, MoE) else module(x)
         y = y[0] if isinstance(y, tuple) else y
         y.backward(torch.ones_like(y))
-        for p in module.parameters():
+        for p in (x, *module.parameters()):
             p.grad = None
     return work
 
@@ -280,9 +283,9 @@ def bench_layer(args):
         dtype, n_tokens = DTYPES[kind], 4096 if size == "paper" else 8192
         candidates = {"product": product(dtype, args.device)}
         for name, sizes in ("ours", config), ("dense", dense(config)):
-            model = Model(sizes, 0).to(args.device)
-            parallel.Masters(model, dtype)
-            candidates[name] = layer_work(model.blocks[0].moe, sizes, dtype, n_tokens, args)
+            module = Model(sizes, 0).to(args.device).blocks[0].moe
+            module.experts.to(dtype)                              # what the step's copies are
+            candidates[name] = layer_work(module, sizes, dtype, n_tokens, args)
         model = transformers_model(config, args.device)
         theirs = layer_work(model.model.layers[0].mlp.to(dtype), config, dtype, n_tokens, args)
         for experts in ("grouped_mm", "eager") if top_k == 1 and size != "paper" else ("grouped_mm",):
