@@ -54,13 +54,13 @@ class Masters:
 
 
 def accumulate_into(master):
-    """-> a hook that moves the gradient of a copy to its master, in memory taken once: on a CPU fresh memory
-    costs more than what is written to it."""
-    memory = torch.empty_like(master)
+    """-> a hook that moves the gradient of a copy to its master; on a CPU in memory taken once, since fresh
+    memory costs more there than what is written to it."""
+    memory = torch.empty_like(master) if master.device.type == "cpu" else None
 
     def hook(copy):
         if master.grad is None:
-            master.grad = memory.copy_(copy.grad)
+            master.grad = copy.grad.float() if memory is None else memory.copy_(copy.grad)
         else:
             master.grad += copy.grad
         copy.grad = None

@@ -274,10 +274,11 @@ class Run:
 def start(settings, config, exists, typed):
     """Prepare data and model, and load the newest checkpoint of the run -> (Run, steps done)."""
     s, out, device = settings, Path(settings.out), pick_device(settings.device)
-    if s.dtype == "bfloat16" and not computes_bf16(device):
-        print(f"{device_name(device)} does not compute in bfloat16: this run is in float32 instead")
-        s.dtype = "float32"
-    why = refused(getattr(torch, s.dtype), device.split(":")[0], (config.d_model, config.d_expert))
+    dtype = getattr(torch, s.dtype)
+    if dtype == torch.bfloat16 and not computes_bf16(device):
+        print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
+        dtype = torch.float32
+    why = refused(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
     folder = Path(s.data)
@@ -302,7 +303,7 @@ def start(settings, config, exists, typed):
         evaluation.same_tokenizer(other, folder)
 
     model = Model(config, s.seed).to(device)
-    masters = parallel.Masters(model, getattr(torch, s.dtype))
+    masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     sampler = data.Sampler(tokens, s.seq_len, s.seed)
     done = (parallel.checkpoints(out) or [0])[-1]
@@ -359,7 +360,8 @@ def write_settings(run):
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "tiktoken": tiktoken.__version__}
-    header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device)}
+    header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device),
+                         "computes_in": str(run.model.head.weight.dtype)[6:]}
     print(json.dumps(header), file=run.log)
 
 
@@ -644,7 +646,7 @@ def go(run, done, exists, began):
     total, active, _ = count_parameters(config)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
-          f"{device_name(run.device)}, {s.dtype}")
+          f"{device_name(run.device)}, {str(run.model.head.weight.dtype)[6:]}")
     epoch = run.train.n_windows / s.batch_size
     print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
           f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")

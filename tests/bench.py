@@ -3,10 +3,10 @@
     python tests/bench.py                                       every table; needs .[test,hf]
     python tests/bench.py step --sizes medium --top_k 1 --rounds 9
 
-The candidates of a table run in turn in one process, so that a noisy machine is noisy for all of them, with
-new data in every round.  A time is the median of the rounds (least and most behind it): process CPU time on
-one CPU thread, wall time on several, device events on a GPU.  A ratio is the median of the rounds' ratios.
-Never a test: nothing here passes or fails.
+The candidates of a table run in turn in one process, so that a noisy machine is noisy for all of them, on
+inputs that change from round to round.  A time is the median of the rounds (least and most behind it):
+process CPU time on one CPU thread, wall time on several, device events on a GPU.  A ratio is the median of
+the rounds' ratios.  Never a test: nothing here passes or fails.
 
     layer       one MoE layer, forward and backward           step     a whole training step
     generate    tokens per second with a cache                growth   step time as the experts grow in number
@@ -51,7 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def dense(config):
-    """The model with one expert that has as many active FLOPs."""
+    """The model with one expert that has as many FLOPs as the active ones together, and nothing to route."""
     return dataclasses.replace(config, n_expert=1, top_k=1, d_expert=config.d_expert * config.top_k)
 
 
@@ -111,37 +111,35 @@ def table(title, head, rows):
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def report(title, times, flops, peers):
-    """One row per candidate: times, share of the matrix product's rate, its time over that of `peers`."""
-    rows = []
-    for name, each in times.items():
-        if name.startswith("product"):
-            continue
-        kind = name.split(", ")[-1]
-        limit = [t * flops / PRODUCT for t in times[f"product, {kind}"]]
-        beside = ratio(times[peers[kind]], each) if peers[kind] in times and name != peers[kind] else ""
-        rows.append((name, f"{median(each) * 1e3:.1f}", f"{min(each) * 1e3:.1f}", f"{max(each) * 1e3:.1f}",
-                     f"{median(a / b for a, b in zip(limit, each)):.0%}", beside))
+def report(title, times, flops, device):
+    """A row per candidate: its time, its share of the rate of a large product, its time over ours.
+
+    flops: {name: FLOPs} of a round."""
+    limit, product_flops = times["large product"], 2 * SIDE[device] ** 3
+    rows = [(name, f"{median(each) * 1e3:.1f}", f"{min(each) * 1e3:.1f}", f"{max(each) * 1e3:.1f}",
+             f"{median(a / b for a, b in zip(limit, each)) * flops[name.split()[0]] / product_flops:.0%}",
+             ratio(times["ours"], each) if name != "ours" else "")
+            for name, each in times.items() if name != "large product"]
     table(title, ("candidate", "ms", "least", "most", "of the limit", "times ours"), rows)
-    for kind in {name.split(", ")[-1] for name in times}:
-        rate = PRODUCT / median(times[f"product, {kind}"])
-        print(f"limit: {flops / 1e9:.1f} GFLOP at the {rate / 1e9:.0f} GFLOP/s of a large product in {kind}")
+    print(f"limit: {flops['ours'] / 1e9:.1f} GFLOP at {product_flops / median(limit) / 1e9:.0f} GFLOP/s; "
+          f"ours / dense: {ratio(times['dense'], times['ours'])}")
 
 
-PRODUCT = 2 * 2048 ** 3                                           # FLOPs of the product below
+SIDE = {"cpu": 2048, "cuda": 8192}                                # of the matrices below
 
 
 def product(dtype, device):
-    """The limit: a product of two large matrices."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    return lambda: a @ b
+    """The limit: a product of two large matrices, into memory that is there."""
+    a, b, out = (torch.randn(SIDE[device], SIDE[device], device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
 
 
 # --- candidates -------------------------------------------------------------------------------------------
 
 def our_run(config, batch, seq_len, dtype, device):
     """A train.Run on made-up tokens."""
-    s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4)
+    s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
+                       warmup=0, decay=0)
     model = Model(config, 0).to(device)
     masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
@@ -199,7 +197,7 @@ def their_step(model, config, batch, seq_len, dtype, device, balance=True):
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that really run."""
+    """Counts the calls of matrix products; on a CPU, a grouped one is a loop inside."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +211,8 @@ class Products(TorchDispatchMode):
 def products_of(work):
     with Products() as products:
         work()
-    return ", ".join(f"{products.counts[name]} {name}" for name in ("_grouped_mm", "mm", "bmm"))
+    names = ("_grouped_mm", "mm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
+    return ", ".join(f"{products.counts[name]} {name}" for name in names if products.counts[name])
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -226,21 +225,19 @@ def bench_step(args):
         model = transformers_model(config, args.device)
         theirs = their_step(model, config, batch, seq_len, dtype, args.device)
         candidates = {
-            "product": product(dtype, args.device),
+            "large product": product(dtype, args.device),
             "ours": our_step(run),
             "dense": our_step(our_run(dense(config), batch, seq_len, dtype, args.device)),
             "transformers grouped_mm": with_experts(model, "grouped_mm", theirs)}
         if top_k == 1 and size != "paper":                        # there it takes a minute
             candidates["transformers eager"] = with_experts(model, "eager", theirs)
-        candidates = {f"{name}, {kind}": work for name, work in candidates.items()}
         times = interleave(candidates, args)
-        flops = flops_per_token(config, seq_len, top_k) * batch * seq_len
-        report(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens, {kind}", times, flops,
-               {kind: f"ours, {kind}"})
-        print(f"ours / dense: {ratio(times[f'dense, {kind}'], times[f'ours, {kind}'])}")
+        flops = {name: flops_per_token(each, seq_len) * batch * seq_len
+                 for name, each in (("ours", config), ("dense", dense(config)), ("transformers", config))}
+        report(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens, {kind}", times, flops, args.device)
         print(f"optimizer, clipping and copies: {optimizer_share(run):.0%} of ours")
         for name, work in list(candidates.items())[1:]:
-            print(f"in one step of {name}: {products_of(work)}")
+            print(f"calls in one step of {name}: {products_of(work)}")
         del run, model, theirs, candidates, work
         gc.collect()
 
@@ -281,7 +278,7 @@ def bench_layer(args):
     for size, top_k, kind in cases(args):
         config = dataclasses.replace(SIZES[size][0], top_k=top_k, n_layer=1)
         dtype, n_tokens = DTYPES[kind], 4096 if size == "paper" else 8192
-        candidates = {"product": product(dtype, args.device)}
+        candidates = {"large product": product(dtype, args.device)}
         for name, sizes in ("ours", config), ("dense", dense(config)):
             module = Model(sizes, 0).to(args.device).blocks[0].moe
             module.experts.to(dtype)                              # what the step's copies are
@@ -290,11 +287,11 @@ def bench_layer(args):
         theirs = layer_work(model.model.layers[0].mlp.to(dtype), config, dtype, n_tokens, args)
         for experts in ("grouped_mm", "eager") if top_k == 1 and size != "paper" else ("grouped_mm",):
             candidates[f"transformers {experts}"] = with_experts(model, experts, theirs)
-        times = interleave({f"{name}, {kind}": work for name, work in candidates.items()}, args)
-        flops = 6 * n_tokens * config.d_model * (3 * config.d_expert * top_k + config.n_expert)
-        report(f"layer, {size}, K = {top_k}, {n_tokens:,} tokens, {kind}", times, flops,
-               {kind: f"ours, {kind}"})
-        print(f"ours / dense: {ratio(times[f'dense, {kind}'], times[f'ours, {kind}'])}")
+        times = interleave(candidates, args)
+        rows = 6 * n_tokens * config.d_model                      # FLOPs per column of what they multiply
+        flops = {"dense": rows * 3 * config.d_expert * top_k}
+        flops["ours"] = flops["transformers"] = flops["dense"] + rows * config.n_expert
+        report(f"layer, {size}, K = {top_k}, {n_tokens:,} tokens, {kind}", times, flops, args.device)
         del model, theirs, candidates
         gc.collect()
 
@@ -324,7 +321,7 @@ def bench_generate(args, prompt=32, new=64):
                     min_new_tokens=new, max_new_tokens=new, pad_token_id=0))
             times = interleave(candidates, args)
             table(f"generate, {size}, {batch} sequences, {prompt} tokens + {new}, fp32",
-                  ("candidate", "tokens/s", "least", "most", "times ours"),
+                  ("candidate", "tokens/s", "least", "most", "ours is faster by"),
                   [(name, *(f"{batch * new / pick(each):,.0f}" for pick in (median, max, min)),
                     ratio(times["ours"], each) if name != "ours" else "") for name, each in times.items()])
 
@@ -451,6 +448,8 @@ def main(argv=None):
             if name not in known:
                 parser.error(f"{name!r} is none of {', '.join(known)}")
     args.device = pick_device(args.device)
+    if args.device not in SIDE:
+        parser.error(f"--device must be one of {', '.join(SIDE)}, not {args.device}")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}

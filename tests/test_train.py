@@ -531,17 +531,20 @@ def test_settings_are_recorded_where_the_log_begins(finished):
 # --- devices that cannot do what is asked for -------------------------------------------------------------
 
 def test_a_device_without_bf16_is_said_once_and_trains_in_fp32(corpus, tmp_path, monkeypatch, capsys):
-    """The numbers and the settings are those of float32."""
+    """The numbers are those of float32; the settings stay what was asked for."""
     command = ["--data", str(corpus), "--steps", "2", *SIZES]
     train.main([*command, "--out", str(tmp_path / "fp32")])
     capsys.readouterr()
     monkeypatch.setattr(train, "computes_bf16", lambda device: False)
     train.main([*command, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16"])
-    assert capsys.readouterr().out.count("does not compute in bfloat16: this run is in float32 instead") == 1
-    rows, settings = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").open()][1:]
-                      for name in ("fp32", "bf16")), json.loads((tmp_path / "bf16/settings.json").read_text())
-    fp32, bf16 = ([row["loss"] for row in log] for log in rows)
-    assert fp32 == bf16 and settings["settings"]["dtype"] == "float32"
+    assert capsys.readouterr().out.count("does not compute in bfloat16: float32 is used instead") == 1
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
+            for name in ("fp32", "bf16")]
+    assert [row["loss"] for row in logs[0][1:]] == [row["loss"] for row in logs[1][1:]]
+    assert logs[1][0]["computes_in"] == "float32"
+    train.main([*command[:-len(SIZES)], *SIZES, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16",
+                "--steps", "3"])                                  # the same command resumes
+    assert json.loads((tmp_path / "bf16/settings.json").read_text())["settings"]["dtype"] == "bfloat16"
 
 
 def test_this_cpu_computes_bf16_and_refusals_are_noticed(monkeypatch):
