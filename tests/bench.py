@@ -160,8 +160,11 @@ def our_step(run):
 
 def transformers_model(config, device):
     """Qwen3MoeForCausalLM with the weights that ours is initialised with."""
-    import transformers
-    from test_model import hf_folder
+    try:
+        import transformers
+        from test_model import hf_folder
+    except ImportError as error:
+        raise SystemExit(f"{error}: the comparison needs pip install -e '.[test,hf]'") from None
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         folder = hf_folder(Model(config, 0), Path(folder))
@@ -429,7 +432,7 @@ TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, 
           "memory": bench_memory, "data": bench_data}
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (all)")
@@ -447,9 +450,16 @@ def main(argv=None):
         for name in given:
             if name not in known:
                 parser.error(f"{name!r} is none of {', '.join(known)}")
+    if min(args.rounds, args.threads, *args.top_k) < 1 or args.warm < 0:
+        parser.error("--rounds, --threads and --top_k must be at least 1, and --warm 0")
     args.device = pick_device(args.device)
     if args.device not in SIDE:
         parser.error(f"--device must be one of {', '.join(SIDE)}, not {args.device}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}

@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
 VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(BLOCKS), re.M)) | {"seed": "0"}
 COMMANDS = sorted({re.sub(r"\$(\w+)", lambda m: VARIABLES[m[1]], line.split("#")[0].strip())
                    for block in BLOCKS for line in block.splitlines()
-                   if re.match(r"\s*python (train|eval|data|model)\.py", line)})
+                   if re.match(r"\s*python (train|eval|data|model|tests/bench)\.py", line)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,6 +28,10 @@ def test_commands_are_understood(command, in_folder, monkeypatch):
         typed = train.parse(args)
         if not typed.get("init_from"):                            # needs the run that it names
             train.resolve(typed)
+        return
+    if program == "tests/bench.py":
+        import bench
+        assert bench.parse(args).rounds
         return
     main = {"data.py": data, "eval.py": evaluation, "model.py": model}[program].main
 
