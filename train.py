@@ -430,7 +430,8 @@ def train_step(run, step, first):
     skipped = not math.isfinite(norm)
     if not skipped:
         update(run, step, total.load)
-    run.optimizer.zero_grad(set_to_none=True)
+    # on a CPU fresh memory costs more than zeros; the gradients of copies have memory of their own
+    run.optimizer.zero_grad(set_to_none=run.device != "cpu" or bool(run.masters.copies))
     return Step(top_k, count, loss / n_tokens, total, norm, norms, skipped)
 
 
