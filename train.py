@@ -274,13 +274,6 @@ class Run:
 def start(settings, config, exists, typed):
     """Prepare data and model, and load the newest checkpoint of the run -> (Run, steps done)."""
     s, out, device = settings, Path(settings.out), pick_device(settings.device)
-    dtype = getattr(torch, s.dtype)
-    if dtype == torch.bfloat16 and not computes_bf16(device):
-        print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
-        dtype = torch.float32
-    why = refused(dtype, device.split(":")[0], (config.d_model, config.d_expert))
-    if why and config.n_expert > 1:
-        print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
     folder = Path(s.data)
     if not folder.exists() and s.data == Settings.data:
         print("preparing the corpus, once:")
@@ -303,7 +296,7 @@ def start(settings, config, exists, typed):
         evaluation.same_tokenizer(other, folder)
 
     model = Model(config, s.seed).to(device)
-    masters = parallel.Masters(model, dtype)
+    masters = parallel.Masters(model, compute_dtype(s.dtype, config, device))
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     sampler = data.Sampler(tokens, s.seq_len, s.seed)
     done = (parallel.checkpoints(out) or [0])[-1]
@@ -325,6 +318,18 @@ def start(settings, config, exists, typed):
     write_settings(run)
     cut_log(log, done)
     return run, done
+
+
+def compute_dtype(asked, config, device):
+    """The dtype of the matrix products.  What the device cannot do is said, and what is done instead."""
+    dtype = getattr(torch, asked)
+    if dtype == torch.bfloat16 and not computes_bf16(device):
+        print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
+        dtype = torch.float32
+    why = refused(dtype, device.split(":")[0], (config.d_model, config.d_expert))
+    if why and config.n_expert > 1:
+        print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
+    return dtype
 
 
 def computes_bf16(device):
