@@ -87,8 +87,8 @@ PRESETS = {
 # --- layers -----------------------------------------------------------------------------------------------
 
 class Function(torch.autograd.Function):
-    """An autograd function whose call() leaves autograd out when no gradients are wanted: a third of the time
-    of a generated token went there."""
+    """An autograd function whose call() leaves autograd out when no gradients are wanted: a quarter of the
+    time of a generated token went there."""
 
     @classmethod
     def call(cls, *args):
@@ -114,7 +114,7 @@ class RMSNorm(nn.Module):
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """F.rms_norm where torch has no kernel for it: in a third of the time, and keeping less.
+    """F.rms_norm where torch has no kernel for it: 2 to 5 times faster, and keeping less.
 
     y = x r w with r = (mean of x^2 + eps)^-1/2, so that for a gradient g of y
     dx = r w g - x r^3 / D * (sum of x w g over D), and dw = sum of x r g over the tokens."""
@@ -213,7 +213,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-CHUNKED_UP_TO = 1024                                              # positions; beyond, it is slower
+CHUNKED_UP_TO = 1024                                              # positions; at 4,096 it is no faster
 
 
 def chunked_attention(q, k, v, size=64):
@@ -291,7 +291,7 @@ def add_up(parts):
 
 def sort_by_expert(experts, load, multiple):
     """experts [N, K], load [E] -> source [R] the token of each row, place [N, K] the row of each token's
-    choices, sizes [E] the rows of each expert, filled up to a multiple."""
+    choices, sizes [E] the rows of each expert, filled up to a multiple (R is then more than N*K)."""
     order = experts.flatten().argsort(stable=True)
     rows, sizes = torch.arange(len(order), device=order.device), load
     if multiple > 1:
@@ -353,7 +353,7 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, F_, D))
 
     def forward(self, rows, load):
-        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.
+        """rows [R, D] sorted by expert, load [E] rows of each (fillers too) -> [R, D] in the same order.
 
         The seam of expert parallelism: parallel code replaces this method, and nothing outside changes."""
         return self.compute(rows, load, self.w_in, self.w_out)
