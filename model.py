@@ -419,8 +419,8 @@ def kept(x, keep):
 
 
 class Block(nn.Module):
-    """One layer.  Returns a plain tuple of tensors: sharding and recomputation handle nothing else
-    everywhere."""
+    """One layer.  Returns a plain tuple of tensors, x and with no cache the statistics: sharding and
+    recomputation handle nothing else everywhere."""
 
     def __init__(self, config, token_router=False):
         super().__init__()
@@ -435,7 +435,7 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, layer)
         y, statistics = self.moe(self.moe_norm(x), top_k, keep, scored, counted=cache is None)
         if cache is not None:
-            return x + y, statistics.load
+            return (x + y,)
         sizes = {"output_sq": sum_of_squares(y), "stream_sq": sum_of_squares(kept(x, keep))}
         return x + y, *statistics._replace(**sizes)
 
