@@ -180,9 +180,9 @@ class AllCopied(parallel.Masters):
             self.hold(name, p, dtype)
 
 
-def their_step(model, config, batch, seq_len, dtype, device, balance=True):
+def their_step(model, config, batch, seq_len, dtype, device):
     """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
-    backward."""
+    backward, its own balance loss."""
     masters = AllCopied(model, dtype)
     optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 1e-8, 0.1)
     sampler, done = Tokens(config.vocab_size, seq_len), 0
@@ -191,7 +191,7 @@ def their_step(model, config, batch, seq_len, dtype, device, balance=True):
         nonlocal done
         tokens = sampler.rows(done * batch, batch)[0].to(device)
         done += 1
-        model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=balance).loss.backward()
+        model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=True).loss.backward()
         parallel.clip_gradients(masters, 1.0)
         optimizer.step()
         masters.refresh()
