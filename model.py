@@ -358,6 +358,12 @@ class Experts(nn.Module):
         The seam of expert parallelism: parallel code replaces this method, and nothing outside changes."""
         return self.compute(rows, load, self.w_in, self.w_out)
 
+    def filled_up_to(self, h, n_rows):
+        """The rows of an expert are filled up to a multiple of this: on a CPU, bf16 products are prepared
+        anew for every number of rows, and slow for odd ones."""
+        slow = h.device.type == "cpu" and h.dtype == torch.bfloat16
+        return 16 if slow and not few_rows(n_rows, len(self.w_in)) else 1
+
     @staticmethod
     def compute(rows, load, w_in, w_out):
         ends = load.cumsum(0).to(torch.int32)
@@ -402,9 +408,7 @@ class MoE(nn.Module):
         counted: False leaves out all statistics but the load."""
         h = kept(x, keep)
         routing = self.router(h if scored is None else kept(scored, keep), top_k, counted)
-        # on a CPU, bf16 products are prepared anew for every number of rows, and slow for odd ones
-        filled = h.device.type == "cpu" and h.dtype == torch.bfloat16
-        multiple = 16 if filled and not few_rows(routing.experts.numel(), len(self.experts.w_in)) else 1
+        multiple = self.experts.filled_up_to(h, routing.experts.numel())
         source, place, sizes = sort_by_expert(routing.experts, routing.statistics.load, multiple)
         rows = self.experts(Dispatch.call(h, source, place), sizes)
         out = Combine.call(rows, place, routing.weights)
@@ -490,6 +494,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None
 
 
+class Head(nn.Linear):
+    """The output matrix [V, D].  Logits and loss both pass through its forward(), where sharding gathers it.
+    """
+
+    def forward(self, x, targets=None):
+        """x [B, T, D] -> logits [B, T, V] in fp32 or wider, or with targets [B, T] the summed cross-entropy."""
+        if targets is None:
+            return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(),
+                                         torch.is_grad_enabled())
+
+
 def pick_device(name="auto"):
     """cuda, mps or cpu: the first there is, or the one named.  ValueError if that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -529,7 +545,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config, config.token_router and i == 0)
                                     for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
         if not self.embed.weight.is_meta:
             self.init_weights(torch.initial_seed() if seed is None else seed)
@@ -549,22 +565,25 @@ class Model(nn.Module):
             attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
             everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125
 
-        Each parameter has a generator of its own, seeded by its name, so that a process which holds only some
-        of the parameters draws the same ones.
         """
-        D, L = self.config.d_model, self.config.n_layer
         for bias in self.buffers():
             bias.zero_()
         for name, p in self.named_parameters():
-            generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
-            if p.dim() == 1:
-                p.fill_(1.0)
-            elif "router" in name:
-                p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
-            else:
-                std = 0.5 * D ** -0.5
-                p.normal_(0.0, std / (2 * L) ** 0.5 if name.endswith(("attn.out.weight", "w_out")) else std,
-                          generator=generator)
+            self.draw(name, p, seed)
+
+    def draw(self, name, p, seed):
+        """Fill p, the whole of the parameter of this name, from a generator of its own, seeded by the name:
+        a process that holds a part of the parameters only draws the same ones."""
+        D, L = self.config.d_model, self.config.n_layer
+        generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+        if p.dim() == 1:
+            p.fill_(1.0)
+        elif "router" in name:
+            p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+        else:
+            std = 0.5 * D ** -0.5
+            p.normal_(0.0, std / (2 * L) ** 0.5 if name.endswith(("attn.out.weight", "w_out")) else std,
+                      generator=generator)
 
     def forward(self, tokens, targets=None, top_k=None, doc=None, cache=None):
         """Logits, or with targets the loss and the routing statistics.
@@ -578,6 +597,9 @@ class Model(nn.Module):
 
         -> logits [B, T, V] (fp32 or wider), or Output.
         """
+        if targets is not None and not len(tokens):               # a process without data: as one of padding,
+            tokens, nothing = tokens.new_zeros(1, tokens.shape[1]), tokens.new_full((1, tokens.shape[1]), -1)
+            targets = doc = nothing                               # so that it does whatever the others do
         B, T = tokens.shape
         if cache is not None and doc is not None:
             raise ValueError("doc and cache do not go together: a cache holds one document per row")
@@ -601,11 +623,10 @@ class Model(nn.Module):
             x = x[:, -1:]
         x = self.norm(x)
         if targets is None:
-            return self.head(x).to(torch.promote_types(x.dtype, torch.float32))
+            return self.head(x)
         if padded:
             targets = targets.masked_fill(doc < 0, -1)
-        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(),
-                                         torch.is_grad_enabled())
+        loss = self.head(x, targets)
         statistics = Statistics(*(torch.stack(s) for s in zip(*sums)))
         return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, statistics)
 
