@@ -89,14 +89,14 @@ def fail(message):
 
 
 @contextmanager
-def one_line_errors():
+def one_line_errors(who=""):
     """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
-        fail(" ".join(str(error).split()))
+        fail(who + " ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(1) from None

@@ -98,9 +98,9 @@ def read_settings(out):
 # --- loss -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32):
+def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32, grid=parallel.ALONE):
     """Cross-entropy alone over windows of held-out tokens, evenly spread if there are more than `limit`
-    tokens.
+    tokens; `rows` of them at a time on each rank.
 
     -> (nats per token, Statistics of all layers, indices of the windows)."""
     n = (len(tokens) - 1) // seq_len
@@ -108,12 +108,16 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32):
         raise ValueError(f"seq_len ({seq_len}) is too long for {len(tokens)} held-out tokens")
     windows = np.unique(np.linspace(0, n - 1, min(n, max(1, (limit or n * seq_len) // seq_len))).astype(int))
     loss, n_targets, sums = 0.0, 0, None
-    for a in range(0, len(windows), rows):
-        batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in windows[a:a + rows]])
-        batch = torch.from_numpy(batch.astype(np.int64)).to(device)
+    for a in range(0, len(windows), rows * grid.world):
+        mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
+        batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in mine] or [tokens[:seq_len + 1]])
+        batch = torch.from_numpy(batch.astype(np.int64)).to(device)[:len(mine)]
         out = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), top_k)
         loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
         sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
+    if grid.world > 1:
+        totals = parallel.all_sum(grid, [out.loss.new_tensor([loss, n_targets]).double(), *sums])
+        (loss, n_targets), sums = totals[0].tolist(), Statistics(*totals[1:])
     return loss / n_targets, sums, windows
 
 

@@ -499,7 +499,7 @@ class Head(nn.Linear):
     """
 
     def forward(self, x, targets=None):
-        """x [B, T, D] -> logits [B, T, V] in fp32 or wider, or with targets [B, T] the summed cross-entropy."""
+        """x [B, T, D] -> logits [B, T, V], fp32 or wider; with targets [B, T] the summed cross-entropy []."""
         if targets is None:
             return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
         return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(),

@@ -1,6 +1,19 @@
-"""How parameters are held: fp32 masters, low-precision copies that compute, and checkpoints of both.
+"""Everything about many processes, and how parameters are held: fp32 masters, checkpoints.
 
-Knows nothing of data, schedules or logging.
+The processes that torchrun starts (`ranks`) are laid out as two grids over the same ranks:
+
+    dense   replicate x shard            attention, norms, embeddings, routers
+    moe     replicate x edp x ep         the experts; shard = edp * ep, and the ranks of one ep are neighbours
+
+Parameters are sharded over `shard` and copied over `replicate` (FSDP2: ZeRO-3, arXiv 1910.02054, gathered
+layer by layer).  Experts are stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and
+tokens travel to them (GShard, arXiv 2006.16668), and `edp` shards what is left.  Every rank has its own data.
+
+One rule makes every gradient right: a rank's loss is a sum over its tokens divided by the count of ALL ranks;
+so losses, gradients and statistics are only ever summed, never averaged.  An expert's gradient is already
+summed over its ep group by the exchange that brings gradients back; FSDP sums over the rest.
+
+With one process there is no group and no collective.  Knows nothing of data, schedules or logging.
 """
 
 import gc
@@ -10,14 +23,266 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from model import Dispatch, sort_by_expert
+
+# --- the grid of processes --------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Grid:
+    """This process's place among all.  As it stands: alone."""
+
+    rank: int = 0
+    world: int = 1
+    ep: int = 1
+    replicate: int = 1
+    store: dist.Store = None            # what the processes talk through before they are a group
+    dense: DeviceMesh = None
+    moe: DeviceMesh = None
+    files: dist.ProcessGroup = None     # for checkpoints, which may be written while training goes on
+    asked: int = 0                      # questions to rank 0 so far
+
+
+ALONE = Grid()
+
+
+def meet(timeout=60):
+    """Meet the processes that torchrun started (alone without it), not yet as a group -> Grid.
+
+    ValueError, on rank 0, if their address cannot be had, or not all have come after `timeout` seconds."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Grid()
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except (ValueError, dist.DistError) as error:
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if int(os.environ.get("RANK", 0)):
+            raise SystemExit(2) from None                         # rank 0 says why
+        raise ValueError(f"the processes cannot meet at {address} (--master-port is another): "
+                         f"{str(error).splitlines()[0]}") from None
+    return Grid(rank, world, store=dist.PrefixStore("nanosigma", store))
+
+
+def from_rank_0(grid, work):
+    """What work() returns on rank 0, on every rank; of what JSON does not know the others get None.
+
+    They wait without a timeout: it may prepare a corpus.  If it fails, rank 0 alone says why, and all end
+    with its exit code."""
+    if grid.world == 1:
+        return work()
+    grid.asked += 1
+    key, answer = f"answer {grid.asked}", {"exit": 1}
+    if grid.rank:
+        while not grid.store.check([key]):
+            time.sleep(0.05)
+        answer = json.loads(grid.store.get(key))
+        grid.store.add(f"{key} read", 1)
+        if "exit" in answer:
+            raise SystemExit(answer["exit"])
+        return answer["value"]
+    try:
+        value = work()
+        answer = {"value": value}
+        return value
+    except BaseException as error:
+        answer["exit"] = getattr(error, "code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+        raise
+    finally:
+        grid.store.set(key, json.dumps(answer, default=lambda _: None))
+        for _ in range(100):                                      # the store may end with this process
+            if "value" in answer or grid.store.add(f"{key} read", 0) == grid.world - 1:
+                break
+            time.sleep(0.05)
+
+
+def check_layout(world, ep, replicate, n_expert, device, backend):
+    """ValueError if so many processes cannot be laid out, or cannot talk about tensors on this device."""
+    if world % (ep * replicate):
+        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
+    if n_expert % ep:
+        raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
+    known = {"cuda": "nccl", "cpu": "gloo"}
+    if world > 1 and device not in known:
+        raise ValueError(f"device ({device}) must be cuda or cpu for {world} processes")
+    if world > 1 and backend not in ("auto", known[device]):
+        raise ValueError(f"backend ({backend}) does not carry tensors on {device}; {known[device]} does")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world > 1 and device == "cuda" and torch.cuda.device_count() < here:
+        raise ValueError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                         "torchrun --nproc-per-node must not be above that")
+
+
+def join(grid, ep, replicate, device, timeout):
+    """Make the processes a group, whose collectives fail after `timeout` seconds, and lay them out."""
+    if grid.world == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo", rank=grid.rank,
+                            world_size=grid.world, store=grid.store, timeout=timedelta(seconds=timeout))
+    shard = grid.world // replicate
+    grid.ep, grid.replicate, grid.files = ep, replicate, dist.new_group(backend="gloo")
+    grid.dense = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    grid.moe = init_device_mesh(device, (replicate, shard // ep, ep),
+                                mesh_dim_names=("replicate", "edp", "ep"))
+
+
+def leave(grid):
+    if grid.world > 1:
+        dist.destroy_process_group()
+
+
+def all_sum(grid, tensors):
+    """Sums over all ranks, in one reduction: of the same shapes and dtypes, without gradient.
+
+    In float64, in which counts are exact."""
+    tensors = [t.detach() for t in tensors]
+    if grid.world == 1:
+        return tensors
+    flat = torch.cat([t.flatten().double() for t in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors)]
+
+
+# --- expert parallelism: tokens travel to the rank that has their expert ----------------------------------
+
+class Exchange(torch.autograd.Function):
+    """rows [R, D], of which the first sends[0] go to rank 0 of the group, the next to rank 1 .. -> the rows
+    that come from rank 0, rank 1 ..  The gradient takes the same way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sends, recvs, group):
+        ctx.back = recvs, sends, group
+        out = rows.new_empty(sum(recvs), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), recvs, sends, group=group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return Exchange.apply(grad, *ctx.back), None, None, None
+
+
+def expert_parallel(experts, mesh):
+    """Keep this rank's share of the experts, and send every row to the rank that has its expert.
+
+    Outside nothing changes: forward() takes rows sorted by expert and a count for each, and returns them in
+    that order.  The experts of a rank without rows compute on none, since sharding needs all ranks at the
+    same place."""
+    group, n = mesh.get_group(), mesh.size()
+    for name, p in list(experts.named_parameters()):
+        mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(mine))
+
+    def forward(rows, load):
+        theirs = torch.empty_like(load)                           # rows that each rank has for my experts
+        dist.all_to_all_single(theirs, load, group=group)
+        theirs = theirs.view(n, -1)
+        sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
+        rows = Exchange.apply(rows, sends, recvs, group)
+        # they come sorted by (rank, expert), and are computed sorted by (expert, rank)
+        expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
+        expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
+        source, place, sizes = sort_by_expert(expert[:, None], theirs.sum(0), 1)
+        rows = experts.compute(Dispatch.call(rows, source, place), sizes,
+                               experts.w_in.to_local(), experts.w_out.to_local())
+        return Exchange.apply(Dispatch.call(rows, place.flatten(), source[:, None]), recvs, sends, group)
+
+    experts.forward = forward
+    experts.filled_up_to = lambda *_: 1                           # what fills up a group need not travel
+
+
+# --- sharding ---------------------------------------------------------------------------------------------
+
+def shard(model, grid, dtype=torch.float32):
+    """Split a model, which may have no memory yet (device meta), over the grid, to compute in `dtype`.
+
+    What is gathered at a time: the experts of a layer and the matrices of its attention, before they are
+    used, in `dtype`; the embeddings for a whole pass; routers and norms, in fp32, for a whole pass."""
+    if grid.world == 1:
+        return
+    dense, edp = grid.dense["shard"], grid.moe["edp"]
+    if grid.replicate > 1:
+        dense, edp = grid.dense, grid.moe["replicate", "edp"]
+    n = grid.moe["edp"].size()
+    low = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+    for block in model.blocks:
+        if grid.ep > 1:
+            expert_parallel(block.moe.experts, grid.moe["ep"])
+        # the split by ep is along dim 0; torch shards other dims evenly only
+        fully_shard(block.moe.experts, mesh=edp, mp_policy=low, shard_placement_fn=lambda p: Shard(
+            next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
+        fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=low)
+    fully_shard([model.embed, model.head], mesh=dense, mp_policy=low, reshard_after_forward=False)
+    fully_shard(model, mesh=dense)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)                # sum ..
+            module.set_force_sum_reduction_for_comms(True)        # .. and plainly: gloo has no other way
+
+
+@torch.no_grad()
+def materialize(model, device, seed):
+    """Give a model on the meta device memory and its initial values, the same on every grid.
+
+    One whole parameter is drawn at a time, of which each rank keeps its part."""
+    model.to_empty(device=device)
+    model.tie()
+    for bias in model.buffers():
+        bias.zero_()
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            whole = torch.empty(p.shape, dtype=p.dtype, device=device)
+            model.draw(name, whole, seed)
+            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+        else:
+            model.draw(name, p, seed)
+
+
+def recompute_blocks(model):
+    """Activation checkpointing (arXiv 1604.06174): of each block only the input is kept, and the rest
+    computed again in the backward pass."""
+    for block in model.blocks:
+        block.forward = partial(recomputed, block.forward)
+
+
+def recomputed(forward, *args):
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def synchronize(model, grid, now):
+    """Whether the next backward pass sends its gradients and those that were kept before, or keeps them."""
+    if grid.world > 1:
+        model.set_requires_gradient_sync(now)
+
+
+def local(t):
+    return t.to_local() if isinstance(t, DTensor) else t
+
 
 # --- precision --------------------------------------------------------------------------------------------
 
@@ -82,15 +347,17 @@ def adamw(masters, lr, betas, eps, weight_decay):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm):
-    """Scale the gradients so that the norm of all together is at most max_norm.
+def clip_gradients(masters, max_norm, grid=ALONE):
+    """Scale the gradients so that the norm of all together is at most max_norm.  One reduction, for every
+    rank has a part of each, in `replicate` copies.
 
     -> (that norm before scaling [], the norm of each tensor {name: []})."""
-    named = {name: p.grad for name, p in masters.named.items() if p.grad is not None}
-    norms = torch._foreach_norm(list(named.values()))
-    total = torch.stack(norms).square().sum().sqrt()
+    named = {name: local(p.grad) for name, p in masters.named.items() if p.grad is not None}
+    squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
+    squares = all_sum(grid, [squares])[0] / grid.replicate
+    total = squares.sum().sqrt()
     torch._foreach_mul_(list(named.values()), (max_norm / (total + 1e-6)).clamp(max=1.0))
-    return total, dict(zip(named, norms))
+    return total, dict(zip(named, squares.sqrt()))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -124,62 +391,104 @@ def checkpoints(out):
     return sorted(int(m[1]) for m in found if m)
 
 
-def save_checkpoint(out, step, state, keep):
-    """Write out/step-N: aside, made durable, renamed; only then are all but the newest `keep` deleted.
+def save_checkpoint(out, step, state, keep, grid=ALONE):
+    """Write out/step-N, every rank its part: aside, made durable, renamed; only then are all but the newest
+    `keep` deleted.
 
-    Whatever goes wrong, the checkpoints that were there stay whole.  OSError says what did (a full disk,
-    say).
+    Whatever goes wrong, the checkpoints that were there stay whole.  OSError, on rank 0, says what did (a
+    full disk, say); the others end.
     """
-    path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
-    for left_by_a_crash in Path(out).glob("step-*.tmp"):
+    path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
+    for left_by_a_crash in Path(out).glob("step-*.tmp") if grid.rank == 0 else ():
         shutil.rmtree(left_by_a_crash)
+    gather(grid, None)                                            # nobody writes before that
+    mine, problem = {}, None
     try:
         with quiet():
-            dcp.save(state, checkpoint_id=aside, no_dist=True)    # syncs its files
-        manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())}
+            dcp.save(state, checkpoint_id=aside, **on(grid))      # syncs its files
+        mine = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())
+                if rank_of(f.name) == grid.rank}
+    except FAILURES as error:
+        problem = reason(error)
+        if shutil.disk_usage(out).free < sum(local(t).nbytes for t in state.values()):
+            problem = "No space left on device"                   # torch's own message hides it at times
+    everyone = gather(grid, (mine, problem))
+    problem = next((problem for _, problem in everyone if problem), None)
+    if grid.rank == 0 and not problem:
+        problem = publish(aside, path, {name: f for files, _ in everyone for name, f in files.items()})
+    problem = gather(grid, problem)[0]
+    if grid.rank == 0 and problem:
+        with quiet():
+            gc.collect()                                          # torch's half-written files, which complain
+        shutil.rmtree(aside, ignore_errors=True)
+    if problem:
+        together(grid, OSError(f"could not write {path}: {problem}"))
+    for old in checkpoints(out)[:-keep] if grid.rank == 0 else ():
+        shutil.rmtree(Path(out) / f"step-{old}")
+
+
+def publish(aside, path, manifest):
+    """Write the manifest, and give the checkpoint its name.  -> what went wrong, or None."""
+    try:
         with open(aside / "manifest.json", "w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(aside)
         os.rename(aside, path)
-        sync_folder(out)
-    except FAILURES as error:
-        problem = reason(error)
-        if shutil.disk_usage(out).free < sum(t.nbytes for t in state.values()):
-            problem = "No space left on device"                   # torch's own message hides it at times
-    if problem:
-        with quiet():
-            gc.collect()                                          # torch's half-written files, which complain
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"could not write {path}: {problem}")
-    for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(Path(out) / f"step-{old}")
+        sync_folder(path.parent)
+    except OSError as error:
+        return reason(error)
 
 
-def load_checkpoint(path, state):
-    """Fill the tensors of state, in place, from a checkpoint.  ValueError if it is corrupt or lacks one of
-    them."""
+class Saver:
+    """Saves checkpoints; with `background` from a copy, while training goes on.
+
+    There is one at a time: the next one waits for it.  What went wrong is raised by the call after."""
+
+    def __init__(self, out, keep, grid, background):
+        self.out, self.keep, self.grid = out, keep, grid
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.saving = None
+
+    def save(self, step, state):
+        self.finish()
+        if self.thread is None:
+            return save_checkpoint(self.out, step, state, self.keep, self.grid)
+        state = BlockingAsyncStager().stage(state)
+        self.saving = self.thread.submit(save_checkpoint, self.out, step, state, self.keep, self.grid)
+
+    def finish(self):
+        """Wait for the save in hand."""
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
+
+
+def load_checkpoint(path, state, grid=ALONE):
+    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
+    it is corrupt or lacks one of them; the others end."""
     path = Path(path)
-    problem = damage(path)
+    problem = next(filter(None, gather(grid, damage(path, grid))), None)
     if not problem:
         try:
             with quiet():
-                dcp.load(state, checkpoint_id=path, no_dist=True)
-            return
+                dcp.load(state, checkpoint_id=path, **on(grid))
         except FAILURES as error:
             problem = reason(error)
-    raise ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
+        problem = next(filter(None, gather(grid, problem)), None)
+    if problem:
+        together(grid, ValueError(f"checkpoint {path} is corrupt or of another model: {problem}"))
 
 
-def damage(path):
-    """What is wrong with the files of a checkpoint, or None: sizes and checksums are compared with its
-    manifest."""
+def damage(path, grid=ALONE):
+    """What is wrong with this rank's share of the files of a checkpoint, or None: sizes and checksums are
+    compared with its manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if ".metadata" not in manifest:
             return "manifest.json does not list its files"
-        for name, expected in manifest.items():
+        for name, expected in list(manifest.items())[grid.rank::grid.world]:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
@@ -187,6 +496,30 @@ def damage(path):
                 return f"{name} does not have its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def on(grid):
+    """How torch.distributed.checkpoint is told which processes there are."""
+    return {"no_dist": True} if grid.world == 1 else {"process_group": grid.files}
+
+
+def gather(grid, value):
+    """[value of rank 0, of rank 1, ..] on every rank."""
+    values = [value] * grid.world
+    if grid.world > 1:
+        dist.all_gather_object(values, value, group=grid.files)
+    return values
+
+
+def together(grid, error):
+    """End on all ranks; rank 0 alone says why."""
+    raise error if grid.rank == 0 else SystemExit(2)
+
+
+def rank_of(name):
+    """The rank that wrote a file of a checkpoint, __RANK_I.distcp; rank 0 writes all others."""
+    found = re.match(r"__(\d+)_", name)
+    return int(found[1]) if found else 0
 
 
 def reason(error):

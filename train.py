@@ -3,6 +3,7 @@
     python train.py                                   the laptop preset on Python's standard library
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
+    torchrun --nproc-per-node 8 train.py --ep 8 ..    eight processes, which share the experts
 
 A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
 Every schedule is a pure function of the step, and the rows of a step of the seed and of the sequences before
@@ -10,6 +11,7 @@ it; so a checkpoint need hold only weights, optimizer state and the step, and a 
 uninterrupted one.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -109,10 +111,21 @@ class Settings:
     eval_tokens: int = setting(1 << 17, "watching", "held-out tokens of a validation, at most")
     save_every: int = setting(0, "watching", "steps between checkpoints (default: a quarter of the run)")
     keep: int = setting(2, "watching", "checkpoints kept, the newest ones")
-    sample_tokens: int = setting(120, "watching", "tokens of text generated at the end")
+    sample_tokens: int = setting(120, "watching", "tokens of text that one process writes at the end")
+
+    ep: int = setting(1, "processes", "expert parallelism: processes that share out a layer's experts")
+    replicate: int = setting(1, "processes", "copies of the model, each sharded over its processes")
+    backend: str = setting("auto", "processes", "gloo or nccl (default: what carries the device's tensors)")
+    timeout: int = setting(600, "processes", "seconds without an answer that make an error")
+    activation_checkpointing: bool = setting(False, "processes", "true: of each layer keep the input only, "
+                                             "and compute the rest again; for memory")
+    no_sync: bool = setting(True, "processes", "true: gradients are added up over the micro-batches, then "
+                            "sent; false: each is sent, for memory")
+    background: bool = setting(False, "processes", "true: train on while a checkpoint is written")
 
     def check(self, config):
-        for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every", "ep", "replicate",
+                     "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "eps", "temperature"):
@@ -125,7 +138,8 @@ class Settings:
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        choices = {"dtype": ("float32", "bfloat16"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
+        choices = {"dtype": ("float32", "bfloat16"), "balance": BALANCE, "lbl_scope": ("global", "micro"),
+                   "backend": ("auto", "gloo", "nccl")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -152,7 +166,8 @@ TRAINING = {                                                  # what a preset se
 }
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-              "sample_tokens"}
+              "sample_tokens", "ep", "replicate", "backend", "timeout", "activation_checkpointing", "no_sync",
+              "background"}
 
 
 def parse(argv):
@@ -268,56 +283,102 @@ class Run:
     encoding: tiktoken.Encoding     # or None, if there is none beside the token file
     device: str
     top_share: float            # of the most frequent token in the corpus
-    log: TextIO = None          # log.jsonl, open and locked
+    grid: parallel.Grid = parallel.ALONE
+    log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
 
 
-def start(settings, config, exists, typed):
-    """Prepare data and model, and load the newest checkpoint of the run -> (Run, steps done)."""
-    s, out, device = settings, Path(settings.out), pick_device(settings.device)
-    folder = Path(s.data)
-    if not folder.exists() and s.data == Settings.data:
-        print("preparing the corpus, once:")
-        print(data.describe(folder, data.prepare(folder)))
-    file, folder = (folder, folder.parent) if folder.is_file() else (folder / "train.bin", folder)
+class Corpus(NamedTuple):
+    """What a folder of data.py holds."""
+
+    tokens: np.ndarray
+    vocab_size: int
+    val: np.ndarray             # or None
+    encoding: tiktoken.Encoding     # or None
+    folder: Path
+
+
+def open_corpus(s):
+    """-> Corpus.  ValueError if the data does not fit the settings."""
+    source = Path(s.data)
+    file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py")
     if (folder / "meta.json").exists():
         data.load_meta(folder)                                # the tokenizer fits the tokens
-    tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
-    if not exists and "vocab_size" not in typed and not s.init_from:
-        config.vocab_size = -(-vocab_size // 64) * 64         # the data's, rounded up for the matrix products
-    if vocab_size > config.vocab_size:
-        raise ValueError(f"vocab_size ({config.vocab_size}) is below the {vocab_size} of {file}")
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
     if val is not None and len(val) <= s.seq_len:
         raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    for other in [out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
-        evaluation.same_tokenizer(other, folder)
+    return Corpus(data.load_tokens(file), data.vocabulary(file), val, encoding, folder)
 
-    model = Model(config, s.seed).to(device)
-    masters = parallel.Masters(model, compute_dtype(s.dtype, config, device))
+
+def decide(argv, world):
+    """What one process finds out for all: the settings of the run, whether it exists, the step it is at.
+
+    Prepares the corpus if need be.  ValueError for what the user has to change."""
+    typed = parse(argv)
+    s, config, exists = resolve(typed)
+    device = pick_device(s.device)
+    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, s.backend)
+    if not Path(s.data).exists() and s.data == Settings.data:
+        print("preparing the corpus, once:")
+        print(data.describe(s.data, data.prepare(Path(s.data))))
+    corpus = open_corpus(s)
+    if not exists and "vocab_size" not in typed and not s.init_from:
+        config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
+    if corpus.vocab_size > config.vocab_size:
+        raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
+    for other in [s.out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
+        evaluation.same_tokenizer(other, corpus.folder)
+    done = (parallel.checkpoints(s.out) or [0])[-1]
+    if s.init_from and not done:
+        evaluation.newest(s.init_from)
+    return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
+            "exists": exists, "done": done}
+
+
+def start(decided, grid):
+    """Prepare the model, and load the newest checkpoint of the run -> (Run, steps done)."""
+    s, config = Settings(**decided["settings"]), ModelConfig(**decided["model"])
+    out, device, done = Path(s.out), decided["device"], decided["done"]
+    corpus = open_corpus(s)
+    parallel.join(grid, s.ep, s.replicate, device, s.timeout)
+    dtype = compute_dtype(s.dtype, config, device)
+    with torch.device("meta"):
+        model = Model(config)
+    parallel.shard(model, grid, dtype)
+    parallel.materialize(model, device, s.seed)
+    if s.activation_checkpointing:
+        parallel.recompute_blocks(model)
+    # sharding makes copies of its own
+    masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    sampler = data.Sampler(tokens, s.seq_len, s.seed)
-    done = (parallel.checkpoints(out) or [0])[-1]
     if done:
-        parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer))
+        parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer), grid)
     elif s.init_from:
-        parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters))
+        parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters), grid)
         for bias in masters.buffers.values() if s.balance != "loss-free" else ():
             bias.zero_()                                          # nothing would ever move them again
     masters.refresh()
     for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
+    share = data.largest_share(corpus.tokens, corpus.vocab_size)
+    sampler = data.Sampler(corpus.tokens, s.seq_len, s.seed)
+    run = Run(s, config, model, masters, optimizer, sampler, corpus.val, corpus.encoding, device, share, grid)
+    run.log = parallel.from_rank_0(grid, lambda: open_run(run, corpus.folder, decided["exists"], done, dtype))
+    return run, done
+
+
+def open_run(run, folder, exists, done, dtype):
+    """Write what a run's directory holds beside its checkpoints -> its log, locked."""
+    out = Path(run.settings.out)
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out / "log.jsonl")
-    share = data.largest_share(tokens, vocab_size)
-    run = Run(s, config, model, masters, optimizer, sampler, val, encoding, device, share, log)
     if run.encoding and not exists:
         shutil.copy(folder / "encoding.json", out / "encoding.json")
-    write_settings(run)
+    write_settings(run, log, dtype)
     cut_log(log, done)
-    return run, done
+    return log
 
 
 def compute_dtype(asked, config, device):
@@ -353,7 +414,7 @@ def open_log(path):
     return log
 
 
-def write_settings(run):
+def write_settings(run, log, dtype):
     """settings.json as they are now (steps may have changed), and the header of a new log."""
     s, out = run.settings, Path(run.settings.out)
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config)}
@@ -361,13 +422,13 @@ def write_settings(run):
     if not file.exists() or file.read_text() != text:
         (out / "settings.tmp").write_text(text)
         os.replace(out / "settings.tmp", file)
-    if run.log.tell():
+    if log.tell():
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "tiktoken": tiktoken.__version__}
     header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device),
-                         "computes_in": str(run.model.head.weight.dtype)[6:]}
-    print(json.dumps(header), file=run.log)
+                         "processes": run.grid.world, "computes_in": str(dtype)[6:]}
+    print(json.dumps(header), file=log)
 
 
 def commit():
@@ -395,49 +456,63 @@ def device_name(device):
 
 
 class Step(NamedTuple):
-    """What came of one step."""
+    """What came of one step.  The same on every rank."""
 
     top_k: list                 # [L]
     sequences: int
+    n_tokens: int               # routed: padding is not
     loss: torch.Tensor          # [] mean cross-entropy in nats
     statistics: Statistics      # [L, ..] of the whole step
     norm: torch.Tensor          # [] of the gradient, before clipping
     norms: dict                 # {name: []}
     skipped: bool               # the gradient was not finite: nothing was changed
+    asked: torch.Tensor         # [] ranks that were asked to stop
 
 
-def train_step(run, step, first):
-    """One update of the weights, from sequences first, first + 1, ... -> Step.
+def train_step(run, step, first, asked=lambda: False):
+    """One update of the weights, from sequences first, first + 1, ... of all ranks -> Step.
 
-    Every loss is a sum over this part of the step divided by a count of the whole step, so parts only ever
-    add up.  A balance loss is that of the step's tokens so far: with several micro-batches the first ones see
-    few of them, and its gradient is that of the whole step's loss only if there is one.
+    Every loss is a sum over this part of the step divided by a count of the whole step, so parts (of ranks,
+    of micro-batches) only ever add up.  A balance loss is that of the step's tokens so far, of all ranks:
+    with several micro-batches the first ones see few of them, and its gradient is that of the whole step's
+    loss only if there is one.
     """
-    s, model = run.settings, run.model
+    s, model, grid = run.settings, run.model, run.grid
     top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
     count = sequences(step, s)
-    micro, n_tokens = count // s.accumulate, count * s.seq_len
+    micro = count // s.accumulate
+    batches = [run.train.rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
+    counts = parallel.all_sum(grid, [torch.tensor([count_tokens(*batch) for batch in batches])])[0].tolist()
+    n_targets, n_tokens = map(sum, zip(*counts))
     loss, seen, total = 0.0, 0, None                              # sums over the micro-batches so far
-    for m in range(s.accumulate):
-        tokens, targets = (t.to(run.device) for t in run.train.rows(first + m * micro, micro))
-        out = model(tokens, targets, top_k)
-        part = Statistics(*(t.detach() for t in out.statistics))
+    for m, batch in enumerate(batches):
+        parallel.synchronize(model, grid, m == s.accumulate - 1 or not s.no_sync)
+        tokens, targets, *doc = (t.to(run.device) for t in batch)
+        out = model(tokens, targets, top_k, *doc)
+        flag = out.loss.new_full((), asked())
+        part_loss, flag, *part = parallel.all_sum(grid, [out.loss, flag, *out.statistics])
+        part = Statistics(*part)
         total = Statistics(*map(torch.add, total, part)) if m else part
-        loss, seen = loss + out.loss.detach(), seen + out.n_tokens
-        objective = out.loss
+        loss, seen = loss + part_loss, seen + counts[m][1]
+        objective = out.loss * (n_tokens / max(1, n_targets))
         if BALANCE[s.balance] and s.lbl_coef:
-            at, n = (total, seen) if s.lbl_scope == "global" else (part, out.n_tokens)
+            at, n = (total, seen) if s.lbl_scope == "global" else (part, counts[m][1])
             objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
-        (objective / n_tokens).backward()
-    norm, norms = parallel.clip_gradients(run.masters, s.clip)
+        (objective / max(1, n_tokens)).backward()
+    norm, norms = parallel.clip_gradients(run.masters, s.clip, grid)
     skipped = not math.isfinite(norm)
     if not skipped:
         update(run, step, total.load)
     # on a CPU fresh memory costs more than zeros; the gradients of copies have memory of their own
     run.optimizer.zero_grad(set_to_none=run.device != "cpu" or bool(run.masters.copies))
-    return Step(top_k, count, loss / n_tokens, total, norm, norms, skipped)
+    return Step(top_k, count, n_tokens, loss / max(1, n_targets), total, norm, norms, skipped, flag)
+
+
+def count_tokens(tokens, targets, doc=None):
+    """-> [targets that count, tokens that are routed]."""
+    return [int((targets != -1).sum()), tokens.numel() if doc is None else int((doc >= 0).sum())]
 
 
 def balance_gradient(balance, total, n_tokens, part):
@@ -467,16 +542,16 @@ class Window:
         self.top_k, self.skipped = None, 0
         self.load, self.steps, self.tokens = 0, 0, 0
 
-    def add(self, did, n_tokens):
+    def add(self, did):
         if did.top_k != self.top_k:
             self.top_k, self.load, self.steps, self.tokens = did.top_k, 0, 0, 0
         self.load, self.steps = self.load + did.statistics.load, self.steps + 1
-        self.tokens, self.skipped = self.tokens + n_tokens, self.skipped + did.skipped
+        self.tokens, self.skipped = self.tokens + did.n_tokens, self.skipped + did.skipped
 
 
 def describe(run, step, did, window):
     """What the log says of a step and of the window that it ends: {name: number, or one for each layer}."""
-    s, n_tokens, sums = run.settings, did.sequences * run.settings.seq_len, did.statistics
+    s, n_tokens, sums = run.settings, did.n_tokens, did.statistics
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
            "skipped": window.skipped, "top_k": did.top_k, "sequences": did.sequences}
@@ -524,7 +599,8 @@ def utilisation(run, top_k, tokens_per_s):
     """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
     name = device_name(run.device) if run.settings.dtype == "bfloat16" else ""
     peak = next((peak for known, peak in PEAK.items() if known in name), None)
-    return peak and flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s / peak
+    flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
+    return peak and flops / (peak * run.grid.world)
 
 
 class Stop:
@@ -557,15 +633,18 @@ def train(run, done):
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
     clock, since, window = time.perf_counter(), 0, Window()
-    bar = tqdm(total=s.steps, initial=done, disable=None, dynamic_ncols=True, unit="step",
+    saver, stopping = parallel.Saver(s.out, s.keep, run.grid, s.background), False
+    bar = tqdm(total=s.steps, initial=done, disable=True if run.grid.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
-        while done < s.steps and not stop.asked:
-            did = train_step(run, done, first)
+        while done < s.steps and not stopping:
+            did = train_step(run, done, first, lambda: stop.asked)
+            # all ranks after the same step: an asked one waits for the sum that tells the others
+            stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
             done, first, since = done + 1, first + did.sequences, since + did.sequences * s.seq_len
-            window.add(did, did.sequences * s.seq_len)
+            window.add(did)
             bar.update()
-            if did.skipped:
+            if did.skipped and run.log:
                 bar.write(f"step {done} changed nothing: its gradient is not finite", file=sys.stderr)
             evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
@@ -581,22 +660,20 @@ def train(run, done):
                     row["val_loss"] = validation(run, row["top_k"])[0]
                     bar.write(f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
-                print(json.dumps(row), file=run.log)
+                if run.log:
+                    print(json.dumps(row), file=run.log)
                 clock, since = time.perf_counter(), 0
-            if done % save_every == 0 or done == s.steps or stop.asked:
-                save(run, done)
+            if done % save_every == 0 or done == s.steps or stopping:
+                saver.save(done, parallel.training_state(run.masters, run.optimizer))
                 clock, since = time.perf_counter(), 0
+        saver.finish()
     return done
-
-
-def save(run, done):
-    state = parallel.training_state(run.masters, run.optimizer)
-    parallel.save_checkpoint(run.settings.out, done, state, run.settings.keep)
 
 
 def validation(run, top_k):
     s = run.settings
-    return evaluation.validate(run.model, run.val, s.seq_len, top_k, run.device, s.eval_tokens)
+    return evaluation.validate(run.model, run.val, s.seq_len, top_k, run.device, s.eval_tokens,
+                               grid=run.grid)
 
 
 def report(run, done, seconds):
@@ -613,7 +690,7 @@ def report(run, done, seconds):
         if not math.isfinite(loss):
             print("the weights are no numbers any more; a new run with a lower --lr may help")
             return
-    if run.encoding and s.sample_tokens:
+    if run.encoding and s.sample_tokens and run.grid.world == 1:
         print("\nit writes:")
         print(evaluation.write_text(run.model, run.encoding, "", s.sample_tokens, top_k))
     same = "".join(f" --{name} {getattr(s, name)}" for name in ("preset", "data")
@@ -631,16 +708,26 @@ try next
 
 
 def main(argv=None):
-    typed = parse(argv)
     began = time.perf_counter()
-    try:
-        with data.one_line_errors():
-            settings, config, exists = resolve(typed)
-            run, done = start(settings, config, exists, typed)
-        with run.log:
-            go(run, done, exists, began)
-    except KeyboardInterrupt:                                 # outside the loop, or a second one in it
-        raise SystemExit("ended at once; the last checkpoint is whole") from None
+    rank = int(os.environ.get("RANK", 0))
+    with contextlib.ExitStack() as stack:
+        if rank:                                              # one process speaks for all
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            with data.one_line_errors(f"rank {rank}: " if rank else ""):
+                grid = parallel.meet()
+                decided = parallel.from_rank_0(grid, lambda: decide(argv, grid.world))
+                run, done = start(decided, grid)
+            with run.log or contextlib.nullcontext():
+                go(run, done, decided["exists"], began)
+            parallel.leave(grid)
+        except KeyboardInterrupt:                             # outside the loop, or a second one in it
+            raise SystemExit("ended at once; the last checkpoint is whole") from None
+
+
+def layout(grid):
+    """In words, for more than one process."""
+    return f"; {grid.world} processes: ep {grid.ep}, replicate {grid.replicate}" if grid.world > 1 else ""
 
 
 def go(run, done, exists, began):
@@ -652,7 +739,7 @@ def go(run, done, exists, began):
     total, active, _ = count_parameters(config)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
-          f"{device_name(run.device)}, {str(run.model.head.weight.dtype)[6:]}")
+          f"{device_name(run.device)}, {s.dtype}{layout(run.grid)}")
     epoch = run.train.n_windows / s.batch_size
     print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
           f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")

@@ -11,6 +11,7 @@ the rounds' ratios.  Never a test: nothing here passes or fails.
     layer       one MoE layer, forward and backward           step     a whole training step
     generate    tokens per second with a cache                growth   step time as the experts grow in number
     memory      peak against what must be held                data     tokenizer, sampler, cold start
+    processes   weak scaling, and bytes sent                  scale    arithmetic: the paper's model on GPUs
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -38,7 +40,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))             # also without
 import data
 import parallel
 import train
-from model import PRESETS, Model, ModelConfig, MoE, flops_per_token, pick_device
+from model import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    MoE,
+    count_parameters,
+    flops_per_token,
+    pick_device,
+    state_bytes,
+)
 
 # sizes, sequences per step and tokens per sequence
 SIZES = {
@@ -61,10 +72,10 @@ class Tokens:
     def __init__(self, vocab_size, seq_len):
         self.frequency, self.seq_len = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64), seq_len
 
-    def rows(self, first, count):
+    def rows(self, first, count, rank=0, world=1):
         generator = torch.Generator().manual_seed(first)
         rows = torch.multinomial(self.frequency, count * (self.seq_len + 1), True, generator=generator)
-        rows = rows.view(count, -1)
+        rows = rows.view(count, -1)[count * rank // world:count * (rank + 1) // world]
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -136,15 +147,18 @@ def product(dtype, device):
 
 # --- candidates -------------------------------------------------------------------------------------------
 
-def our_run(config, batch, seq_len, dtype, device):
+def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE):
     """A train.Run on made-up tokens."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
                        warmup=0, decay=0)
-    model = Model(config, 0).to(device)
-    masters = parallel.Masters(model, dtype)
+    with torch.device("meta"):
+        model = Model(config)
+    parallel.shard(model, grid, dtype)
+    parallel.materialize(model, device, 0)
+    masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     return train.Run(s, config, model, masters, optimizer, Tokens(config.vocab_size, seq_len), None, None,
-                     device, 0.0)
+                     device, 0.0, grid)
 
 
 def our_step(run):
@@ -428,8 +442,164 @@ def cold_start(folder, device):
     return taken
 
 
+# --- many processes ---------------------------------------------------------------------------------------
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank sends to others, by kind: as a ring sends them, and rows to each their rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("c10d::")
+        if name == "alltoall_base_":
+            out, rows, group, _, splits = args[:5]
+            me, n = dist.ProcessGroup.unbox(group).rank(), dist.ProcessGroup.unbox(group).size()
+            stays = (splits[me] if splits else len(rows) // n) * rows[:1].nbytes if len(rows) else 0
+            self.sent["loads" if rows.dtype == torch.int64 else "rows"] += rows.nbytes - stays
+        elif name == "_allgather_base_":
+            self.sent["weights"] += args[0].nbytes - args[1].nbytes
+        elif name == "_reduce_scatter_base_":
+            self.sent["gradients"] += args[1].nbytes - args[0].nbytes
+        elif name == "allreduce_":
+            n, (t,) = dist.ProcessGroup.unbox(args[1]).size(), args[0]
+            kind = "sums" if t.dtype == torch.float64 else "copies"
+            self.sent[kind] += 2 * (n - 1) * t.nbytes / n
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=False, no_sync=True):
+    """The same by formula: {kind: bytes that a rank sends in a step}.
+
+    rows: that leave the rank on their way to an expert, in all layers and micro-batches; with even experts
+    micro * L * N * K * (ep - 1) / ep.  size: bytes of a number that the model computes with."""
+    L, E, D = config.n_layer, config.n_expert, config.d_model
+    shard, edp = world // replicate, world // replicate // ep
+    total = count_parameters(config)[0]
+    experts = L * 3 * E * D * config.d_expert / ep                # of a rank, before edp shards them
+    tables = config.vocab_size * D * (1 if config.tie_embeddings else 2)
+    small = L * (2 * D + 2 * config.head_dim + E * D) + D         # norms and routers
+    attention = total - experts * ep - tables - small
+
+    def away(n):
+        return (n - 1) / n
+    gathered = 2 * size * (experts * away(edp) + attention * away(shard))     # forward and backward
+    gathered += (size * tables + 4 * small) * away(shard)                     # once
+    reduced = 4 * (experts * away(edp) + (total - experts * ep) * away(shard))
+    counted = 2 * micro + micro * (2 + L * (3 * E + 6)) + 9 * L + (2 if config.tie_embeddings else 3)
+    return {"rows": (6 if recomputed else 4) * rows * D * size,
+            "loads": (2 if recomputed else 1) * micro * L * E * 8 * away(ep),
+            "weights": micro * gathered,
+            "gradients": reduced * (1 if no_sync else micro),
+            "copies": 2 * away(replicate) * 4 * total / shard * (1 if no_sync else micro),
+            "sums": 2 * away(world) * 8 * counted}
+
+
+KINDS = {"rows": "rows to their experts and back", "loads": "how many rows", "weights": "weights, gathered",
+         "gradients": "gradients, to their shard", "copies": "gradients, between copies of the model",
+         "sums": "counts, statistics, norms"}
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2)]            # processes, ep, replicate
+
+
+def bench_processes(args):
+    """Weak scaling on this machine (as many sequences per process), and what was sent."""
+    found = {layout: [] for layout in LAYOUTS}
+    for _ in tqdm(range(args.rounds), leave=False, disable=None):
+        for layout, answers in found.items():
+            answers.append(in_processes(*layout, args))
+    alone = [a["seconds"] for a in found[1, 1, 1]]
+    rows = []
+    for layout, answers in found.items():
+        times = [a["seconds"] for a in answers]
+        rows.append((*map(str, layout), *(f"{pick(times) * 1e3:.0f}" for pick in (median, min, max)),
+                     ratio(times, alone)))
+    table("weak scaling, laptop, fp32, one CPU thread per process", (
+        "processes", "ep", "replicate", "ms per step", "least", "most", "one process / these"), rows)
+    rows = []
+    for (world, ep, replicate), answers in found.items():
+        sent = answers[0]["sent"]
+        formula = traffic(SIZES["laptop"][0], world, ep, replicate, answers[0]["rows"]) if world > 1 else {}
+        rows += [(str(world), str(ep), str(replicate), KINDS[kind], f"{sent.get(kind, 0):,.0f}", f"{n:,.0f}")
+                 for kind, n in formula.items()]
+    table("bytes sent by a process in a step (mean)",
+          ("processes", "ep", "replicate", "kind", "counted", "formula"), rows)
+
+
+def in_processes(world, ep, replicate, args):
+    """Start this program under torchrun -> what its rank 0 found out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
+               __file__, "--layout", f"{ep},{replicate}", "--warm", str(args.warm)]
+    return json.loads(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE,
+                                     stderr=subprocess.DEVNULL).stdout)
+
+
+def one_of_many(args):
+    """A process of those: steps of the laptop preset, the last one with its traffic counted."""
+    torch.set_num_threads(1)
+    config, batch, length = SIZES["laptop"]
+    grid = parallel.meet()
+    parallel.join(grid, *args.layout, "cpu", 600)
+    run = our_run(config, batch * grid.world, length, torch.float32, "cpu", grid)
+    times = []
+    for step in range(args.warm + 5):
+        began = time.perf_counter()
+        train.train_step(run, step, step * batch * grid.world)
+        times.append(time.perf_counter() - began)
+    share = config.n_expert // args.layout[0]
+    mine = grid.rank % args.layout[0]                             # the rank in its group of ep
+    leaving = []
+    for block in run.model.blocks:
+        block.moe.router.register_forward_hook(
+            lambda module, inputs, routing: leaving.append(int((routing.experts // share != mine).sum())))
+    with Traffic() as counted:
+        train.train_step(run, 99, 0)
+    everyone = parallel.gather(grid, (sum(leaving), counted.sent))
+    sent = sum((Counter(sent) for _, sent in everyone), Counter())
+    if grid.rank == 0:
+        print(json.dumps({"seconds": median(times[args.warm:]),
+                          "rows": sum(rows for rows, _ in everyone) / grid.world,
+                          "sent": {kind: n / grid.world for kind, n in sent.items()}}))
+    parallel.leave(grid)
+
+
+# what the arithmetic of `scale` takes for given: an H100's bf16 peak and links as published, in one direction
+GPU = {"flops": 989e12, "in a node": 450e9, "between nodes": 50e9}
+SHARE = 0.47                # of a large product's rate: a layer of the paper's, bf16, one expert; on a CPU
+
+
+def bench_scale(args):
+    """No measurement: what sigma-moe-tiny would take on many GPUs, if a layer came as near to a GPU's peak as
+    it does to a CPU's."""
+    config, length, sequences = PRESETS["sigma-moe-tiny"], 4096, 1024
+    rows = []
+    for world, ep, replicate, micro in ((8, 8, 1, 32), (64, 8, 1, 4), (64, 8, 8, 4), (512, 8, 8, 1),
+                                        (512, 8, 64, 1)):
+        tokens = sequences * length / world                       # of a GPU, in a step
+        flops = flops_per_token(config, length)
+        work = tokens * flops * 4 / 3 / (SHARE * GPU["flops"])    # a third more: layers are computed again
+        leaving = config.n_layer * tokens * config.top_k * (ep - 1) / ep
+        sent = traffic(config, world, ep, replicate, leaving, micro, 2, recomputed=True)
+        near = world // replicate <= 8                            # a copy of the model lies in one node
+        inside = GPU["in a node"]
+        away = {"rows": inside, "loads": inside, "copies": GPU["between nodes"], "sums": GPU["between nodes"],
+                "weights": inside if near else GPU["between nodes"],
+                "gradients": inside if near else GPU["between nodes"]}
+        took = {kind: n / away[kind] for kind, n in sent.items()}
+        exchange = took.pop("rows") + took.pop("loads")           # nothing else can be done meanwhile
+        least, most = work + exchange, work + exchange + sum(took.values())
+        mfu = [tokens * flops / GPU["flops"] / t for t in (most, least)]
+        rows.append((str(world), str(ep), str(replicate), str(micro), f"{tokens / micro:,.0f}",
+                     f"{state_bytes(config, world, replicate, bf16=False) / 1e9:.1f}", f"{work:.3f}",
+                     f"{exchange:.3f}", f"{took['weights']:.3f}", f"{took['gradients'] + took['copies']:.3f}",
+                     f"{least:.2f} to {most:.2f}", f"{mfu[0]:.0%} to {mfu[1]:.0%}"))
+    table(f"arithmetic: sigma-moe-tiny, {sequences} sequences of {length} tokens a step", (
+        "GPUs", "ep", "replicate", "micro-batches", "tokens in one, per GPU", "GB of state", "compute, s",
+        "exchange, s", "weights, s", "gradients, s", "step, s", "MFU"), rows)
+
+
 TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, "growth": bench_growth,
-          "memory": bench_memory, "data": bench_data}
+          "memory": bench_memory, "data": bench_data, "processes": bench_processes, "scale": bench_scale}
 
 
 def parse(argv):
@@ -445,6 +615,8 @@ def parse(argv):
     parser.add_argument("--warm", type=int, default=3, help="rounds before them (3)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (the best there is)")
+    parser.add_argument("--layout", default=[], type=lambda text: [int(n) for n in text.split(",")],
+                        help=argparse.SUPPRESS)                   # one of the processes of `processes`
     args = parser.parse_args(argv)
     for given, known in (args.tables, TABLES), (args.sizes, SIZES), (args.dtypes, DTYPES):
         for name in given:
@@ -460,6 +632,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.layout:
+        return one_of_many(args)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}

@@ -1,15 +1,24 @@
 """What the tests share: a small corpus, a small model, a small run."""
 
+import contextlib
+import io
+import multiprocessing
 import os
 import random
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
 import data
+import parallel
 import train
 from model import ModelConfig
 
@@ -66,3 +75,93 @@ def in_folder(tmp_path):
     os.chdir(tmp_path)
     yield tmp_path
     os.chdir(before)
+
+
+# --- many processes ---------------------------------------------------------------------------------------
+
+class Answer(NamedTuple):
+    """What a function did on one rank."""
+
+    value: object
+    code: object            # of SystemExit, or None
+    out: str
+    err: str
+
+
+class Ranks:
+    """Four processes that stay for the session, for importing torch takes longer than a test."""
+
+    def __init__(self):
+        self.workers = []
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        for rank in range(4):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, rank), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+    def stop(self):
+        for process, _ in self.workers:
+            process.kill()
+            process.join()
+        self.workers = []
+
+    def __call__(self, world, function, *args, layout=None, limit=120):
+        """function(*args) on `world` processes, with torchrun's variables -> [Answer of each rank].
+
+        layout (ep, replicate): function(grid, *args), with a grid on the CPU."""
+        if not self.workers:
+            self.start()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        workers, answers = self.workers[:world], []
+        for _, connection in workers:
+            connection.send((world, port, layout, function, args))
+        end = time.monotonic() + limit
+        for rank, (_, connection) in enumerate(workers):
+            if not connection.poll(max(0, end - time.monotonic())):
+                self.stop()
+                pytest.fail(f"rank {rank} hangs")
+            answers.append(connection.recv())
+        broken = [a.err for a in answers if a.code == "exception"]
+        if broken:
+            self.stop()                                           # no collective of theirs can be trusted
+            pytest.fail("\n".join(broken))
+        return answers
+
+
+def work(connection, rank):
+    """The life of one of them."""
+    torch.set_num_threads(1)
+    grid, before = None, None
+    while True:
+        world, port, layout, function, args = connection.recv()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        out, err, value, code = io.StringIO(), io.StringIO(), None, None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                if (world, layout) != before or not layout:
+                    if dist.is_initialized():
+                        dist.destroy_process_group()
+                    before = world, layout
+                    if layout:
+                        grid = parallel.meet()
+                        parallel.join(grid, *layout, "cpu", 60)
+                value = function(*([grid] if layout else []), *args)
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                code = "exception"
+                err.write(f"rank {rank}: {traceback.format_exc()}")
+        connection.send(Answer(value, code, out.getvalue(), err.getvalue()))
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    pool = Ranks()
+    yield pool
+    pool.stop()

@@ -76,7 +76,7 @@ def make_run(**changes):
 def logged(run, step):
     """Do a step -> what the log says of it."""
     did, window = train_step(run, step, 12 * step), Window()
-    window.add(did, 96)
+    window.add(did)
     return describe(run, step, did, window)
 
 
@@ -216,7 +216,7 @@ def test_a_window_is_of_one_list_and_counts_its_tokens():
     seen = []
     for step in range(4):                                         # 4, 6, 8, 10 sequences; the switch after 2
         did = train_step(run, step, 0)
-        window.add(did, did.sequences * 8)
+        window.add(did)
         seen.append((window.steps, window.tokens, window.load.sum(-1).tolist()))
         assert describe(run, step, did, window)["zipf"] == ([0.0, 2.0] if step < 2 else [2.0, 2.0])
     assert seen == [(1, 32, [96, 32]), (2, 80, [240, 80]), (1, 64, [64, 64]), (2, 144, [144, 144])]
@@ -280,11 +280,11 @@ def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     train.main([*base, "--out", str(tmp_path / "whole")])
     real = train.train_step
 
-    def crash(run, step, first):
+    def crash(run, step, first, asked):
         if step == 8 and not (tmp_path / "crashed").exists():
             (tmp_path / "crashed").touch()
             raise MemoryError
-        return real(run, step, first)
+        return real(run, step, first, asked)
     monkeypatch.setattr(train, "train_step", crash)
     with pytest.raises(MemoryError):                              # after step 8; the checkpoint is of step 6
         train.main([*base, "--out", str(tmp_path / "cut")])
@@ -333,15 +333,18 @@ def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_
     assert not (tmp_path / "wrong").exists()
 
 
+def prepared(*argv):
+    """-> Run, steps done: all that comes before the first step."""
+    return train.start(train.decide(argv, 1), parallel.ALONE)
+
+
 def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
     """The paper's Table 3: two runs continue one checkpoint, each with a list of its own, biases included."""
     first, starts = str(tmp_path / "first"), []
     base = ["--data", str(corpus), "--steps", "4", *SIZES, "--balance", "loss-free", "--bias_rate", "0.1"]
     train.main([*base, "--initial_top_k", "3,2", "--switch", "1", "--save_every", "2", "--out", first])
     for name, changes in (("keep", ["--initial_top_k", "3,2", "--switch", "1"]), ("convert", [])):
-        typed = train.parse([*base, *changes, "--init_from", f"{first}/step-2", "--out",
-                             str(tmp_path / name)])
-        run, done = train.start(*train.resolve(typed), typed)
+        run, done = prepared(*base, *changes, "--init_from", f"{first}/step-2", "--out", str(tmp_path / name))
         with run.log:
             assert done == 0
             starts.append([t.clone() for t in parallel.training_state(run.masters).values()])
@@ -380,8 +383,8 @@ def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsy
     real = train.parallel.clip_gradients
     norms = iter([1.0, math.nan, math.inf, 1.0, 1.0, 1.0])
 
-    def clip(masters, max_norm):
-        total, each = real(masters, max_norm)
+    def clip(masters, max_norm, grid):
+        total, each = real(masters, max_norm, grid)
         return total * next(norms), each
     monkeypatch.setattr(train.parallel, "clip_gradients", clip)
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "6", *SIZES, "--log_every",
@@ -399,9 +402,8 @@ def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
 
 
 def test_settings_reach_the_optimizer(corpus, tmp_path):
-    typed = train.parse(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
-                         "--beta2", "0.8", "--eps", "1e-5", "--weight_decay", "0.3"])
-    run, _ = train.start(*train.resolve(typed), typed)
+    run, _ = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
+                      "--beta2", "0.8", "--eps", "1e-5", "--weight_decay", "0.3")
     matrices, others = run.optimizer.param_groups
     assert matrices["betas"] == (0.7, 0.8) and matrices["eps"] == 1e-5
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
@@ -409,9 +411,8 @@ def test_settings_reach_the_optimizer(corpus, tmp_path):
 
 @pytest.mark.parametrize("balance, temperature", [("top1", 0.3), ("lbl", 1.0)])
 def test_the_temperature_reaches_the_routers_of_a_run_that_uses_it(corpus, tmp_path, balance, temperature):
-    typed = train.parse(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--balance", balance,
-                         "--temperature", "0.3"])
-    run, _ = train.start(*train.resolve(typed), typed)
+    run, _ = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--balance", balance,
+                      "--temperature", "0.3")
     with run.log:
         assert {block.moe.router.temperature for block in run.model.blocks} == {temperature}
 
