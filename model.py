@@ -725,8 +725,23 @@ def state_bytes(config, ranks=1, replicate=1, bf16=True):
     """Bytes of training state on each of `ranks` processes that hold `replicate` copies of the model, each
     copy sharded over the processes that share it (however experts are divided among those).
 
-    Per parameter: fp32 weight, gradient and two AdamW moments (16), and the bf16 copy that computes (2)."""
-    return (18 if bf16 else 16) * count_parameters(config)[0] * replicate // ranks
+    Per parameter: fp32 weight, gradient and two AdamW moments (16), and in one process the bf16 copy that
+    computes (2)."""
+    return (18 if bf16 and ranks == 1 else 16) * count_parameters(config)[0] * replicate // ranks
+
+
+def passing_bytes(config, ranks, replicate=1, ep=1, bf16=True):
+    """Bytes that each of several processes holds beside its state for a while -> (weights gathered: the
+    tables, and two layers, of which one is on its way; gradients before they are sharded, which
+    --accumulate keeps to the end of the step unless --no_sync false)."""
+    if ranks == 1:
+        return 0, 0
+    L, D = config.n_layer, config.d_model
+    experts = 3 * L * config.n_expert * D * config.d_expert
+    total = count_parameters(config)[0]
+    tables = config.vocab_size * D * (1 if config.tie_embeddings else 2)
+    gathered = (tables + 2 * (experts // ep + total - experts - tables) // L) * (2 if bf16 else 4)
+    return gathered, 4 * (experts // ep + total - experts - total * replicate // ranks)
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
@@ -818,29 +833,37 @@ def main(argv=None):
                         help="for the FLOPs of attention (default: the longest)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (1)")
     parser.add_argument("--replicate", type=int, default=1, metavar="R", help="copies of the model (1)")
+    parser.add_argument("--ep", type=int, default=1, metavar="P", help="processes that share out experts (1)")
     args = parser.parse_args(argv)
     with one_line_errors():
-        print(describe(args.preset, args.top_k, args.seq_len, args.ranks, args.replicate))
+        print(describe(args.preset, args.top_k, args.seq_len, args.ranks, args.replicate, args.ep))
 
 
-def describe(preset, top_k, seq_len, ranks, replicate):
+def describe(preset, top_k, seq_len, ranks, replicate, ep):
     """The counts of a preset as text.  ValueError for an impossible list or grid."""
     config = PRESETS[preset]
     top_k = top_k + [config.top_k] * (config.n_layer - len(top_k))
     seq_len = config.max_seq_len if seq_len is None else seq_len
-    if min(seq_len, ranks, replicate) < 1 or ranks % replicate:
-        raise ValueError(f"seq_len ({seq_len}) and replicate ({replicate}) must be at least 1, and ranks "
-                         f"({ranks}) a multiple of replicate")
+    if min(seq_len, ranks, replicate, ep) < 1 or ranks % (replicate * ep) or config.n_expert % ep:
+        raise ValueError(f"seq_len ({seq_len}), replicate ({replicate}) and ep ({ep}) must be at least 1, "
+                         f"replicate x ep divide ranks ({ranks}), and ep n_expert ({config.n_expert})")
     total, active, core = count_parameters(config, top_k)
-    fp32, bf16 = (state_bytes(config, ranks, replicate, bf16) for bf16 in (False, True))
     flops = flops_per_token(config, seq_len, top_k)
     shown = ", ".join(map(str, sorted(set(top_k), reverse=True)))
-    return f"""{preset}: {config.n_layer} layers of {config.n_expert} experts, top {shown}
+    where = "one GPU" if ranks == 1 else f"each of {ranks} GPUs (ep {ep}, replicate {replicate})"
+    text = f"""{preset}: {config.n_layer} layers of {config.n_expert} experts, top {shown}
 parameters         {total:>16,}
 active per token   {active:>16,}   {core:,} without embeddings
 FLOPs per token    {flops:>16.4g}   forward and backward, at {seq_len} tokens
-bytes of state     {bf16:>16,}   on each of {ranks} ranks, {replicate} copies of the model: weights,
-                                      gradients, moments, bf16 copy ({fp32:,} in fp32)"""
+bytes, in bfloat16, on {where}
+  state            {state_bytes(config, ranks, replicate):>16,}   weights, gradients, moments
+  layers' inputs   {2 * config.n_layer * config.d_model:>16,}   per token, with activation checkpointing"""
+    if ranks > 1:
+        gathered, kept = passing_bytes(config, ranks, replicate, ep)
+        text += f"""
+  gathered         {gathered:>16,}   weights while they are used: tables, two layers
+  not yet sent     {kept:>16,}   gradients; with --no_sync false of one layer only"""
+    return text
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -67,20 +68,24 @@ class Grid:
 ALONE = Grid()
 
 
-def meet(timeout=60):
+def meet(timeout=120):
     """Meet the processes that torchrun started (alone without it), not yet as a group -> Grid.
 
-    ValueError, on rank 0, if their address cannot be had, or not all have come after `timeout` seconds."""
+    ValueError if the address cannot be had, or not all have come after `timeout` seconds."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Grid()
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    # another program may have the address: rank 0 says so, but the others would wait for it without end
+    watch = threading.Timer(timeout + 5, os._exit, [2])
+    watch.daemon = True
+    watch.start()
     try:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except (ValueError, dist.DistError) as error:
-        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        if int(os.environ.get("RANK", 0)):
-            raise SystemExit(2) from None                         # rank 0 says why
-        raise ValueError(f"the processes cannot meet at {address} (--master-port is another): "
+        raise ValueError(f"the processes cannot meet at {address} (torchrun --master-port chooses another): "
                          f"{str(error).splitlines()[0]}") from None
+    finally:
+        watch.cancel()
     return Grid(rank, world, store=dist.PrefixStore("nanosigma", store))
 
 
@@ -110,8 +115,8 @@ def from_rank_0(grid, work):
         raise
     finally:
         grid.store.set(key, json.dumps(answer, default=lambda _: None))
-        for _ in range(100):                                      # the store may end with this process
-            if "value" in answer or grid.store.add(f"{key} read", 0) == grid.world - 1:
+        for _ in range(1000):                                     # the store may end with this process
+            if grid.store.add(f"{key} read", 0) == grid.world - 1:
                 break
             time.sleep(0.05)
 
@@ -256,9 +261,22 @@ def materialize(model, device, seed):
         if isinstance(p, DTensor):
             whole = torch.empty(p.shape, dtype=p.dtype, device=device)
             model.draw(name, whole, seed)
-            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+            p.to_local().copy_(own_part(whole, p))
         else:
             model.draw(name, p, seed)
+
+
+def own_part(whole, p):
+    """The part of a whole tensor that this rank has of DTensor p: a view, where distribute_tensor() copies.
+
+    The last dim of the mesh splits first: experts go to their ranks before these are sharded further."""
+    mesh = p.device_mesh
+    for i in reversed(range(mesh.ndim)):
+        if not p.placements[i].is_replicate():
+            chunks = whole.chunk(mesh.size(i), p.placements[i].dim)
+            at = mesh.get_local_rank(i)                           # uneven ones leave the last ranks nothing
+            whole = chunks[at] if at < len(chunks) else whole.narrow(p.placements[i].dim, 0, 0)
+    return whole
 
 
 def recompute_blocks(model):

@@ -505,8 +505,9 @@ def train_step(run, step, first, asked=lambda: False):
     skipped = not math.isfinite(norm)
     if not skipped:
         update(run, step, total.load)
-    # on a CPU fresh memory costs more than zeros; the gradients of copies have memory of their own
-    run.optimizer.zero_grad(set_to_none=run.device != "cpu" or bool(run.masters.copies))
+    # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
+    in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
+    run.optimizer.zero_grad(set_to_none=not in_place)
     return Step(top_k, count, n_tokens, loss / max(1, n_targets), total, norm, norms, skipped, flag)
 
 

@@ -590,7 +590,7 @@ def bench_scale(args):
         least, most = work + exchange, work + exchange + sum(took.values())
         mfu = [tokens * flops / GPU["flops"] / t for t in (most, least)]
         rows.append((str(world), str(ep), str(replicate), str(micro), f"{tokens / micro:,.0f}",
-                     f"{state_bytes(config, world, replicate, bf16=False) / 1e9:.1f}", f"{work:.3f}",
+                     f"{state_bytes(config, world, replicate) / 1e9:.1f}", f"{work:.3f}",
                      f"{exchange:.3f}", f"{took['weights']:.3f}", f"{took['gradients'] + took['copies']:.3f}",
                      f"{least:.2f} to {most:.2f}", f"{mfu[0]:.0%} to {mfu[1]:.0%}"))
     table(f"arithmetic: sigma-moe-tiny, {sequences} sequences of {length} tokens a step", (

@@ -657,6 +657,19 @@ def test_experts_are_a_seam():
 
 
 def test_model_program_prints_the_counts(capsys):
-    M.main(["--preset", "sigma-moe-tiny", "--ranks", "64"])
+    M.main(["--preset", "sigma-moe-tiny"])
     out = capsys.readouterr().out
-    assert "19,978,702,848" in out and "536,924,160" in out and "5,619,010,176" in out    # 18 bytes each
+    assert "19,978,702,848" in out and "536,924,160" in out and f"{18 * 19_978_702_848:,}" in out
+    M.main(["--preset", "sigma-moe-tiny", "--ranks", "64", "--ep", "8"])
+    assert f"{16 * 19_978_702_848 // 64:,}" in capsys.readouterr().out
+
+
+def test_bytes_that_pass_through_a_process():
+    """Against sizes of the parameters of a model: two layers and the tables gathered, gradients of all."""
+    config = small(n_expert=12, tie_embeddings=True)
+    sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    others = sum(sizes.values()) - experts
+    assert M.passing_bytes(config, 8, 2, 4, bf16=False) == (
+        4 * (experts // 4 + others), 4 * (experts // 4 + others - sum(sizes.values()) // 4))
+    assert M.passing_bytes(config, 1) == (0, 0)

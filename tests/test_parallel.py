@@ -1,16 +1,32 @@
-"""Masters and copies, clipping, checkpoints."""
+"""Masters and copies, clipping, checkpoints; what many processes do beside computing the same."""
 
 import errno
+import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import small
+from bench import Traffic, traffic
+from conftest import SIZES, small
+from test_exact import make_run, whole
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as evaluation
 import parallel
-from model import Model
+import train
+from model import Model, ModelConfig
 from parallel import (
+    ALONE,
     Masters,
     adamw,
     checkpoints,
@@ -232,3 +248,481 @@ def test_checkpoints_are_those_of_torch(tmp_path):
     state = {"model.norm.weight": torch.zeros(16)}
     dcp.load(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
     assert torch.equal(state["model.norm.weight"], torch.ones(16))
+
+
+# --- the grid of processes --------------------------------------------------------------------------------
+
+def places(grid):
+    return {"rank": grid.rank, "dense": grid.dense.mesh.tolist(), "moe": grid.moe.mesh.tolist(),
+            "neighbours": grid.moe["ep"].mesh.tolist()}
+
+
+def test_the_ranks_of_one_ep_are_neighbours(ranks):
+    for rank, answer in enumerate(ranks(4, places, layout=(2, 1))):
+        assert answer.value == {"rank": rank, "dense": [[0, 1, 2, 3]], "moe": [[[0, 1], [2, 3]]],
+                                "neighbours": [[0, 1], [0, 1], [2, 3], [2, 3]][rank]}
+    assert ranks(4, places, layout=(2, 2))[0].value["moe"] == [[[0, 1]], [[2, 3]]]
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(world=6, ep=4), "ep x replicate"), (dict(ep=3, replicate=2), "number of processes"),
+    (dict(ep=2, world=1), "number of processes"), (dict(ep=4, n_expert=6), "must divide n_expert"),
+    (dict(device="mps"), "device"), (dict(backend="nccl"), "backend"),
+    (dict(device="cuda", backend="gloo"), "does not carry tensors on cuda")])
+def test_an_impossible_layout_is_refused(changes, named):
+    possible = dict(world=4, ep=1, replicate=1, n_expert=12, device="cpu", backend="auto")
+    parallel.check_layout(**possible)
+    with pytest.raises(ValueError, match=named):
+        parallel.check_layout(**possible | changes)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="8 processes on a machine with 4 GPUs"):
+        parallel.check_layout(8, 1, 1, 96, "cuda", "auto")
+
+
+def slow_work(seconds):
+    """Longer than the processes would wait for anything else."""
+    grid = parallel.meet(timeout=1)
+
+    def work():
+        time.sleep(seconds)
+        return {"asked": grid.rank, "file": sys.stdout}
+    answer = parallel.from_rank_0(grid, work)
+    return answer["asked"], answer["file"] is not None
+
+
+def test_the_others_wait_for_rank_0_without_a_timeout(ranks):
+    assert [a.value for a in ranks(3, slow_work, 3)] == [(0, True), (0, False), (0, False)]
+
+
+def failing_work(kind):
+    grid = parallel.meet()
+
+    def work():
+        if grid.rank == 0:
+            raise kind("once")
+    try:
+        parallel.from_rank_0(grid, work)
+    except (ValueError, MemoryError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind, code", [(ValueError, 2), (MemoryError, 1)])
+def test_if_rank_0_fails_all_end(ranks, kind, code):
+    first, *others = ranks(3, failing_work, kind)
+    assert first.value == "once" and [(a.code, a.err) for a in others] == [(code, "")] * 2
+
+
+# --- sums and what is sent --------------------------------------------------------------------------------
+
+def sums(grid):
+    tensors = [torch.tensor([[2 ** 40 + grid.rank, 1]]), torch.full((3,), 0.1), torch.tensor(1.0)]
+    with Traffic() as counted:
+        found = parallel.all_sum(grid, tensors)
+    return found, [t.tolist() for t in tensors], len(counted.sent)
+
+
+def test_sums_are_exact_and_leave_their_terms_alone(ranks):
+    for rank, (found, terms, _) in enumerate(a.value for a in ranks(3, sums, layout=(1, 1))):
+        assert found[0].tolist() == [[3 * 2 ** 40 + 3, 3]] and found[0].dtype == torch.int64
+        assert found[1].dtype == torch.float32 and torch.allclose(found[1], torch.full((3,), 0.3))
+        assert terms[0] == [[2 ** 40 + rank, 1]] and terms[2] == 1
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("c10d::"):
+            self.names.append(func.name().removeprefix("c10d::"))
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(grid, **changes):
+    run = make_run(grid, torch.float32, **changes)
+    with Collectives() as seen:
+        train.train_step(run, 0, 0)
+    return {name: seen.names.count(name) for name in set(seen.names)}
+
+
+def test_how_many_collectives_a_step_has(ranks):
+    """One sum for the counts of the step, one per micro-batch, one for the norm; gathered twice per layer and
+    micro-batch (experts, attention), once in all (tables, the rest); gradients sent once."""
+    assert count_collectives(ALONE, accumulate=3) == {} and not dist.is_initialized()
+    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(1, 1)))
+    layers, micro = 2, 3
+    assert found == {"allreduce_": 2 + micro, "_allgather_base_": micro * (2 * 2 * layers + 2),
+                     "_reduce_scatter_base_": 2 * layers + 2}
+    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(4, 1)))
+    assert found["alltoall_base_"] == micro * layers * 5          # counts; rows, there and back, twice
+
+
+def count_collectives_3(grid):
+    return count_collectives(grid, accumulate=3)
+
+
+def sent(grid, accumulate, recomputed, no_sync):
+    """-> bytes counted, and by the formula, of a step."""
+    run = make_run(grid, torch.float32, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
+                   top_k=2)
+    leaving, mine = [], grid.rank % grid.ep
+    for block in run.model.blocks:
+        block.moe.router.register_forward_hook(
+            lambda m, x, routing: leaving.append(int((routing.experts // (12 // grid.ep) != mine).sum())))
+    with Traffic() as counted:
+        train.train_step(run, 0, 0)
+    rows = sum(leaving) // (2 if recomputed else 1)               # the router was run again, too
+    return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate, 4,
+                                 recomputed, no_sync)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("how", [(1, False, True), (2, True, True), (2, False, False)],
+                         ids=["plain", "recomputed", "each sent"])
+def test_bytes_sent_equal_the_formula(ranks, layout, how):
+    answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
+    counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
+                        for i in (0, 1))
+    assert counted == pytest.approx(formula, rel=1e-12) and counted["sums"] > 0
+    assert (counted["rows"] > 0) == (layout[0] > 1) and (counted["copies"] > 0) == (layout[1] > 1)
+
+
+def count_syncs(grid):
+    """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
+    run, calls = make_run(grid, torch.float32, n_expert=12), []
+    tokens, targets = run.train.rows(0, 4)
+    names = ("tolist", "item", "__int__", "__bool__", "__float__")
+    real = {name: getattr(torch.Tensor, name) for name in names}
+    for name, method in real.items():
+        setattr(torch.Tensor, name, lambda t, name=name, method=method: calls.append(name) or method(t))
+    try:
+        run.model(tokens, targets).loss.backward()
+    finally:
+        for name, method in real.items():
+            setattr(torch.Tensor, name, method)
+    return calls
+
+
+def test_one_device_synchronisation_per_layer(ranks):
+    assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [["tolist"] * 2 + ["__int__"]] * 2
+    assert count_syncs(ALONE) == ["__int__"]                      # the number of targets
+
+
+# --- precision of many processes --------------------------------------------------------------------------
+
+def dtypes_seen(grid):
+    """-> dtypes that a bf16 model computes in, and those of weights and gradients."""
+    with torch.device("meta"):
+        model = Model(small(n_expert=12))
+    parallel.shard(model, grid, torch.bfloat16)
+    parallel.materialize(model, "cpu", 0)
+    named = Masters(model).named
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(("router", "attn_norm", "attn.qkv", "experts", "head", "embed")):
+            module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
+                {name: {str(local_of(p).dtype)[6:] for p in m.parameters()}}))
+    tokens = torch.randint(0, 64, (4, 12))
+    model(tokens, tokens).loss.backward()
+    kinds = {str(t.dtype)[6:] for p in named.values() for t in (p, p.grad)}
+    return seen, kinds
+
+
+def local_of(p):
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def test_bf16_is_of_the_matrices_alone(ranks):
+    for seen, kinds in (a.value for a in ranks(2, dtypes_seen, layout=(2, 1))):
+        low = {name for name, dtypes in seen.items() if dtypes == {"bfloat16"}}
+        layers = "blocks.0", "blocks.1"
+        assert low == {"embed", "head", *(f"{i}.{n}" for i in layers for n in ("attn.qkv", "moe.experts"))}
+        assert all(seen[f"{i}.{n}"] == {"float32"} for i in layers for n in ("moe.router", "attn_norm"))
+        assert kinds == {"float32"}
+
+
+def bf16_norm(grid, accumulate):
+    """Norms of the gradient of the same tokens again and again."""
+    run = make_run(grid, torch.float32, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
+    with torch.device("meta"):
+        run.model = Model(run.config)
+    parallel.shard(run.model, grid, torch.bfloat16)
+    parallel.materialize(run.model, "cpu", 0)
+    run.masters = Masters(run.model, torch.bfloat16 if grid.world == 1 else torch.float32)
+    rows = run.train.rows
+    run.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
+    return train.train_step(run, 0, 0).norm.item()
+
+
+def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(ranks):
+    """In bf16 the sum of 300 equal ones would stop growing at 256."""
+    one = [a.value for a in ranks(2, bf16_norm, 1, layout=(1, 1))][0]
+    many = [a.value for a in ranks(2, bf16_norm, 300, layout=(1, 1))][0]
+    assert many == pytest.approx(one, rel=0.01)
+    assert one == pytest.approx(bf16_norm(ALONE, 1), rel=0.02)
+
+
+# --- starting without memory ------------------------------------------------------------------------------
+
+BIG = dict(vocab_size=4096, n_layer=8, n_head=4, n_kv_head=2, head_dim=32, d_model=256, n_expert=16,
+           d_expert=192)
+
+
+def memory_of_start(grid):
+    """-> bytes by which this process grew at most, of the whole model, of its largest parameter."""
+    def held(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+    def build(config):
+        with torch.device("meta"):
+            model = Model(config)
+        parallel.shard(model, grid)
+        parallel.materialize(model, "cpu", 0)
+        return model
+    build(small(n_expert=12))                                     # what torch loads at first use
+    Path("/proc/self/clear_refs").write_text("5")                 # the peak is what it is now
+    before = held("VmRSS")
+    model = build(ModelConfig(**BIG))
+    grown = held("VmHWM") - before
+    sizes = [4 * p.numel() for p in model.parameters()]
+    del model
+    return grown, sum(sizes), max(sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+@pytest.mark.parametrize("layout", [(1, 1), (4, 1)], ids=str)
+def test_a_rank_never_holds_more_than_its_shard_and_one_parameter(ranks, layout):
+    ranks.stop()                                                  # new ones have no memory to use again
+    for grown, total, largest in (a.value for a in ranks(4, memory_of_start, layout=layout)):
+        assert total > 80e6 and total / 5 < grown < total / 4 + largest + 5e6
+
+
+# --- checkpoints of any grid ------------------------------------------------------------------------------
+
+def save_after(grid, out, background=False):
+    """Two steps, a checkpoint -> what it holds, whole."""
+    run = make_run(grid, torch.float32, balance="loss-free", batch_size=10)
+    for step in range(2):
+        train.train_step(run, step, 10 * step)
+    state = training_state(run.masters, run.optimizer)
+    saver = parallel.Saver(out, 2, grid, background)
+    saver.save(2, state)
+    saver.finish()
+    return {name: whole(t) for name, t in state.items()}
+
+
+def load_into(grid, out):
+    run = make_run(grid, torch.float32, n_expert=12)
+    state = training_state(run.masters, run.optimizer)
+    load_checkpoint(out / "step-2", state, grid)
+    return {name: whole(t) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("saved", [(4, 2, 1), (3, 1, 3), (1, 1, 1)], ids=str)
+def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
+    def on(world, *layout):
+        return lambda f, *args: [f(ALONE, *args)] if world == 1 else [
+            a.value for a in ranks(world, f, *args, layout=layout)]
+    want = on(*saved)(save_after, tmp_path)[0]
+    assert checkpoints(tmp_path) == [2] and any(t.any() for n, t in want.items() if n.endswith("bias"))
+    assert len(list((tmp_path / "step-2").glob("*.distcp"))) == saved[0]
+    for other in ((1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 1, 1), (4, 2, 2), (4, 4, 1)):
+        for found in on(*other)(load_into, tmp_path):
+            assert found.keys() == want.keys()
+            for name, t in want.items():
+                assert torch.equal(found[name], t), (other, name)
+
+
+def slow_save(grid, out):
+    """Steps while a checkpoint is written slowly -> steps done before it was there, and whether it holds the
+    weights of the moment of the call."""
+    run = make_run(grid, torch.float32, batch_size=8)
+    train.train_step(run, 0, 0)
+    done, real = threading.Event(), parallel.dcp.save
+
+    def slow(*args, **kwargs):
+        done.wait(60)
+        return real(*args, **kwargs)
+    parallel.dcp.save = slow
+    try:
+        state = training_state(run.masters, run.optimizer)
+        want = {name: whole(t).clone() for name, t in state.items()}
+        saver = parallel.Saver(out, 2, grid, background=True)
+        saver.save(1, state)
+        for step in range(1, 4):
+            train.train_step(run, step, 8 * step)
+        there = checkpoints(out)
+        done.set()
+        saver.finish()
+    finally:
+        parallel.dcp.save = real
+    new = make_run(grid, torch.float32, batch_size=8)
+    load_checkpoint(out / "step-1", state := training_state(new.masters, new.optimizer), grid)
+    return there, all(torch.equal(whole(state[name]), t) for name, t in want.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_go_on_while_a_checkpoint_is_written(ranks, tmp_path, world):
+    answers = [slow_save(ALONE, tmp_path)] if world == 1 else [
+        a.value for a in ranks(2, slow_save, tmp_path, layout=(2, 1))]
+    assert answers == [([], True)] * world and checkpoints(tmp_path) == [1]
+
+
+def failing_save(grid, out):
+    """Rank 1 cannot write."""
+    run, real = make_run(grid, torch.float32, batch_size=8), parallel.sha256
+    state = training_state(run.masters, run.optimizer)
+    save_checkpoint(out, 1, state, 2, grid)
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+    parallel.sha256 = fails if grid.rank == 1 else real
+    try:
+        save_checkpoint(out, 2, state, 2, grid)
+    except OSError as error:
+        return str(error)
+    finally:
+        parallel.sha256 = real
+
+
+def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
+    first, *others = ranks(3, failing_save, tmp_path, layout=(1, 1))
+    assert "Input/output error" in first.value and [a.code for a in others] == [2, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp", ".metadata"])
+def test_damage_that_one_rank_finds_is_known_to_all(ranks, tmp_path, file):
+    ranks(3, save_after, tmp_path, layout=(3, 1))
+    flip(tmp_path / "step-2" / file)
+    answers = ranks(3, load_or_say, tmp_path, layout=(1, 1))
+    assert f"corrupt or of another model: {file} does not have" in answers[0].value
+    assert [a.code for a in answers[1:]] == [2, 2]
+
+
+def load_or_say(grid, out):
+    try:
+        load_into(grid, out)
+    except ValueError as error:
+        return str(error)
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+def losses(out):
+    return [[r[k] for k in ("loss", "lbl", "grad_norm") if k in r] + r["load_max"] + r["window_min"]
+            for r in evaluation.read_log(out)[1:]]
+
+
+def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_path):
+    """4 -> 2 -> 1 -> 4 processes, and one all the way: the same curve, and the same held-out losses."""
+    base = ["--data", str(corpus), *SIZES, "--batch_size", "9", "--accumulate", "3", "--lr", "1e-3",
+            "--balance", "top1", "--save_every", "2"]
+    train.main([*base, "--out", str(tmp_path / "one"), "--steps", "8", "--eval_every", "2"])
+    out = tmp_path / "many"
+    for world, steps, more in ((4, 2, ["--ep", "2"]), (2, 4, ["--ep", "1", "--replicate", "2"]),
+                               (1, 6, ["--replicate", "1"]), (4, 8, ["--background", "true"])):
+        # each is told of all 8 steps, for the schedule's sake, and asked to stop before
+        argv = [*base, "--out", str(out), "--steps", "8", "--eval_every", "2", *more]
+        answers = ranks(world, train_until, argv, steps)
+        assert all(a.code is None for a in answers), answers
+        assert all(a.out == "" for a in answers[1:]) and "held out" in answers[0].out
+    assert len(losses(out)) == 8
+    for a, b in zip(losses(tmp_path / "one"), losses(out)):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    vals = [[r["val_loss"] for r in evaluation.read_log(o)[1:] if "val_loss" in r]
+            for o in (tmp_path / "one", out)]
+    assert len(vals[0]) == 4 and vals[0] == pytest.approx(vals[1], rel=1e-6)
+    assert evaluation.read_log(out)[0]["processes"] == 4
+
+
+def train_until(argv, last):
+    """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
+    real = train.train_step
+
+    def step(run, step, first, asked):
+        if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, step, first, asked)
+    train.train_step = step
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
+    (["--replicate", "4"], "must divide the number of processes (2)"),
+    (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
+    (["--batch_size", "9", "--accumulate", "2"], "batch_size (9) must be a multiple of accumulate (2)"),
+    (["--backend", "nccl"], "backend (nccl) does not carry tensors on cpu; gloo does"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--nonsense", "1"], "unknown setting --nonsense"),
+    (["--init_from", "nowhere"], "nowhere")])
+def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
+    answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, *more])
+    assert [a.code for a in answers] == [2, 2]
+    line, = answers[0].err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert answers[1].err == "" and all(a.out == "" for a in answers)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
+    run, _ = train.start(train.decide(argv, 1), ALONE)
+    with run.log:
+        answers = ranks(2, train.main, argv)
+    assert [a.code for a in answers] == [2, 2]
+    assert "in use by another process" in answers[0].err and answers[1].err == ""
+
+
+def test_help_is_shown_once(ranks):
+    answers = ranks(2, train.main, ["--help"])
+    assert [a.code for a in answers] == [0, 0] and "--replicate" in answers[0].out and answers[1].out == ""
+
+
+def test_an_address_in_use_is_one_line_and_nobody_hangs(tmp_path):
+    """Without torchrun, which has an address of its own to find."""
+    program = "import parallel, train; parallel.meet.__defaults__ = (2,); train.main(['--out', 'run'])"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        processes = []
+        for rank in "01":
+            variables = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                      "MASTER_PORT": port, "PYTHONPATH": str(Path(train.__file__).parent)}
+            processes.append(subprocess.Popen([sys.executable, "-c", program], env=variables, cwd=tmp_path,
+                                              text=True, stderr=subprocess.PIPE))
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2] and errors[1] == ""
+    lines = [line for line in errors[0].splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and f"cannot meet at 127.0.0.1:{port}" in lines[0] and "in use" in lines[0]
+    assert "Traceback" not in errors[0]
+
+
+def test_torchrun_trains_and_stops_when_asked(corpus, tmp_path):
+    """The real torchrun, told to end: all ranks save after the same step, and the command goes on there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               train.__file__, "--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--ep", "2"]
+    log = tmp_path / "run" / "log.jsonl"
+    with subprocess.Popen([*command, "--steps", "100000"], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    step, = checkpoints(tmp_path / "run")
+    assert f"stopped and saved after step {step}" in out
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == step
