@@ -46,7 +46,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Dispatch, sort_by_expert
+from model import Dispatch, Model, sort_by_expert
 
 # --- the grid of processes --------------------------------------------------------------------------------
 
@@ -221,8 +221,8 @@ def expert_parallel(experts, mesh):
 
 # --- sharding ---------------------------------------------------------------------------------------------
 
-def shard(model, grid, dtype=torch.float32):
-    """Split a model, which may have no memory yet (device meta), over the grid, to compute in `dtype`.
+def shard(model, grid, dtype):
+    """Split a model over the grid, to compute in `dtype`.
 
     What is gathered at a time: the experts of a layer and the matrices of its attention, before they are
     used, in `dtype`; the embeddings for a whole pass; routers and norms, in fp32, for a whole pass."""
@@ -232,7 +232,7 @@ def shard(model, grid, dtype=torch.float32):
     if grid.replicate > 1:
         dense, edp = grid.dense, grid.moe["replicate", "edp"]
     n = grid.moe["edp"].size()
-    low = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+    low = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for block in model.blocks:
         if grid.ep > 1:
             expert_parallel(block.moe.experts, grid.moe["ep"])
@@ -249,10 +249,13 @@ def shard(model, grid, dtype=torch.float32):
 
 
 @torch.no_grad()
-def materialize(model, device, seed):
-    """Give a model on the meta device memory and its initial values, the same on every grid.
+def build_model(config, grid, device, dtype, seed):
+    """A Model with its initial values, the same on every grid, of which every rank has its part.
 
-    One whole parameter is drawn at a time, of which each rank keeps its part."""
+    It begins without memory (device meta); then one whole parameter is drawn at a time."""
+    with torch.device("meta"):
+        model = Model(config)
+    shard(model, grid, dtype)
     model.to_empty(device=device)
     model.tie()
     for bias in model.buffers():
@@ -264,6 +267,7 @@ def materialize(model, device, seed):
             p.to_local().copy_(own_part(whole, p))
         else:
             model.draw(name, p, seed)
+    return model
 
 
 def own_part(whole, p):

@@ -344,10 +344,7 @@ def start(decided, grid):
     corpus = open_corpus(s)
     parallel.join(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s.dtype, config, device)
-    with torch.device("meta"):
-        model = Model(config)
-    parallel.shard(model, grid, dtype)
-    parallel.materialize(model, device, s.seed)
+    model = parallel.build_model(config, grid, device, dtype, s.seed)
     if s.activation_checkpointing:
         parallel.recompute_blocks(model)
     # sharding makes copies of its own

@@ -151,10 +151,7 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE):
     """A train.Run on made-up tokens."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
                        warmup=0, decay=0)
-    with torch.device("meta"):
-        model = Model(config)
-    parallel.shard(model, grid, dtype)
-    parallel.materialize(model, device, 0)
+    model = parallel.build_model(config, grid, device, dtype, 0)
     masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     return train.Run(s, config, model, masters, optimizer, Tokens(config.vocab_size, seq_len), None, None,

@@ -9,7 +9,6 @@ import torch
 from conftest import small
 
 import parallel
-from model import Model
 from router import load_balancing_loss, router_z_loss, top1_balancing_loss
 from train import Run, Settings, train_step
 
@@ -63,13 +62,14 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
     config = small(**SIZES | {k: changes.pop(k) for k in names if k in changes})
     s = Settings(**dict(seq_len=12, batch_size=12, lr=1e-2, steps=10, warmup=0) | changes)
     s.check(config)
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
-    parallel.shard(model, grid)
-    parallel.materialize(model, "cpu", seed=1)
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+    try:
+        model = parallel.build_model(config, grid, "cpu", dtype, seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
     if recomputed:
         parallel.recompute_blocks(model)
-    masters = parallel.Masters(model)
+    masters = parallel.Masters(model, dtype if grid.world == 1 and dtype == torch.bfloat16 else torch.float32)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
         block.moe.router.bias[list(chosen)] = 100.0

@@ -368,9 +368,9 @@ def count_collectives_3(grid):
     return count_collectives(grid, accumulate=3)
 
 
-def sent(grid, accumulate, recomputed, no_sync):
+def sent(grid, accumulate, recomputed, no_sync, dtype):
     """-> bytes counted, and by the formula, of a step."""
-    run = make_run(grid, torch.float32, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
+    run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
                    top_k=2)
     leaving, mine = [], grid.rank % grid.ep
     for block in run.model.blocks:
@@ -379,13 +379,14 @@ def sent(grid, accumulate, recomputed, no_sync):
     with Traffic() as counted:
         train.train_step(run, 0, 0)
     rows = sum(leaving) // (2 if recomputed else 1)               # the router was run again, too
-    return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate, 4,
-                                 recomputed, no_sync)
+    return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate,
+                                 dtype.itemsize, recomputed, no_sync)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("how", [(1, False, True), (2, True, True), (2, False, False)],
-                         ids=["plain", "recomputed", "each sent"])
+@pytest.mark.parametrize("how", [(1, False, True, torch.float32), (2, True, True, torch.float32),
+                                 (2, False, False, torch.float32), (2, False, True, torch.bfloat16)],
+                         ids=["plain", "recomputed", "each sent", "bf16"])
 def test_bytes_sent_equal_the_formula(ranks, layout, how):
     answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
     counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
@@ -419,10 +420,7 @@ def test_one_device_synchronisation_per_layer(ranks):
 
 def dtypes_seen(grid):
     """-> dtypes that a bf16 model computes in, and those of weights and gradients."""
-    with torch.device("meta"):
-        model = Model(small(n_expert=12))
-    parallel.shard(model, grid, torch.bfloat16)
-    parallel.materialize(model, "cpu", 0)
+    model = parallel.build_model(small(n_expert=12), grid, "cpu", torch.bfloat16, 0)
     named = Masters(model).named
     seen = {}
     for name, module in model.named_modules():
@@ -450,12 +448,7 @@ def test_bf16_is_of_the_matrices_alone(ranks):
 
 def bf16_norm(grid, accumulate):
     """Norms of the gradient of the same tokens again and again."""
-    run = make_run(grid, torch.float32, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
-    with torch.device("meta"):
-        run.model = Model(run.config)
-    parallel.shard(run.model, grid, torch.bfloat16)
-    parallel.materialize(run.model, "cpu", 0)
-    run.masters = Masters(run.model, torch.bfloat16 if grid.world == 1 else torch.float32)
+    run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
     rows = run.train.rows
     run.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
     return train.train_step(run, 0, 0).norm.item()
@@ -482,11 +475,7 @@ def memory_of_start(grid):
         return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
     def build(config):
-        with torch.device("meta"):
-            model = Model(config)
-        parallel.shard(model, grid)
-        parallel.materialize(model, "cpu", 0)
-        return model
+        return parallel.build_model(config, grid, "cpu", torch.float32, 0)
     build(small(n_expert=12))                                     # what torch loads at first use
     Path("/proc/self/clear_refs").write_text("5")                 # the peak is what it is now
     before = held("VmRSS")
