@@ -5,7 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
+import parallel
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -13,8 +15,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
 VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(BLOCKS), re.M)) | {"seed": "0"}
 COMMANDS = sorted({re.sub(r"\$(\w+)", lambda m: VARIABLES[m[1]], line.split("#")[0].strip())
-                   for block in BLOCKS for line in block.splitlines()
-                   if re.match(r"\s*python (train|eval|data|model|tests/bench)\.py", line)})
+                   for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()
+                   if re.match(r"\s*(python (train|eval|data|model|tests/bench)\.py|torchrun )", line)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -23,11 +25,17 @@ def test_commands_are_understood(command, in_folder, monkeypatch):
     import data
     import eval as evaluation
     import model
-    program, *args = shlex.split(command)[1:]
+    launcher, program, *args = shlex.split(command)
+    world = 1
+    if launcher == "torchrun":
+        launched = get_args_parser().parse_args([program, *args])
+        program, args = launched.training_script, launched.training_script_args
+        world = int(launched.nnodes.split(":")[-1]) * int(launched.nproc_per_node)
     if program == "train.py":
         typed = train.parse(args)
         if not typed.get("init_from"):                            # needs the run that it names
-            train.resolve(typed)
+            settings, config, _ = train.resolve(typed)
+            parallel.check_layout(world, settings.ep, settings.replicate, config.n_expert, "cpu", "auto")
         return
     if program == "tests/bench.py":
         import bench
