@@ -98,7 +98,7 @@ def one_line_errors(who=""):
             raise
         fail(who + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{who}interrupted", file=sys.stderr)
         raise SystemExit(1) from None
 
 

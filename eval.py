@@ -116,7 +116,7 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32, g
         loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
         sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
     if grid.world > 1:
-        totals = parallel.all_sum(grid, [out.loss.new_tensor([loss, n_targets]).double(), *sums])
+        totals = parallel.all_sum(grid, [out.loss.new_tensor([loss, n_targets], dtype=torch.float64), *sums])
         (loss, n_targets), sums = totals[0].tolist(), Statistics(*totals[1:])
     return loss / n_targets, sums, windows
 

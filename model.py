@@ -731,9 +731,9 @@ def state_bytes(config, ranks=1, replicate=1, bf16=True):
 
 
 def passing_bytes(config, ranks, replicate=1, ep=1, bf16=True):
-    """Bytes that each of several processes holds beside its state for a while -> (weights gathered: the
-    tables, and two layers, of which one is on its way; gradients before they are sharded, which
-    --accumulate keeps to the end of the step unless --no_sync false)."""
+    """Bytes that each of several processes holds at least beside its state for a while -> (weights gathered:
+    the tables, and two layers, of which one is on its way; gradients before they are sharded, which
+    --accumulate keeps to the end of the step unless --no_sync false).  What is sent is copied beside it."""
     if ranks == 1:
         return 0, 0
     L, D = config.n_layer, config.d_model
@@ -861,8 +861,8 @@ bytes, in bfloat16, on {where}
     if ranks > 1:
         gathered, kept = passing_bytes(config, ranks, replicate, ep)
         text += f"""
-  gathered         {gathered:>16,}   weights while they are used: tables, two layers
-  not yet sent     {kept:>16,}   gradients; with --no_sync false of one layer only"""
+  gathered         {gathered:>16,}   weights while they are used, at least
+  not yet sent     {kept:>16,}   gradients, at least; with --no_sync false of one layer"""
     return text
 
 

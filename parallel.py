@@ -115,16 +115,17 @@ def from_rank_0(grid, work):
         raise
     finally:
         grid.store.set(key, json.dumps(answer, default=lambda _: None))
-        for _ in range(1000):                                     # the store may end with this process
+        for _ in range(0 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 100):
             if grid.store.add(f"{key} read", 0) == grid.world - 1:
                 break
-            time.sleep(0.05)
+            time.sleep(0.05)                                      # without torchrun the store is rank 0's own
 
 
 def check_layout(world, ep, replicate, n_expert, device, backend):
     """ValueError if so many processes cannot be laid out, or cannot talk about tensors on this device."""
     if world % (ep * replicate):
-        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
+        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes "
+                         f"({world}); --ep and --replicate change them")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
     known = {"cuda": "nccl", "cpu": "gloo"}
@@ -139,7 +140,8 @@ def check_layout(world, ep, replicate, n_expert, device, backend):
 
 
 def join(grid, ep, replicate, device, timeout):
-    """Make the processes a group, whose collectives fail after `timeout` seconds, and lay them out."""
+    """Make the processes a group, and lay them out.  Collectives fail after `timeout` seconds, but those of
+    checkpoints, where some ranks have more to write than others, not before half an hour."""
     if grid.world == 1:
         return
     if device == "cuda":
@@ -147,10 +149,13 @@ def join(grid, ep, replicate, device, timeout):
     dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo", rank=grid.rank,
                             world_size=grid.world, store=grid.store, timeout=timedelta(seconds=timeout))
     shard = grid.world // replicate
-    grid.ep, grid.replicate, grid.files = ep, replicate, dist.new_group(backend="gloo")
+    grid.ep, grid.replicate = ep, replicate
+    grid.files = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, 1800)))
     grid.dense = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     grid.moe = init_device_mesh(device, (replicate, shard // ep, ep),
                                 mesh_dim_names=("replicate", "edp", "ep"))
+    for group in grid.dense.get_all_groups() + grid.moe.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)      # a mesh takes none
 
 
 def leave(grid):
@@ -262,12 +267,17 @@ def build_model(config, grid, device, dtype, seed):
         bias.zero_()
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
-            whole = torch.empty(p.shape, dtype=p.dtype, device=device)
-            model.draw(name, whole, seed)
-            p.to_local().copy_(own_part(whole, p))
+            draw_part(model, name, p, seed)
         else:
             model.draw(name, p, seed)
     return model
+
+
+def draw_part(model, name, p, seed):
+    """Draw the whole of DTensor p, and keep what this rank has of it."""
+    whole = torch.empty(p.shape, dtype=p.dtype, device=p.to_local().device)
+    model.draw(name, whole, seed)
+    p.to_local().copy_(own_part(whole, p))
 
 
 def own_part(whole, p):
@@ -422,7 +432,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
     """
     path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
     for left_by_a_crash in Path(out).glob("step-*.tmp") if grid.rank == 0 else ():
-        shutil.rmtree(left_by_a_crash)
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
     gather(grid, None)                                            # nobody writes before that
     mine, problem = {}, None
     try:
@@ -431,9 +441,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
         mine = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(aside.iterdir())
                 if rank_of(f.name) == grid.rank}
     except FAILURES as error:
-        problem = reason(error)
-        if shutil.disk_usage(out).free < sum(local(t).nbytes for t in state.values()):
-            problem = "No space left on device"                   # torch's own message hides it at times
+        problem = "No space left on device" if is_full(out, state) else reason(error)
     everyone = gather(grid, (mine, problem))
     problem = next((problem for _, problem in everyone if problem), None)
     if grid.rank == 0 and not problem:
@@ -446,7 +454,15 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
     if problem:
         together(grid, OSError(f"could not write {path}: {problem}"))
     for old in checkpoints(out)[:-keep] if grid.rank == 0 else ():
-        shutil.rmtree(Path(out) / f"step-{old}")
+        shutil.rmtree(Path(out) / f"step-{old}", ignore_errors=True)      # the new one is what matters
+
+
+def is_full(out, state):
+    """Whether a disk has no space for a state: torch's own message hides it at times."""
+    try:
+        return shutil.disk_usage(out).free < sum(local(t).nbytes for t in state.values())
+    except OSError:
+        return False
 
 
 def publish(aside, path, manifest):
@@ -470,7 +486,8 @@ class Saver:
 
     def __init__(self, out, keep, grid, background):
         self.out, self.keep, self.grid = out, keep, grid
-        self.thread = ThreadPoolExecutor(1) if background else None
+        here = [torch.cuda.set_device, [torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
+        self.thread = ThreadPoolExecutor(1, "saver", *here) if background else None
         self.saving = None
 
     def save(self, step, state):

@@ -296,6 +296,9 @@ class Corpus(NamedTuple):
     encoding: tiktoken.Encoding     # or None
     folder: Path
 
+    def sizes(self):
+        return [len(self.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
+
 
 def open_corpus(s):
     """-> Corpus.  ValueError if the data does not fit the settings."""
@@ -330,18 +333,20 @@ def decide(argv, world):
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
     for other in [s.out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
         evaluation.same_tokenizer(other, corpus.folder)
+    data.Sampler(corpus.tokens, s.seq_len, s.seed)            # is the text long enough?
     done = (parallel.checkpoints(s.out) or [0])[-1]
-    if s.init_from and not done:
-        evaluation.newest(s.init_from)
+    source = Path(s.out) / f"step-{done}" if done else s.init_from and evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
-            "exists": exists, "done": done}
+            "exists": exists, "done": done, "checkpoint": str(source), "data": corpus.sizes()}
 
 
 def start(decided, grid):
     """Prepare the model, and load the newest checkpoint of the run -> (Run, steps done)."""
     s, config = Settings(**decided["settings"]), ModelConfig(**decided["model"])
-    out, device, done = Path(s.out), decided["device"], decided["done"]
+    device, done = decided["device"], decided["done"]
     corpus = open_corpus(s)
+    if corpus.sizes() != decided["data"]:
+        raise ValueError(f"data {s.data} is not on every machine that of rank 0")
     parallel.join(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s.dtype, config, device)
     model = parallel.build_model(config, grid, device, dtype, s.seed)
@@ -351,9 +356,9 @@ def start(decided, grid):
     masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     if done:
-        parallel.load_checkpoint(out / f"step-{done}", parallel.training_state(masters, optimizer), grid)
+        parallel.load_checkpoint(decided["checkpoint"], parallel.training_state(masters, optimizer), grid)
     elif s.init_from:
-        parallel.load_checkpoint(evaluation.newest(s.init_from), parallel.training_state(masters), grid)
+        parallel.load_checkpoint(decided["checkpoint"], parallel.training_state(masters), grid)
         for bias in masters.buffers.values() if s.balance != "loss-free" else ():
             bias.zero_()                                          # nothing would ever move them again
     masters.refresh()
@@ -371,6 +376,8 @@ def open_run(run, folder, exists, done, dtype):
     out = Path(run.settings.out)
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out / "log.jsonl")
+    if (parallel.checkpoints(out) or [0])[-1] != done:
+        raise ValueError(f"{out} was in use by another process just now; the same command goes on with it")
     if run.encoding and not exists:
         shutil.copy(folder / "encoding.json", out / "encoding.json")
     write_settings(run, log, dtype)
@@ -720,7 +727,7 @@ def main(argv=None):
                 go(run, done, decided["exists"], began)
             parallel.leave(grid)
         except KeyboardInterrupt:                             # outside the loop, or a second one in it
-            raise SystemExit("ended at once; the last checkpoint is whole") from None
+            raise SystemExit(1 if rank else "ended at once; what was saved before is whole") from None
 
 
 def layout(grid):

@@ -527,8 +527,10 @@ def in_processes(world, ep, replicate, args):
     """Start this program under torchrun -> what its rank 0 found out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                __file__, "--layout", f"{ep},{replicate}", "--warm", str(args.warm)]
-    return json.loads(subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE,
-                                     stderr=subprocess.DEVNULL).stdout)
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
 
 
 def one_of_many(args):
