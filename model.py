@@ -846,7 +846,8 @@ def describe(preset, top_k, seq_len, ranks, replicate, ep):
     seq_len = config.max_seq_len if seq_len is None else seq_len
     if min(seq_len, ranks, replicate, ep) < 1 or ranks % (replicate * ep) or config.n_expert % ep:
         raise ValueError(f"seq_len ({seq_len}), replicate ({replicate}) and ep ({ep}) must be at least 1, "
-                         f"replicate x ep divide ranks ({ranks}), and ep n_expert ({config.n_expert})")
+                         f"replicate x ep divide ranks ({ranks}, the number of GPUs), and ep n_expert "
+                         f"({config.n_expert})")
     total, active, core = count_parameters(config, top_k)
     flops = flops_per_token(config, seq_len, top_k)
     shown = ", ".join(map(str, sorted(set(top_k), reverse=True)))

@@ -3,7 +3,8 @@
 The processes that torchrun starts (`ranks`) are laid out as two grids over the same ranks:
 
     dense   replicate x shard            attention, norms, embeddings, routers
-    moe     replicate x edp x ep         the experts; shard = edp * ep, and the ranks of one ep are neighbours
+    moe     replicate x edp x ep         the experts; shard = edp * ep, where the edp ranks hold shards of the
+                                         same experts, and the ep ranks are neighbours
 
 Parameters are sharded over `shard` and copied over `replicate` (FSDP2: ZeRO-3, arXiv 1910.02054, gathered
 layer by layer).  Experts are stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and
@@ -62,7 +63,7 @@ class Grid:
     dense: DeviceMesh = None
     moe: DeviceMesh = None
     files: dist.ProcessGroup = None     # for checkpoints, which may be written while training goes on
-    asked: int = 0                      # questions to rank 0 so far
+    asked: int = 0                      # calls of from_rank_0 so far: they name what is in the store
 
 
 ALONE = Grid()
@@ -71,7 +72,8 @@ ALONE = Grid()
 def meet(timeout=120):
     """Meet the processes that torchrun started (alone without it), not yet as a group -> Grid.
 
-    ValueError if the address cannot be had, or not all have come after `timeout` seconds."""
+    ValueError if the address cannot be had, or not all have come after `timeout` seconds; a rank that another
+    program answers ends without a word."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Grid()
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -124,8 +126,9 @@ def from_rank_0(grid, work):
 def check_layout(world, ep, replicate, n_expert, device, backend):
     """ValueError if so many processes cannot be laid out, or cannot talk about tensors on this device."""
     if world % (ep * replicate):
+        hint = "started without torchrun? " if world == 1 else ""
         raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes "
-                         f"({world}); --ep and --replicate change them")
+                         f"({world}); {hint}--ep and --replicate change what a run was started with")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
     known = {"cuda": "nccl", "cpu": "gloo"}
@@ -221,7 +224,7 @@ def expert_parallel(experts, mesh):
         return Exchange.apply(Dispatch.call(rows, place.flatten(), source[:, None]), recvs, sends, group)
 
     experts.forward = forward
-    experts.filled_up_to = lambda *_: 1                           # what fills up a group need not travel
+    experts.filled_up_to = lambda *_: 1                           # what fills up groups does not travel
 
 
 # --- sharding ---------------------------------------------------------------------------------------------
@@ -237,20 +240,20 @@ def shard(model, grid, dtype):
     if grid.replicate > 1:
         dense, edp = grid.dense, grid.moe["replicate", "edp"]
     n = grid.moe["edp"].size()
-    low = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for block in model.blocks:
         if grid.ep > 1:
             expert_parallel(block.moe.experts, grid.moe["ep"])
-        # the split by ep is along dim 0; torch shards other dims evenly only
-        fully_shard(block.moe.experts, mesh=edp, mp_policy=low, shard_placement_fn=lambda p: Shard(
+        # ep has split dim 0: edp splits another one that it divides, for torch has no uneven ones there
+        fully_shard(block.moe.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
             next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
-        fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=low)
-    fully_shard([model.embed, model.head], mesh=dense, mp_policy=low, reshard_after_forward=False)
+        fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=policy)
+    fully_shard([model.embed, model.head], mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                # sum ..
-            module.set_force_sum_reduction_for_comms(True)        # .. and plainly: gloo has no other way
+            module.set_force_sum_reduction_for_comms(True)        # .. not scaled before, which gloo lacks
 
 
 @torch.no_grad()
@@ -283,7 +286,8 @@ def draw_part(model, name, p, seed):
 def own_part(whole, p):
     """The part of a whole tensor that this rank has of DTensor p: a view, where distribute_tensor() copies.
 
-    The last dim of the mesh splits first: experts go to their ranks before these are sharded further."""
+    The last dim of the mesh splits first: with E = 4, ep = 2 and edp = 2 the rank at (edp 1, ep 0) has expert
+    1 of the experts 0 and 1 that its ep has."""
     mesh = p.device_mesh
     for i in reversed(range(mesh.ndim)):
         if not p.placements[i].is_replicate():
@@ -325,7 +329,7 @@ class Masters:
     once per step: casting all experts in every forward pass costs more than their own work, since most of
     them see few tokens.  A copy's gradient is added to its master's in fp32 as soon as it is complete, so
     that accumulation over micro-batches does not round.  Routers and norms are not copied; they compute in
-    fp32.
+    fp32.  On several processes sharding makes the copies as it gathers (see shard), and dtype is float32.
     """
 
     def __init__(self, model, dtype=torch.float32):

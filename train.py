@@ -3,7 +3,7 @@
     python train.py                                   the laptop preset on Python's standard library
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
-    torchrun --nproc-per-node 8 train.py --ep 8 ..    eight processes, which share the experts
+    torchrun --standalone --nproc-per-node 8 train.py --ep 8     eight processes, which share the experts
 
 A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
 Every schedule is a pure function of the step, and the rows of a step of the seed and of the sequences before
@@ -116,7 +116,7 @@ class Settings:
     ep: int = setting(1, "processes", "expert parallelism: processes that share out a layer's experts")
     replicate: int = setting(1, "processes", "copies of the model, each sharded over its processes")
     backend: str = setting("auto", "processes", "gloo or nccl (default: what carries the device's tensors)")
-    timeout: int = setting(600, "processes", "seconds without an answer that make an error")
+    timeout: int = setting(600, "processes", "seconds without an answer in training that make an error")
     activation_checkpointing: bool = setting(False, "processes", "true: of each layer keep the input only, "
                                              "and compute the rest again; for memory")
     no_sync: bool = setting(True, "processes", "true: gradients are added up over the micro-batches, then "
@@ -305,7 +305,8 @@ def open_corpus(s):
     source = Path(s.data)
     file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
     if not file.exists():
-        raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py")
+        raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
+                         "python data.py --source PATH --name NAME makes data/NAME")
     if (folder / "meta.json").exists():
         data.load_meta(folder)                                # the tokenizer fits the tokens
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
@@ -745,6 +746,9 @@ def go(run, done, exists, began):
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
           f"{device_name(run.device)}, {s.dtype}{layout(run.grid)}")
+    if s.batch_size // s.accumulate < run.grid.world:
+        print(f"micro-batches of {s.batch_size // s.accumulate} sequences leave some processes without any: "
+              "a larger --batch_size or a smaller --accumulate gives them work")
     epoch = run.train.n_windows / s.batch_size
     print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
           f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
