@@ -21,18 +21,20 @@ import gc
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -88,7 +90,10 @@ def meet(timeout=120):
                          f"{str(error).splitlines()[0]}") from None
     finally:
         watch.cancel()
-    return Grid(rank, world, store=dist.PrefixStore("nanosigma", store))
+    # torchrun --max-restarts keeps the store of one node's processes, with what the dead ones wrote
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return Grid(rank, world, store=dist.PrefixStore(f"nanosigma {attempt}", store))
 
 
 def from_rank_0(grid, work):
@@ -396,6 +401,22 @@ def clip_gradients(masters, max_norm, grid=ALONE):
     return total, dict(zip(named, squares.sqrt()))
 
 
+def differing_ranks(grid, masters):
+    """Ranks whose copy of a parameter, or of a selection bias, is not that of most; all that have one, if
+    there is no majority.  [] if all is well, or there is one copy.
+
+    Compared are sums of the bits of what each rank holds, in which one flipped bit shows."""
+    held = [local(t).contiguous() for t in (masters.named | masters.buffers).values()]
+    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in held]).tolist()
+    n, shard, found = len(masters.named), grid.world // grid.replicate, set()
+    everyone = gather(grid, (tuple(sums[:n]), tuple(sums[n:])))
+    groups = [(range(i, grid.world, shard), 0) for i in range(shard)] + [(range(grid.world), 1)]
+    for ranks, part in groups:
+        (common, times), = Counter(everyone[rank][part] for rank in ranks).most_common(1)
+        found |= {rank for rank in ranks if everyone[rank][part] != common or 2 * times <= len(ranks) > times}
+    return sorted(found)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 FAILURES = (Exception, dcp.CheckpointException)                   # the latter is no Exception
@@ -431,8 +452,8 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
     """Write out/step-N, every rank its part: aside, made durable, renamed; only then are all but the newest
     `keep` deleted.
 
-    Whatever goes wrong, the checkpoints that were there stay whole.  OSError, on rank 0, says what did (a
-    full disk, say); the others end.
+    Whatever goes wrong, the checkpoints that were there stay whole.  OSError, on every rank, says what did
+    (a full disk, say).
     """
     path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
     for left_by_a_crash in Path(out).glob("step-*.tmp") if grid.rank == 0 else ():
@@ -456,7 +477,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
             gc.collect()                                          # torch's half-written files, which complain
         shutil.rmtree(aside, ignore_errors=True)
     if problem:
-        together(grid, OSError(f"could not write {path}: {problem}"))
+        raise OSError(f"could not write {path}: {problem}")
     for old in checkpoints(out)[:-keep] if grid.rank == 0 else ():
         shutil.rmtree(Path(out) / f"step-{old}", ignore_errors=True)      # the new one is what matters
 
@@ -508,15 +529,38 @@ class Saver:
             saving.result()
 
 
-def load_checkpoint(path, state, grid=ALONE):
+def load_newest(out, steps, state, grid=ALONE):
+    """Fill state from the newest whole checkpoint of a run, of these steps.  -> its step.
+
+    Newer ones that are corrupt are set aside as step-N.corrupt, never deleted.  ValueError, on rank 0, if
+    none is whole; the others end."""
+    found = []
+    for step in reversed(steps):
+        path = Path(out) / f"step-{step}"
+        problem = damage(path, grid)
+        if not problem:
+            load_checkpoint(path, state, grid, checked=True)
+            return step
+        found.append(f"{path.name}: {problem}")
+        if grid.rank == 0:
+            aside = next(name for i in range(1000) if not (name := path.with_name(
+                f"{path.name}.corrupt{i or ''}")).exists())
+            os.rename(path, aside)
+            print(f"checkpoint {path} is corrupt ({problem}); it is now {aside.name}", file=sys.stderr)
+    together(grid, ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt: "
+                              f"{'; '.join(found)}"))
+
+
+def load_checkpoint(path, state, grid=ALONE, checked=False):
     """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
     it is corrupt or lacks one of them; the others end."""
-    path = Path(path)
-    problem = next(filter(None, gather(grid, damage(path, grid))), None)
+    path, problem = Path(path), None
+    if not checked:
+        problem = damage(path, grid)
     if not problem:
         try:
             with quiet():
-                dcp.load(state, checkpoint_id=path, **on(grid))
+                dcp.load(state, storage_reader=Reader(path), **on(grid))
         except FAILURES as error:
             problem = reason(error)
         problem = next(filter(None, gather(grid, problem)), None)
@@ -524,9 +568,41 @@ def load_checkpoint(path, state, grid=ALONE):
         together(grid, ValueError(f"checkpoint {path} is corrupt or of another model: {problem}"))
 
 
+class Reader(dcp.FileSystemReader):
+    """torch's reader, which unpickles .metadata without looking, and what that says are no tensors."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = Metadata(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Metadata(pickle.Unpickler):
+    """Only what describes tensors.  UnpicklingError for everything else, before it is called."""
+
+    KNOWN = {("torch", "Size"), ("torch.serialization", "_get_layout"),
+             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+             *(("torch.distributed.checkpoint.metadata", name) for name in (
+                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+                 "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"))}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath                                       # where it was written, on any system
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self.KNOWN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
+
+
 def damage(path, grid=ALONE):
-    """What is wrong with this rank's share of the files of a checkpoint, or None: sizes and checksums are
-    compared with its manifest."""
+    """What is wrong with the files of a checkpoint, or None: sizes and checksums are compared with its
+    manifest, by each rank of a share of them.  Every rank gets the same answer."""
+    return next(filter(None, gather(grid, damage_of_share(path, grid))), None)
+
+
+def damage_of_share(path, grid):
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if ".metadata" not in manifest:

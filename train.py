@@ -13,10 +13,12 @@ uninterrupted one.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +108,11 @@ class Settings:
     initial_top_k: list = setting([], "balance", "experts activated in layer 0, 1, .. before the switch: 8,4")
     switch: float = setting(0.9, "balance", "fraction of the steps before all activate top_k; 1 is never")
 
+    spike: float = setting(6.0, "guard", "standard deviations of the last 128 steps beyond which a loss or a "
+                           "norm skips the update; 0 is off")
+    bad_steps: int = setting(10, "guard", "steps in a row without a finite loss that end the run")
+    check_every: int = setting(500, "guard", "steps between comparisons of the model's copies; 0 is off")
+
     log_every: int = setting(10, "watching", "steps between lines of log.jsonl")
     eval_every: int = setting(0, "watching", "steps between validations (default: a quarter of the run)")
     eval_tokens: int = setting(1 << 17, "watching", "held-out tokens of a validation, at most")
@@ -125,14 +132,14 @@ class Settings:
 
     def check(self, config):
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every", "ep", "replicate",
-                     "timeout"):
+                     "timeout", "bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
-                     "weight_decay", "lbl_coef", "z_coef", "bias_rate"):
+                     "weight_decay", "lbl_coef", "z_coef", "bias_rate", "spike", "check_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
@@ -166,8 +173,8 @@ TRAINING = {                                                  # what a preset se
 }
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-              "sample_tokens", "ep", "replicate", "backend", "timeout", "activation_checkpointing", "no_sync",
-              "background"}
+              "sample_tokens", "spike", "bad_steps", "check_every", "ep", "replicate", "backend", "timeout",
+              "activation_checkpointing", "no_sync", "background"}
 
 
 def parse(argv):
@@ -267,6 +274,59 @@ def sequences(step, s):
     return max(1, int(size) // s.accumulate) * s.accumulate
 
 
+# --- bad numbers ------------------------------------------------------------------------------------------
+
+class Guard:
+    """Decides whether a step may change the weights.  Its tensors are part of a checkpoint.
+
+    A step is skipped if its loss or the norm of its gradient is not finite, or lies more than `spike`
+    standard deviations above the mean of the last 128 finite ones, skipped ones too: a lasting change of
+    level is soon the new level, and at most five are skipped in a row.  The memory begins anew wherever a
+    schedule has a border (the switch of K, the ends of warm-up and of the constant learning rate), and
+    nothing is a spike before it is full, nor during warm-up."""
+
+    SIZE, IN_A_ROW = 128, 5
+
+    def __init__(self):
+        self.recent = torch.zeros(self.SIZE, 2, dtype=torch.float64)      # loss, norm
+        self.counts = torch.zeros(5, dtype=torch.int64)  # seen, spikes, in a row, not finite, in a row
+
+    def state(self):
+        return {"guard.recent": self.recent, "guard.counts": self.counts}
+
+    def objection(self, loss, norm, step, s, config):
+        """-> why this step may not change the weights, or None."""
+        if step and stage(step, s, config) != stage(step - 1, s, config):
+            self.counts[0] = 0
+        seen, _, spikes, _, _ = self.counts.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.counts[3:] += 1
+            return f"its {'gradient' if math.isfinite(loss) else 'loss'} is not finite"
+        self.counts[4] = 0
+        value = torch.tensor([loss, norm], dtype=torch.float64)
+        mean, spread = self.recent.mean(0), self.recent.std(0, correction=0)
+        limit = mean + s.spike * torch.maximum(spread, 1e-6 * mean.abs())
+        ready = s.spike and seen >= self.SIZE and spikes < self.IN_A_ROW and stage(step, s, config)[0] > 0
+        above = [name for name, high in zip(("loss", "gradient norm"), value > limit) if ready and high]
+        self.recent[seen % self.SIZE] = value
+        self.counts[0] += 1
+        self.counts[1] += bool(above)
+        self.counts[2] = spikes + 1 if above else 0
+        if above:
+            return f"its {' and '.join(above)} ({loss:.4g}, {norm:.4g}) is a spike"
+
+
+def stage(step, s, config):
+    """Which part of the schedules a step is in: warm-up, constant or falling learning rate (0, 1, 2); K."""
+    rate = 0 if step + 1 < s.warmup * s.steps else 1 if s.steps - step > s.decay * s.steps else 2
+    return rate, top_k_at(step, s, config)
+
+
+def top_k_at(step, s, config):
+    """Experts activated in each layer at a step [L]."""
+    return active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
+
+
 # --- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
@@ -284,6 +344,8 @@ class Run:
     device: str
     top_share: float            # of the most frequent token in the corpus
     grid: parallel.Grid = parallel.ALONE
+    guard: Guard = dataclasses.field(default_factory=Guard)
+    lost: int = 0               # lines of the log and checkpoints that could not be written
     log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
 
 
@@ -295,6 +357,7 @@ class Corpus(NamedTuple):
     val: np.ndarray             # or None
     encoding: tiktoken.Encoding     # or None
     folder: Path
+    sha256: str                 # of the training tokens, as meta.json has it; or None
 
     def sizes(self):
         return [len(self.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
@@ -307,13 +370,14 @@ def open_corpus(s):
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
                          "python data.py --source PATH --name NAME makes data/NAME")
-    if (folder / "meta.json").exists():
-        data.load_meta(folder)                                # the tokenizer fits the tokens
+    digest = None
+    if (folder / "meta.json").exists():                       # load_meta: the tokenizer fits the tokens
+        digest = data.load_meta(folder)["train"]["sha256"] if file == folder / "train.bin" else None
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
     if val is not None and len(val) <= s.seq_len:
         raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    return Corpus(data.load_tokens(file), data.vocabulary(file), val, encoding, folder)
+    return Corpus(data.load_tokens(file), data.vocabulary(file), val, encoding, folder, digest)
 
 
 def decide(argv, world):
@@ -335,16 +399,20 @@ def decide(argv, world):
     for other in [s.out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
         evaluation.same_tokenizer(other, corpus.folder)
     data.Sampler(corpus.tokens, s.seq_len, s.seed)            # is the text long enough?
-    done = (parallel.checkpoints(s.out) or [0])[-1]
-    source = Path(s.out) / f"step-{done}" if done else s.init_from and evaluation.newest(s.init_from)
+    before = evaluation.read_settings(s.out).get("data_sha256") if exists else None
+    if before and before != corpus.sha256:
+        raise ValueError(f"data {s.data} is not what {s.out} was made with (its sha256 is another): bring "
+                         "that back, or choose another --out")
+    steps = parallel.checkpoints(s.out)
+    source = s.init_from and not steps and evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
-            "exists": exists, "done": done, "checkpoint": str(source), "data": corpus.sizes()}
+            "exists": exists, "steps": steps, "weights": str(source), "data": corpus.sizes()}
 
 
 def start(decided, grid):
     """Prepare the model, and load the newest checkpoint of the run -> (Run, steps done)."""
     s, config = Settings(**decided["settings"]), ModelConfig(**decided["model"])
-    device, done = decided["device"], decided["done"]
+    device, done = decided["device"], 0
     corpus = open_corpus(s)
     if corpus.sizes() != decided["data"]:
         raise ValueError(f"data {s.data} is not on every machine that of rank 0")
@@ -356,10 +424,12 @@ def start(decided, grid):
     # sharding makes copies of its own
     masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    if done:
-        parallel.load_checkpoint(decided["checkpoint"], parallel.training_state(masters, optimizer), grid)
+    guard = Guard()
+    if decided["steps"]:
+        state = parallel.training_state(masters, optimizer) | guard.state()
+        done = parallel.load_newest(s.out, decided["steps"], state, grid)
     elif s.init_from:
-        parallel.load_checkpoint(decided["checkpoint"], parallel.training_state(masters), grid)
+        parallel.load_checkpoint(decided["weights"], parallel.training_state(masters), grid)
         for bias in masters.buffers.values() if s.balance != "loss-free" else ():
             bias.zero_()                                          # nothing would ever move them again
     masters.refresh()
@@ -367,12 +437,13 @@ def start(decided, grid):
         block.moe.router.temperature = s.temperature
     share = data.largest_share(corpus.tokens, corpus.vocab_size)
     sampler = data.Sampler(corpus.tokens, s.seq_len, s.seed)
-    run = Run(s, config, model, masters, optimizer, sampler, corpus.val, corpus.encoding, device, share, grid)
-    run.log = parallel.from_rank_0(grid, lambda: open_run(run, corpus.folder, decided["exists"], done, dtype))
+    run = Run(s, config, model, masters, optimizer, sampler, corpus.val, corpus.encoding, device, share, grid,
+              guard)
+    run.log = parallel.from_rank_0(grid, lambda: open_run(run, corpus, decided["exists"], done, dtype))
     return run, done
 
 
-def open_run(run, folder, exists, done, dtype):
+def open_run(run, corpus, exists, done, dtype):
     """Write what a run's directory holds beside its checkpoints -> its log, locked."""
     out = Path(run.settings.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -380,8 +451,8 @@ def open_run(run, folder, exists, done, dtype):
     if (parallel.checkpoints(out) or [0])[-1] != done:
         raise ValueError(f"{out} was in use by another process just now; the same command goes on with it")
     if run.encoding and not exists:
-        shutil.copy(folder / "encoding.json", out / "encoding.json")
-    write_settings(run, log, dtype)
+        shutil.copy(corpus.folder / "encoding.json", out / "encoding.json")
+    write_settings(run, log, dtype, corpus.sha256)
     cut_log(log, done)
     return log
 
@@ -419,10 +490,11 @@ def open_log(path):
     return log
 
 
-def write_settings(run, log, dtype):
+def write_settings(run, log, dtype, data_sha256):
     """settings.json as they are now (steps may have changed), and the header of a new log."""
     s, out = run.settings, Path(run.settings.out)
-    settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config)}
+    settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
+                "data_sha256": data_sha256}
     text, file = json.dumps(settings, indent=1), out / "settings.json"
     if not file.exists() or file.read_text() != text:
         (out / "settings.tmp").write_text(text)
@@ -470,7 +542,7 @@ class Step(NamedTuple):
     statistics: Statistics      # [L, ..] of the whole step
     norm: torch.Tensor          # [] of the gradient, before clipping
     norms: dict                 # {name: []}
-    skipped: bool               # the gradient was not finite: nothing was changed
+    skipped: str                # why nothing was changed, or None
     asked: torch.Tensor         # [] ranks that were asked to stop
 
 
@@ -483,22 +555,24 @@ def train_step(run, step, first, asked=lambda: False):
     loss only if there is one.
     """
     s, model, grid = run.settings, run.model, run.grid
-    top_k = active_experts(step, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
+    top_k = top_k_at(step, s, run.config)
     count = sequences(step, s)
     micro = count // s.accumulate
     batches = [run.train.rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
+    check_tokens(run, batches)
     counts = parallel.all_sum(grid, [torch.tensor([count_tokens(*batch) for batch in batches])])[0].tolist()
     n_targets, n_tokens = map(sum, zip(*counts))
-    loss, seen, total = 0.0, 0, None                              # sums over the micro-batches so far
+    loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
     for m, batch in enumerate(batches):
         parallel.synchronize(model, grid, m == s.accumulate - 1 or not s.no_sync)
         tokens, targets, *doc = (t.to(run.device) for t in batch)
         out = model(tokens, targets, top_k, *doc)
-        flag = out.loss.new_full((), asked())
-        part_loss, flag, *part = parallel.all_sum(grid, [out.loss, flag, *out.statistics])
+        flag, mark = out.loss.new_full((), asked()), out.loss.new_zeros(grid.world)
+        mark[grid.rank] = ~out.loss.isfinite()
+        part_loss, flag, mark, *part = parallel.all_sum(grid, [out.loss, flag, mark, *out.statistics])
         part = Statistics(*part)
         total = Statistics(*map(torch.add, total, part)) if m else part
-        loss, seen = loss + part_loss, seen + counts[m][1]
+        loss, seen, bad = loss + part_loss, seen + counts[m][1], bad + mark
         objective = out.loss * (n_tokens / max(1, n_targets))
         if BALANCE[s.balance] and s.lbl_coef:
             at, n = (total, seen) if s.lbl_scope == "global" else (part, counts[m][1])
@@ -507,13 +581,25 @@ def train_step(run, step, first, asked=lambda: False):
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
         (objective / max(1, n_tokens)).backward()
     norm, norms = parallel.clip_gradients(run.masters, s.clip, grid)
-    skipped = not math.isfinite(norm)
+    loss = loss / max(1, n_targets)
+    skipped = run.guard.objection(float(loss), float(norm), step, s, run.config)
+    if skipped and grid.world > 1 and bad.any():
+        ranks = ", ".join(str(rank) for rank, n in enumerate(bad.tolist()) if n)
+        skipped = f"the loss of rank {ranks} is not finite"
     if not skipped:
         update(run, step, total.load)
     # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
     in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
     run.optimizer.zero_grad(set_to_none=not in_place)
-    return Step(top_k, count, n_tokens, loss / max(1, n_targets), total, norm, norms, skipped, flag)
+    return Step(top_k, count, n_tokens, loss, total, norm, norms, skipped, flag)
+
+
+def check_tokens(run, batches):
+    """A token beyond the vocabulary would end in an embedding's assertion, on a GPU without a word."""
+    top = max((int(t.max()) for batch in batches for t in batch[:2] if t.numel()), default=0)
+    if top >= run.config.vocab_size:
+        data.fail(f"data {run.settings.data} has token {top}, the vocabulary {run.config.vocab_size}: it has "
+                  "changed since the start; what was saved before is whole")
 
 
 def count_tokens(tokens, targets, doc=None):
@@ -552,7 +638,7 @@ class Window:
         if did.top_k != self.top_k:
             self.top_k, self.load, self.steps, self.tokens = did.top_k, 0, 0, 0
         self.load, self.steps = self.load + did.statistics.load, self.steps + 1
-        self.tokens, self.skipped = self.tokens + did.n_tokens, self.skipped + did.skipped
+        self.tokens, self.skipped = self.tokens + did.n_tokens, self.skipped + bool(did.skipped)
 
 
 def describe(run, step, did, window):
@@ -644,14 +730,18 @@ def train(run, done):
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while done < s.steps and not stopping:
-            did = train_step(run, done, first, lambda: stop.asked)
+            try:
+                did = train_step(run, done, first, lambda: stop.asked)
+            except RuntimeError as error:
+                raise unanswered(run, done + 1, error) from error
             # all ranks after the same step: an asked one waits for the sum that tells the others
             stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
             done, first, since = done + 1, first + did.sequences, since + did.sequences * s.seq_len
             window.add(did)
             bar.update()
             if did.skipped and run.log:
-                bar.write(f"step {done} changed nothing: its gradient is not finite", file=sys.stderr)
+                bar.write(f"step {done} changed nothing: {did.skipped}", file=sys.stderr)
+            end_if_hopeless(run, done, did)
             evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
@@ -666,14 +756,73 @@ def train(run, done):
                     row["val_loss"] = validation(run, row["top_k"])[0]
                     bar.write(f"step {done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
-                if run.log:
-                    print(json.dumps(row), file=run.log)
+                write_row(run, row)
                 clock, since = time.perf_counter(), 0
             if done % save_every == 0 or done == s.steps or stopping:
-                saver.save(done, parallel.training_state(run.masters, run.optimizer))
+                save(run, saver, done, last=done == s.steps or stopping)
                 clock, since = time.perf_counter(), 0
-        saver.finish()
     return done
+
+
+def save(run, saver, done, last):
+    """Save a checkpoint.  If one cannot be written, training goes on; OSError if it is the last."""
+    try:
+        saver.finish()                                            # the one before, if in the background
+    except OSError as error:
+        missed(run, done, error)
+    try:
+        saver.save(done, parallel.training_state(run.masters, run.optimizer) | run.guard.state())
+        if last:
+            saver.finish()
+    except OSError as error:
+        if last:
+            raise
+        missed(run, done, error)
+
+
+def missed(run, step, error):
+    """Count what could not be written, and say it."""
+    run.lost += 1
+    if run.log:
+        tqdm.write(f"step {step}: {error}; training goes on", file=sys.stderr)
+
+
+def write_row(run, row):
+    """A line of the log.  One that cannot be written is said and counted."""
+    if not run.log:
+        return
+    file, line = run.log.fileno(), json.dumps(row).encode() + b"\n"
+    before = os.fstat(file).st_size
+    try:
+        if os.write(file, line) < len(line):                      # not by a buffer, which would try again
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, before)                            # half a line
+        missed(run, row["step"], f"a line of the log is lost ({error})")
+
+
+def unanswered(run, step, error):
+    """An error of the exchange between processes in one line, with the step; any other as it is."""
+    text, known = " ".join(str(error).split()), "gloo|nccl|timed out|connection (closed|reset)"
+    if run.grid.world == 1 or not re.search(known, text, re.I):
+        return error
+    return SystemExit(f"error: rank {run.grid.rank}: in step {step} another process did not answer "
+                      f"({text[:200]}); what was saved before is whole")
+
+
+def end_if_hopeless(run, done, did):
+    """End on all ranks with exit code 1, rank 0 saying why, if nothing is learned any more or copies of
+    the model differ.  Nothing is saved then."""
+    s, why = run.settings, None
+    if run.guard.counts[4] >= s.bad_steps:
+        why = f"{s.bad_steps} steps in a row changed nothing, for {did.skipped}; a lower --lr may help"
+    elif s.check_every and run.grid.world > 1 and done % s.check_every == 0:
+        ranks = ", ".join(map(str, parallel.differing_ranks(run.grid, run.masters)))
+        why = ranks and f"the weights of rank {ranks} are not those of their copies; look at that machine"
+    if why:
+        raise SystemExit(1 if run.grid.rank else
+                         f"error: the run ends at step {done}: {why}; what was saved before is whole")
 
 
 def validation(run, top_k):
@@ -685,7 +834,7 @@ def validation(run, top_k):
 def report(run, done, seconds):
     """What there is to see at the end of a run."""
     s = run.settings
-    top_k = active_experts(done - 1, s.steps, s.initial_top_k, run.config.top_k, s.switch, run.config.n_layer)
+    top_k = top_k_at(done - 1, s, run.config)
     if run.val is not None:
         loss, statistics, _ = validation(run, top_k)
         guess = math.log(run.config.vocab_size)
@@ -729,6 +878,11 @@ def main(argv=None):
             parallel.leave(grid)
         except KeyboardInterrupt:                             # outside the loop, or a second one in it
             raise SystemExit(1 if rank else "ended at once; what was saved before is whole") from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+                raise SystemExit(f"error: out of memory on rank {rank}: --accumulate makes micro-batches "
+                                 "smaller, --activation_checkpointing true keeps less of them") from None
+            raise
 
 
 def layout(grid):
@@ -753,12 +907,15 @@ def go(run, done, exists, began):
     print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
           f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
     if not exists and run.val is not None:
-        top_k = active_experts(0, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
-        print(f"step 0: held out {validation(run, top_k)[0]:.4f}")
+        print(f"step 0: held out {validation(run, top_k_at(0, s, config))[0]:.4f}")
     try:
         done = train(run, done)
     except OSError as error:                                  # a full disk: what was saved before is whole
+        if run.grid.rank:
+            raise SystemExit(2) from None                         # rank 0 says it for all
         data.fail(f"{error}; resume with the same command")
+    if run.lost:
+        print(f"{run.lost} lines of the log or checkpoints could not be written", file=sys.stderr)
     if done < s.steps:
         print(f"stopped and saved after step {done}; the same command resumes")
         return

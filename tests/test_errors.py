@@ -142,7 +142,7 @@ CASES = [
     ("directory of something else", lambda: (os.mkdir("run"), Path("run/thesis.txt").write_text("all of it")),
      T(), "run is not empty"),
     ("init_from nothing", None, T("--init_from", "nowhere"), "nowhere"),
-    ("corrupt checkpoint", corrupt_checkpoint, T("--steps", "4"), "corrupt"),
+    ("corrupt checkpoint", corrupt_checkpoint, E("sample", "--ckpt", "run"), "corrupt"),
     ("evaluation of nothing", None, E("loss", "--ckpt", "nowhere"), "nowhere"),
     ("run without a checkpoint", lambda: (T()(), [shutil.rmtree(p) for p in Path("run").glob("step-*")]),
      E("sample", "--ckpt", "run"), "no checkpoint"),

@@ -600,8 +600,8 @@ def failing_save(grid, out):
 
 
 def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
-    first, *others = ranks(3, failing_save, tmp_path, layout=(1, 1))
-    assert "Input/output error" in first.value and [a.code for a in others] == [2, 2]
+    answers = ranks(3, failing_save, tmp_path, layout=(1, 1))
+    assert all("Input/output error" in a.value for a in answers)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 

@@ -283,10 +283,10 @@ def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     def crash(run, step, first, asked):
         if step == 8 and not (tmp_path / "crashed").exists():
             (tmp_path / "crashed").touch()
-            raise MemoryError
+            raise KeyError
         return real(run, step, first, asked)
     monkeypatch.setattr(train, "train_step", crash)
-    with pytest.raises(MemoryError):                              # after step 8; the checkpoint is of step 6
+    with pytest.raises(KeyError):                                 # after step 8; the checkpoint is of step 6
         train.main([*base, "--out", str(tmp_path / "cut")])
     assert parallel.checkpoints(tmp_path / "cut") == [3, 6] and rows(tmp_path / "cut")[-1]["step"] == 8
     train.main(["--out", str(tmp_path / "cut")])                  # everything else comes from the run
@@ -502,8 +502,8 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
     assert rows(out)[-1]["step"] == step + 2
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path):
-    """On a real file system of its own, where one can be mounted."""
+def test_on_a_full_disk_training_goes_on_and_what_was_saved_stays(corpus, tmp_path):
+    """On a real file system of its own, where one can be mounted.  The last checkpoint must be written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
@@ -515,6 +515,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(corpus, tmp_path
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
         assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
         assert "No space left" in done.stderr and "resume" in done.stderr
+        assert "training goes on" in done.stderr and "step 40: loss" in done.stdout
         kept = parallel.checkpoints(disk / "run")
         assert kept and kept == list(range(1, len(kept) + 1))
         for step in kept:

@@ -1,0 +1,489 @@
+"""What goes wrong, for real: killed, stopped and restarted processes, broken files, bad numbers.
+
+Only NaN is injected; signals, files, limits and file systems are real."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES
+from test_exact import make_run, whole
+
+import eval as evaluation
+import parallel
+import train
+from train import Guard, Settings, train_step
+
+ROOT = Path(train.__file__).parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def rows(out):
+    """The log, without the speed."""
+    found = evaluation.read_log(out)[1:]
+    for row in found:
+        del row["tokens_per_s"]
+    return found
+
+
+# --- killed processes -------------------------------------------------------------------------------------
+
+def torchrun(*argv, world=2, program=ROOT / "train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
+               "--max-restarts", "3", "--monitor-interval", "0.2", str(program), *argv]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ONE_THREAD, **pipes)
+
+
+def worker(launcher, rank):
+    """Process id of a rank that torchrun started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher.pid and f"\0RANK={rank}\0" in (path / "environ").read_text():
+                return int(path.name)
+        except (OSError, ValueError):
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def wait_for_step(process, out, step, limit=60):
+    log, end = out / "log.jsonl", time.monotonic() + limit
+    while not (log.exists() and log.read_text().count("\n") > step):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_killed_worker_comes_back_on_the_same_curve(corpus, tmp_path):
+    """kill -9 under torchrun --max-restarts, twice: bit by bit the curve of the uninterrupted run."""
+    argv = ["--data", str(corpus), *SIZES, "--steps", "60", "--save_every", "7", "--ep", "2", "--eval_every",
+            "30", "--balance", "loss-free"]
+    with torchrun(*argv, "--out", str(tmp_path / "whole")) as process:
+        assert process.wait(100) == 0, process.stderr.read()
+    with torchrun(*argv, "--out", str(tmp_path / "killed"), "--background", "true") as process:
+        wait_for_step(process, tmp_path / "killed", 17)
+        os.kill(worker(process, 1), signal.SIGKILL)
+        shown = process.stdout.readline()
+        while "from step" not in shown:
+            shown = process.stdout.readline()
+        wait_for_step(process, tmp_path / "killed", 40)
+        os.kill(worker(process, 0), signal.SIGKILL)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+    assert int(re.search(r"from step (\d+)", shown)[1]) % 7 == 0 and "from step" in out
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+KILLER = """
+import os, signal, sys
+import torch.distributed.checkpoint as dcp
+sys.path.insert(0, {root!r})
+real, times = dcp.FileSystemWriter.write_data, []
+def write_data(self, *args):
+    times.append(1)
+    done = real(self, *args)
+    if len(times) == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+dcp.FileSystemWriter.write_data = write_data
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_worker_killed_within_a_save(corpus, tmp_path, background):
+    """The second save, at step 6, is never finished: the run goes on from step 3."""
+    (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT)))
+    argv = ["--data", str(corpus), *SIZES, "--steps", "12", "--save_every", "3", "--eval_every", "12"]
+    with torchrun(*argv, "--out", str(tmp_path / "whole")) as process:
+        assert process.wait(100) == 0, process.stderr.read()
+    with torchrun(*argv, "--out", str(tmp_path / "cut"), "--background", background,
+                  program=tmp_path / "killer.py") as process:
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "from step 3" in out, err
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-12", "step-9"]
+
+
+def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES,
+         "--steps", "100000", "--timeout", "4", "--save_every", "5"], stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, env=ONE_THREAD | {
+            "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in "01"]
+    try:
+        wait_for_step(processes[0], tmp_path / "run", 8)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        _, err = processes[0].communicate(timeout=60)
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert processes[0].returncode == 1 and 3 < time.monotonic() - began < 30
+    step = int(re.search(r"error: rank 0: in step (\d+) another process did not answer", err)[1])
+    assert step == len(rows(tmp_path / "run")) + 1
+    last = parallel.checkpoints(tmp_path / "run")[-1]
+    assert not parallel.damage(tmp_path / "run" / f"step-{last}")
+
+
+# --- broken checkpoints -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def three_checkpoints(corpus, tmp_path_factory):
+    """A run of 6 steps with its checkpoints of steps 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("faults") / "run"
+    train.main(["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "6", "--save_every", "2",
+                "--keep", "3"])
+    return out
+
+
+def cut(path, rng):
+    path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
+
+
+def flip(path, rng):
+    raw = bytearray(path.read_bytes())
+    raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    path.write_bytes(raw)
+
+
+def remove(path, rng):
+    path.unlink()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("harm", [cut, flip, remove])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
+def test_a_corrupt_checkpoint_is_set_aside(three_checkpoints, tmp_path, capsys, file, harm, seed):
+    out, rng = tmp_path / "run", random.Random(seed)
+    shutil.copytree(three_checkpoints, out)
+    harm(out / "step-6" / file, rng)
+    broken = {p.name: p.read_bytes() for p in (out / "step-6").iterdir()}
+    train.main(["--out", str(out), "--keep", "2"])
+    shown = capsys.readouterr()
+    assert "corrupt" in shown.err and "step-6.corrupt" in shown.err and "from step 4" in shown.out
+    assert parallel.checkpoints(out) == [4, 6] and rows(out) == rows(three_checkpoints)
+    assert {p.name: p.read_bytes() for p in (out / "step-6.corrupt").iterdir()} == broken
+
+
+def test_if_no_checkpoint_is_whole_all_are_listed(three_checkpoints, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(three_checkpoints, out)
+    for step in (2, 4, 6):
+        cut(out / f"step-{step}" / "__0_0.distcp", random.Random(step))
+    with pytest.raises(SystemExit) as error:
+        train.main(["--out", str(out)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and all(f"step-{step}: __0_0.distcp has" in last for step in (2, 4, 6))
+    assert sorted(p.name for p in out.glob("step-*")) == [f"step-{step}.corrupt" for step in (2, 4, 6)]
+
+
+def test_all_ranks_fall_back_together(ranks, corpus, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "6", "--save_every", "3", "--ep",
+            "2"]
+    assert ranks(4, train.main, argv)[0].code is None
+    want = rows(out)
+    flip(out / "step-6" / "__3_0.distcp", random.Random(0))
+    first, *others = ranks(2, train.main, ["--out", str(out)])
+    assert first.code is None and "step-6.corrupt" in first.err and [a.err for a in others] == [""]
+    assert [r["loss"] for r in rows(out)] == pytest.approx([r["loss"] for r in want], rel=1e-5)
+
+
+class Malicious:
+    """What pickle would call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled_but_descriptions_of_tensors(three_checkpoints, tmp_path):
+    path, planted = tmp_path / "run/step-6", tmp_path / "planted"
+    shutil.copytree(three_checkpoints, tmp_path / "run")
+    (path / ".metadata").write_bytes(pickle.dumps(Malicious(planted)))
+    write_manifest(path)                                          # whoever plants it can do that, too
+    assert not parallel.damage(path)
+    with pytest.raises(ValueError, match="asks for posix.mkdir"):
+        evaluation.load_run(tmp_path / "run")
+    assert not planted.exists()
+
+
+def write_manifest(path):
+    files = [p for p in path.iterdir() if p.name != "manifest.json"]
+    (path / "manifest.json").write_text(json.dumps({
+        p.name: {"bytes": p.stat().st_size, "sha256": parallel.sha256(p)} for p in files}))
+
+
+def test_what_is_no_tensor_is_not_read(tmp_path):
+    """torch would unpickle a checkpoint's entry that says it is bytes."""
+    torch.distributed.checkpoint.save({"model.norm.weight": Malicious(tmp_path / "planted")},
+                                      checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    write_manifest(tmp_path / "step-1")
+    with pytest.raises(ValueError, match="BytesStorageMetadata"):
+        parallel.load_checkpoint(tmp_path / "step-1", {"model.norm.weight": torch.zeros(4)})
+    assert not (tmp_path / "planted").exists()
+
+
+# --- bad numbers ------------------------------------------------------------------------------------------
+
+def everything(run):
+    """All that a skipped step may not change."""
+    state = parallel.training_state(run.masters, run.optimizer)
+    return {name: whole(t).clone() for name, t in state.items()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+def steps_with_nan(grid, bad):
+    """Steps 0 to 3; the loss of rank `bad` is NaN in step 2 -> (skipped, changed) of each, counts, sequences.
+    """
+    run = make_run(grid, torch.float32, balance="loss-free", bias_rate=0.01, accumulate=3)
+    real, found, sequences = run.model.forward, [], []
+    rows = run.train.rows
+    run.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
+    for step in range(4):
+        if step == 2 and grid.rank == bad:
+            run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
+        before = everything(run)
+        did = train_step(run, step, 12 * step)
+        run.model.forward = real
+        found.append((did.skipped, not equal(everything(run), before)))
+    return found, run.guard.counts.tolist(), sequences
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_on_any_rank(ranks):
+    alone, counts, sequences = steps_with_nan(parallel.ALONE, 0)
+    assert [changed for _, changed in alone] == [True, True, False, True]
+    assert alone[2][0] == "its loss is not finite" and counts == [3, 0, 0, 1, 0]
+    assert sequences == list(range(0, 48, 4))                     # the data advances
+    for found, counts, _ in (a.value for a in ranks(3, steps_with_nan, 1, layout=(3, 1))):
+        assert [changed for _, changed in found] == [True, True, False, True]
+        assert found[2][0] == "the loss of rank 1 is not finite" and counts == [3, 0, 0, 1, 0]
+
+
+def nan_from(argv, first):
+    """train.main, in which the loss of the last rank is NaN from step `first` on."""
+    real = train.train_step
+
+    def step(run, step, *rest):
+        forward = type(run.model).forward
+        if step >= first and run.grid.rank == run.grid.world - 1:
+            run.model.forward = lambda *args: (out := forward(run.model, *args))._replace(
+                loss=out.loss * float("nan"))
+        return real(run, step, *rest)
+    train.train_step = step
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path, world, capsys):
+    out = tmp_path / "run"
+    argv = ["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "40", "--save_every", "4",
+            "--bad_steps", "3"]
+    if world == 1:
+        with pytest.raises(SystemExit) as error:
+            nan_from(argv, 9)
+        code, err = error.value.code, capsys.readouterr().err
+        who = "its loss"
+    else:
+        answers = ranks(2, nan_from, argv, 9)
+        code, err = answers[0].code, answers[0].err
+        assert answers[1].code == 1 and answers[1].err == ""
+        who = "the loss of rank 1"
+    for step in (10, 11, 12):
+        assert f"step {step} changed nothing: {who} is not finite" in err
+    assert code.startswith("error: the run ends at step 12: 3 steps in a row changed nothing")   # exit code 1
+    assert parallel.checkpoints(out) == [4, 8] and not parallel.damage(out / "step-8")
+    assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1] * 2 + [1] * (len(rows(out)) - 11)
+
+
+def guarded(values, **changes):
+    """What a guard says to a sequence of losses in the constant part of a run; norms are 1."""
+    s = Settings(**dict(steps=100000, warmup=0, decay=0) | changes)
+    guard, rng = Guard(), np.random.default_rng(0)
+    config = type("Config", (), dict(top_k=1, n_layer=1))
+    norms = rng.normal(1, 0.1, len(values))
+    return guard, [guard.objection(v, n, i, s, config) for i, (v, n) in enumerate(zip(values, norms))]
+
+
+def noise(n, mean=3.0, spread=0.05, seed=1):
+    return list(np.random.default_rng(seed).normal(mean, spread, n))
+
+
+def test_a_spike_is_skipped_and_noise_is_not():
+    _, said = guarded(noise(1000))
+    assert not any(said)
+    guard, said = guarded(noise(200) + [3.5] + noise(10, seed=2))
+    assert [i for i, why in enumerate(said) if why] == [200] and "loss (3.5" in said[200]
+    assert guard.counts.tolist() == [211, 1, 0, 0, 0]
+    assert not any(guarded(noise(200) + [2.0])[1]) and not any(guarded(noise(200) + [3.5], spike=0.0)[1])
+    assert not any(guarded(noise(127) + [3.5])[1])                # nothing to compare with yet
+
+
+def test_a_lasting_change_of_level_is_accepted():
+    _, said = guarded(noise(200) + noise(300, mean=4.0, seed=2))
+    skipped = [i for i, why in enumerate(said) if why]
+    assert skipped[0] == 200 and skipped[-1] < 206 and len(skipped) <= 5
+    _, said = guarded(noise(200) + [10.0 ** i for i in range(1, 12)])     # each a spike beside those before
+    runs = "".join("x" if why else "." for why in said).split(".")
+    assert max(map(len, runs)) == 5
+
+
+def test_the_guard_begins_anew_at_the_borders_of_schedules():
+    s = Settings(steps=1000, warmup=0.1, decay=0.2, initial_top_k=[4], switch=0.5)
+    config = type("Config", (), dict(top_k=1, n_layer=2))
+    guard = Guard()
+    seen = []
+    for step in range(1000):
+        guard.objection(3.0 + 0.01 * (step % 7), 1.0, step, s, config)
+        seen.append(int(guard.counts[0]))
+    assert [step for step in range(1000) if seen[step] == 1] == [0, 99, 500, 800]
+    quiet = Guard()
+    assert not any(quiet.objection(3.0 + (step == 299), 1.0, step, Settings(steps=1000, warmup=0.3), config)
+                   for step in range(299))                        # not in warm-up
+
+
+def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_path, capsys):
+    """A quiet past is written into a checkpoint, beside which real steps are spikes, until they are no news.
+    """
+    base = ["--data", str(corpus), *SIZES, "--balance", "loss-free", "--steps", "12", "--save_every", "6",
+            "--warmup", "0", "--decay", "0"]
+    train.main([*base, "--out", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run/step-12")
+    state = {"guard.recent": torch.full((128, 2), 0.5, dtype=torch.float64), "guard.counts": torch.tensor(
+        [128, 0, 0, 0, 0])}
+    run, done = train.start(train.decide([*base, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
+    with run.log:
+        assert done == 6 and run.guard.counts.tolist() == [6, 0, 0, 0, 0]         # as it was after six steps
+        losses = torch.tensor([row["loss"] for row in rows(tmp_path / "run")])
+        assert torch.equal(run.guard.recent[:6, 0].float(), losses)
+        for name, value in run.guard.state().items():
+            value.copy_(state[name])
+        shutil.rmtree(tmp_path / "run/step-6")
+        state = parallel.training_state(run.masters, run.optimizer) | run.guard.state()
+        parallel.save_checkpoint(tmp_path / "run", 6, state, 2)
+        before = everything(run)
+        did = train_step(run, 6, 6 * 8)
+        assert "is a spike" in did.skipped and equal(everything(run), before)
+    capsys.readouterr()
+    train.main([*base, "--out", str(tmp_path / "run")])
+    assert [row["skipped"] for row in rows(tmp_path / "run")[6:]] == [1, 1, 1, 1, 0, 0]
+    assert capsys.readouterr().err.count("is a spike") == 4
+    state = {"guard.counts": torch.zeros(5, dtype=torch.int64)}
+    parallel.load_checkpoint(tmp_path / "run/step-12", state)
+    assert state["guard.counts"].tolist() == [134, 4, 0, 0, 0]
+
+
+def flipped_bit(argv, at):
+    """train.main, in which one bit of a weight of rank 1 changes after step `at`."""
+    real = train.train_step
+
+    def step(run, step, *rest):
+        did = real(run, step, *rest)
+        if step + 1 == at and run.grid.rank == 1:
+            p = parallel.local(next(iter(run.masters.named.values())))
+            p.view(torch.int32).view(-1)[3] ^= 1
+        return did
+    train.train_step = step
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips):
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "12", "--replicate",
+            "2", "--check_every", "4", "--save_every", "4", "--balance", "loss-free"]
+    answers = ranks(4, flipped_bit, argv, 6 if flips else 99)
+    if flips:
+        codes = [a.code for a in answers]
+        assert codes[1:] == [1, 1, 1] and "ends at step 8: the weights of rank 1, 3 are not" in codes[0]
+        assert parallel.checkpoints(tmp_path / "run") == [4]
+    else:
+        assert [a.code for a in answers] == [None] * 4
+
+
+# --- disks, memory, data ----------------------------------------------------------------------------------
+
+def test_a_lost_line_of_the_log_is_counted(corpus, tmp_path, capsys):
+    run, _ = train.start(train.decide(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES], 1),
+                         parallel.ALONE)
+    run.log.close()
+    with open("/dev/full", "w") as run.log:
+        for step in (1, 2):
+            train.write_row(run, {"step": step})
+    assert run.lost == 2 and "step 1: a line of the log is lost" in capsys.readouterr().err
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch, train
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
+train.main()
+"""
+
+
+def test_out_of_memory_is_one_line(corpus, tmp_path):
+    (tmp_path / "limited.py").write_text(OUT_OF_MEMORY.format(root=str(ROOT)))
+    command = [sys.executable, tmp_path / "limited.py", "--data", str(corpus), "--out", str(tmp_path / "run"),
+               *SIZES, "--steps", "4", "--batch_size", "400000"]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory on rank 0: --accumulate")
+
+
+def test_data_that_changed_are_refused(corpus, tmp_path, capsys):
+    shutil.copytree(corpus, tmp_path / "data")
+    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES]
+    train.main([*argv, "--steps", "2"])
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta["train"]["sha256"] = "0" * 64
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit) as error:
+        train.main([*argv, "--steps", "4"])
+    assert error.value.code == 2 and "its sha256 is another" in capsys.readouterr().err
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp_path, capsys):
+    """The file changes while it is mapped."""
+    shutil.copytree(corpus, tmp_path / "data")
+    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES]
+    run, _ = train.start(train.decide(argv, 1), parallel.ALONE)
+    with run.log:
+        train_step(run, 0, 0)
+        with open(tmp_path / "data/train.bin", "r+b") as file:
+            file.seek(1000)
+            file.write(b"\xff" * 5000)
+        with pytest.raises(SystemExit) as error:
+            for step in range(1, 1000):
+                train_step(run, step, 8 * step)
+    assert error.value.code == 2 and "has token 65535, the vocabulary 320" in capsys.readouterr().err
