@@ -407,13 +407,16 @@ def differing_ranks(grid, masters):
 
     Compared are sums of the bits of what each rank holds, in which one flipped bit shows."""
     held = [local(t).contiguous() for t in (masters.named | masters.buffers).values()]
-    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in held]).tolist()
+    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in held]).cpu()
     n, shard, found = len(masters.named), grid.world // grid.replicate, set()
-    everyone = gather(grid, (tuple(sums[:n]), tuple(sums[n:])))
+    everyone = [torch.empty_like(sums) for _ in range(grid.world)]
+    dist.all_gather(everyone, sums)                               # not in grid.files: a save may be using that
+    everyone = [(tuple(sums[:n].tolist()), tuple(sums[n:].tolist())) for sums in everyone]
     groups = [(range(i, grid.world, shard), 0) for i in range(shard)] + [(range(grid.world), 1)]
     for ranks, part in groups:
         (common, times), = Counter(everyone[rank][part] for rank in ranks).most_common(1)
-        found |= {rank for rank in ranks if everyone[rank][part] != common or 2 * times <= len(ranks) > times}
+        tied = 2 * times <= len(ranks) > times
+        found |= {rank for rank in ranks if tied or everyone[rank][part] != common}
     return sorted(found)
 
 

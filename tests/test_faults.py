@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -428,6 +429,32 @@ def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips):
         assert parallel.checkpoints(tmp_path / "run") == [4]
     else:
         assert [a.code for a in answers] == [None] * 4
+
+
+def compared_while_saving(grid, out):
+    """Copies are compared while a background save of rank 0 is late -> what was found."""
+    run, real = make_run(grid, torch.float32, batch_size=8), parallel.gather
+    state = parallel.training_state(run.masters, run.optimizer)
+
+    def late(*args):
+        if grid.rank == 0 and threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        return real(*args)
+    parallel.gather = late
+    try:
+        saver = parallel.Saver(out, 2, grid, background=True)
+        saver.save(1, state)
+        found = [parallel.differing_ranks(grid, run.masters) for _ in range(3)]
+        saver.finish()
+    finally:
+        parallel.gather = real
+    return found
+
+
+def test_copies_are_compared_while_a_checkpoint_is_written(ranks, tmp_path):
+    answers = ranks(4, compared_while_saving, tmp_path, layout=(1, 2))
+    assert [a.value for a in answers] == [[[], [], []]] * 4
+    assert not parallel.damage(tmp_path / "step-1")
 
 
 # --- disks, memory, data ----------------------------------------------------------------------------------
