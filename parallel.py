@@ -410,7 +410,7 @@ def differing_ranks(grid, masters):
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in held]).cpu()
     n, shard, found = len(masters.named), grid.world // grid.replicate, set()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
-    dist.all_gather(everyone, sums)                               # not in grid.files: a save may be using that
+    dist.all_gather(everyone, sums)                               # a save may be using grid.files
     everyone = [(tuple(sums[:n].tolist()), tuple(sums[n:].tolist())) for sums in everyone]
     groups = [(range(i, grid.world, shard), 0) for i in range(shard)] + [(range(grid.world), 1)]
     for ranks, part in groups:

@@ -6,9 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import small
+from conftest import SMALL, small
 
 import parallel
+from model import refused
 from router import load_balancing_loss, router_z_loss, top1_balancing_loss
 from train import Run, Settings, train_step
 
@@ -120,6 +121,12 @@ def compare(found, want):
     names = [name for name in want if name.startswith("parameter ")]
     weights = (torch.cat([each[name].flatten() for name in names]) for each in (found, want))
     return worst | {"all parameters": distance(*weights)}
+
+
+def test_float32_is_grouped_and_float64_looped():
+    """.. and odd widths looped in both."""
+    assert refused(torch.float32, "cpu", (16, 12)) is None and refused(torch.float64, "cpu", (16, 12))
+    assert refused(torch.float32, "cpu", (15, 15)) and (SMALL["d_model"], SMALL["d_expert"]) == (16, 12)
 
 
 @pytest.mark.parametrize("grid, case", [

@@ -333,6 +333,28 @@ def test_sums_are_exact_and_leave_their_terms_alone(ranks):
         assert terms[0] == [[2 ** 40 + rank, 1]] and terms[2] == 1
 
 
+def silent_rank(name):
+    """The neighbour of rank 0 in a group does not answer for 8 seconds -> seconds until rank 0 says so, of a
+    timeout of 2."""
+    grid = parallel.meet()
+    parallel.join(grid, *((2, 1) if name == "ep" else (1, 2)), "cpu", timeout=2)
+    mesh = {"ep": grid.moe, "shard": grid.dense, "replicate": grid.dense}[name][name]
+    if grid.rank == mesh.mesh[1]:
+        time.sleep(8)
+    if grid.rank:
+        return
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="(?i)timed out"):
+        dist.all_reduce(torch.zeros(1), group=mesh.get_group())
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("group", ["ep", "shard", "replicate"])
+def test_the_timeout_reaches_every_group(ranks, group):
+    """Four processes: a group of all of them would be the world's own."""
+    assert 1 < ranks(4, silent_rank, group)[0].value < 6
+
+
 class Collectives(TorchDispatchMode):
     """Names of the collectives that are called."""
 
@@ -442,15 +464,11 @@ def dtypes_seen(grid):
     for name, module in model.named_modules():
         if name.endswith(("router", "attn_norm", "attn.qkv", "experts", "head", "embed")):
             module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
-                {name: {str(local_of(p).dtype)[6:] for p in m.parameters()}}))
+                {name: {str(parallel.local(p).dtype)[6:] for p in m.parameters()}}))
     tokens = torch.randint(0, 64, (4, 12))
     model(tokens, tokens).loss.backward()
     kinds = {str(t.dtype)[6:] for p in named.values() for t in (p, p.grad)}
     return seen, kinds
-
-
-def local_of(p):
-    return p.to_local() if hasattr(p, "to_local") else p
 
 
 def test_bf16_is_of_the_matrices_alone(ranks):
