@@ -82,10 +82,10 @@ def did_you_mean(name, known):
     return f"; did you mean {near[0]}?" if near else "; see --help"
 
 
-def fail(message):
-    """End the program with one line and exit code 2: a wrong setting or an unreadable input."""
+def fail(message, code=2):
+    """End the program with one line; exit code 2 is a wrong setting or an unreadable input."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @contextmanager

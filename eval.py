@@ -203,7 +203,7 @@ def loss_command(args):
 
 def first_below(a, b):
     """In words: how many of run b's steps run a needed to reach run b's final validation loss."""
-    curves = [[(r["step"], r["val_loss"]) for r in read_log(out)[1:] if "val_loss" in r] for out in (a, b)]
+    curves = [[(r["step"], r["val_loss"]) for r in read_log(out)[1:] if r.get("val_loss")] for out in (a, b)]
     if not all(curves):
         return f"no validation in the logs of {a} and {b}: steps cannot be compared"
     steps, goal = curves[1][-1]
@@ -214,7 +214,7 @@ def first_below(a, b):
 
 
 def read_log(out):
-    """log.jsonl of a run: the header, then the logged steps."""
+    """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
     out = run_folder(out)
     try:
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)

@@ -334,7 +334,7 @@ class Masters:
     once per step: casting all experts in every forward pass costs more than their own work, since most of
     them see few tokens.  A copy's gradient is added to its master's in fp32 as soon as it is complete, so
     that accumulation over micro-batches does not round.  Routers and norms are not copied; they compute in
-    fp32.  On several processes sharding makes the copies as it gathers (see shard), and dtype is float32.
+    fp32.  What is sharded needs no copy here: it is cast as it is gathered (see shard).
     """
 
     def __init__(self, model, dtype=torch.float32):
@@ -342,7 +342,8 @@ class Masters:
         self.buffers = dict(model.named_buffers())                # selection biases: state, but not optimized
         for name, p in model.named_parameters():
             self.named[name] = p
-            if dtype != torch.float32 and p.dim() > 1 and "router" not in name:
+            sharded = isinstance(p, DTensor)
+            if dtype == torch.bfloat16 and p.dim() > 1 and "router" not in name and not sharded:
                 self.hold(name, p, dtype)
 
     def hold(self, name, p, dtype):

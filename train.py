@@ -111,7 +111,8 @@ class Settings:
     spike: float = setting(6.0, "guard", "standard deviations of the last 128 steps beyond which a loss or a "
                            "norm skips the update; 0 is off")
     bad_steps: int = setting(10, "guard", "steps in a row without a finite loss that end the run")
-    check_every: int = setting(500, "guard", "steps between comparisons of the model's copies; 0 is off")
+    check_every: int = setting(500, "guard", "steps between comparisons of the model's copies, which are also "
+                             "compared before a save; 0 is off")
 
     log_every: int = setting(10, "watching", "steps between lines of log.jsonl")
     eval_every: int = setting(0, "watching", "steps between validations (default: a quarter of the run)")
@@ -330,6 +331,22 @@ def top_k_at(step, s, config):
 # --- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
+class Corpus:
+    """The text of a run."""
+
+    train: data.Sampler
+    vocab_size: int = 0
+    top_share: float = 0.0      # of the most frequent token
+    val: np.ndarray = None      # held-out tokens, if there are any
+    encoding: tiktoken.Encoding = None      # if there is one beside the token file
+    folder: Path = None
+    sha256: str = None          # of the training tokens, if meta.json has it
+
+    def sizes(self):
+        return [len(self.train.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
+
+
+@dataclass
 class Run:
     """What a training step works on."""
 
@@ -338,33 +355,18 @@ class Run:
     model: Model
     masters: parallel.Masters
     optimizer: torch.optim.Optimizer
-    train: data.Sampler
-    val: np.ndarray             # held-out tokens, or None
-    encoding: tiktoken.Encoding     # or None, if there is none beside the token file
+    corpus: Corpus
     device: str
-    top_share: float            # of the most frequent token in the corpus
+    dtype: torch.dtype          # that the matrix products are computed in
     grid: parallel.Grid = parallel.ALONE
     guard: Guard = dataclasses.field(default_factory=Guard)
+    done: int = 0               # steps
     lost: int = 0               # lines of the log and checkpoints that could not be written
     log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
 
 
-class Corpus(NamedTuple):
-    """What a folder of data.py holds."""
-
-    tokens: np.ndarray
-    vocab_size: int
-    val: np.ndarray             # or None
-    encoding: tiktoken.Encoding     # or None
-    folder: Path
-    sha256: str                 # of the training tokens, as meta.json has it; or None
-
-    def sizes(self):
-        return [len(self.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
-
-
 def open_corpus(s):
-    """-> Corpus.  ValueError if the data does not fit the settings."""
+    """-> Corpus.  ValueError if it does not fit the settings."""
     source = Path(s.data)
     file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
     if not file.exists():
@@ -377,11 +379,13 @@ def open_corpus(s):
     if val is not None and len(val) <= s.seq_len:
         raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    return Corpus(data.load_tokens(file), data.vocabulary(file), val, encoding, folder, digest)
+    tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
+    share = data.largest_share(tokens, vocab_size)
+    return Corpus(data.Sampler(tokens, s.seq_len, s.seed), vocab_size, share, val, encoding, folder, digest)
 
 
 def decide(argv, world):
-    """What one process finds out for all: the settings of the run, whether it exists, the step it is at.
+    """What one process finds out for all: the settings of the run, whether it exists, its checkpoints.
 
     Prepares the corpus if need be.  ValueError for what the user has to change."""
     typed = parse(argv)
@@ -398,7 +402,6 @@ def decide(argv, world):
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
     for other in [s.out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
         evaluation.same_tokenizer(other, corpus.folder)
-    data.Sampler(corpus.tokens, s.seq_len, s.seed)            # is the text long enough?
     before = evaluation.read_settings(s.out).get("data_sha256") if exists else None
     if before and before != corpus.sha256:
         raise ValueError(f"data {s.data} is not what {s.out} was made with (its sha256 is another): bring "
@@ -406,28 +409,26 @@ def decide(argv, world):
     steps = parallel.checkpoints(s.out)
     source = s.init_from and not steps and evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
-            "exists": exists, "steps": steps, "weights": str(source), "data": corpus.sizes()}
+            "exists": exists, "steps": steps, "weights": str(source), "corpus": corpus,
+            "sizes": corpus.sizes()}
 
 
 def start(decided, grid):
-    """Prepare the model, and load the newest checkpoint of the run -> (Run, steps done)."""
+    """Prepare the model, and load the newest checkpoint of the run -> Run."""
     s, config = Settings(**decided["settings"]), ModelConfig(**decided["model"])
-    device, done = decided["device"], 0
-    corpus = open_corpus(s)
-    if corpus.sizes() != decided["data"]:
+    device, corpus = decided["device"], decided["corpus"] or open_corpus(s)
+    if corpus.sizes() != decided["sizes"]:
         raise ValueError(f"data {s.data} is not on every machine that of rank 0")
     parallel.join(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s.dtype, config, device)
     model = parallel.build_model(config, grid, device, dtype, s.seed)
     if s.activation_checkpointing:
         parallel.recompute_blocks(model)
-    # sharding makes copies of its own
-    masters = parallel.Masters(model, dtype if grid.world == 1 else torch.float32)
+    masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    guard = Guard()
+    run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     if decided["steps"]:
-        state = parallel.training_state(masters, optimizer) | guard.state()
-        done = parallel.load_newest(s.out, decided["steps"], state, grid)
+        run.done = parallel.load_newest(s.out, decided["steps"], state_of(run), grid)
     elif s.init_from:
         parallel.load_checkpoint(decided["weights"], parallel.training_state(masters), grid)
         for bias in masters.buffers.values() if s.balance != "loss-free" else ():
@@ -435,25 +436,26 @@ def start(decided, grid):
     masters.refresh()
     for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
-    share = data.largest_share(corpus.tokens, corpus.vocab_size)
-    sampler = data.Sampler(corpus.tokens, s.seq_len, s.seed)
-    run = Run(s, config, model, masters, optimizer, sampler, corpus.val, corpus.encoding, device, share, grid,
-              guard)
-    run.log = parallel.from_rank_0(grid, lambda: open_run(run, corpus, decided["exists"], done, dtype))
-    return run, done
+    run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]))
+    return run
 
 
-def open_run(run, corpus, exists, done, dtype):
+def state_of(run):
+    """All that a checkpoint of a run holds: {name: tensor}."""
+    return parallel.training_state(run.masters, run.optimizer) | run.guard.state()
+
+
+def open_run(run, exists):
     """Write what a run's directory holds beside its checkpoints -> its log, locked."""
     out = Path(run.settings.out)
     out.mkdir(parents=True, exist_ok=True)
     log = open_log(out / "log.jsonl")
-    if (parallel.checkpoints(out) or [0])[-1] != done:
+    if (parallel.checkpoints(out) or [0])[-1] != run.done:
         raise ValueError(f"{out} was in use by another process just now; the same command goes on with it")
-    if run.encoding and not exists:
-        shutil.copy(corpus.folder / "encoding.json", out / "encoding.json")
-    write_settings(run, log, dtype, corpus.sha256)
-    cut_log(log, done)
+    if run.corpus.encoding and not exists:
+        shutil.copy(run.corpus.folder / "encoding.json", out / "encoding.json")
+    write_settings(run, log)
+    cut_log(log, run.done)
     return log
 
 
@@ -490,11 +492,11 @@ def open_log(path):
     return log
 
 
-def write_settings(run, log, dtype, data_sha256):
+def write_settings(run, log):
     """settings.json as they are now (steps may have changed), and the header of a new log."""
     s, out = run.settings, Path(run.settings.out)
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
-                "data_sha256": data_sha256}
+                "data_sha256": run.corpus.sha256}
     text, file = json.dumps(settings, indent=1), out / "settings.json"
     if not file.exists() or file.read_text() != text:
         (out / "settings.tmp").write_text(text)
@@ -504,7 +506,7 @@ def write_settings(run, log, dtype, data_sha256):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                 "tiktoken": tiktoken.__version__}
     header = settings | {"versions": versions, "commit": commit(), "device": device_name(run.device),
-                         "processes": run.grid.world, "computes_in": str(dtype)[6:]}
+                         "processes": run.grid.world, "computes_in": str(run.dtype)[6:]}
     print(json.dumps(header), file=log)
 
 
@@ -557,8 +559,8 @@ def train_step(run, step, first, asked=lambda: False):
     s, model, grid = run.settings, run.model, run.grid
     top_k = top_k_at(step, s, run.config)
     count = sequences(step, s)
-    micro = count // s.accumulate
-    batches = [run.train.rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
+    micro, rows = count // s.accumulate, run.corpus.train.rows
+    batches = [rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
     check_tokens(run, batches)
     counts = parallel.all_sum(grid, [torch.tensor([count_tokens(*batch) for batch in batches])])[0].tolist()
     n_targets, n_tokens = map(sum, zip(*counts))
@@ -653,7 +655,7 @@ def describe(run, step, did, window):
         row["top1_lbl_layer"] = top1_balancing_loss(sums.sharp_sum, sums.sharp_top_sum, n_tokens)
     row |= {
         "window": window.steps,
-        "zipf": [zipf_bound(run.top_share, run.config.n_expert, k) for k in did.top_k],
+        "zipf": [zipf_bound(run.corpus.top_share, run.config.n_expert, k) for k in did.top_k],
         "lbl_layer": lbl,
         "z_layer": router_z_loss(sums.z_sum, n_tokens),
         "top_prob": sums.top_sum / n_tokens,
@@ -689,18 +691,21 @@ PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe
 
 def utilisation(run, top_k, tokens_per_s):
     """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
-    name = device_name(run.device) if run.settings.dtype == "bfloat16" else ""
+    name = device_name(run.device) if run.dtype == torch.bfloat16 else ""
     peak = next((peak for known, peak in PEAK.items() if known in name), None)
     flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
     return peak and flops / (peak * run.grid.world)
 
 
+AT_ONCE = "ended at once; what was saved before is whole"
+
+
 class Stop:
     """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends it at
-    once."""
+    once, whatever its threads are writing."""
 
     def __enter__(self):
-        self.asked, self.old = False, {}
+        self.asked, self.interrupts, self.old = False, 0, {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.old[number] = signal.signal(number, self.ask)
@@ -709,18 +714,19 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.interrupts = True, self.interrupts + (number == signal.SIGINT)
+        if self.interrupts == 2:
+            os.write(2, f"\n{AT_ONCE}\n".encode())
+            os._exit(1)
 
     def __exit__(self, *_):
         for number, old in self.old.items():
             signal.signal(number, old)
 
 
-def train(run, done):
-    """The loop: steps done .. steps-1, with its log, validations and checkpoints -> steps done in the end."""
-    s = run.settings
+def train(run):
+    """The loop: steps run.done .. steps-1, with its log, validations and checkpoints."""
+    s, done = run.settings, run.done
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
@@ -730,19 +736,18 @@ def train(run, done):
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while done < s.steps and not stopping:
-            try:
-                did = train_step(run, done, first, lambda: stop.asked)
-            except RuntimeError as error:
-                raise unanswered(run, done + 1, error) from error
+            did = train_step(run, done, first, lambda: stop.asked)
             # all ranks after the same step: an asked one waits for the sum that tells the others
             stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
-            done, first, since = done + 1, first + did.sequences, since + did.sequences * s.seq_len
+            run.done = done = done + 1
+            first, since = first + did.sequences, since + did.sequences * s.seq_len
             window.add(did)
             bar.update()
             if did.skipped and run.log:
                 bar.write(f"step {done} changed nothing: {did.skipped}", file=sys.stderr)
-            end_if_hopeless(run, done, did)
-            evaluate = run.val is not None and (done % eval_every == 0 or done == s.steps)
+            due = done % save_every == 0 or done == s.steps or stopping
+            end_if_hopeless(run, did, due)
+            evaluate = run.corpus.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
                 row = {"step": done, **describe(run, done - 1, did, window),
@@ -758,40 +763,39 @@ def train(run, done):
                               file=sys.stdout)
                 write_row(run, row)
                 clock, since = time.perf_counter(), 0
-            if done % save_every == 0 or done == s.steps or stopping:
-                save(run, saver, done, last=done == s.steps or stopping)
+            if due:
+                save(run, saver, last=done == s.steps or stopping)
                 clock, since = time.perf_counter(), 0
-    return done
 
 
-def save(run, saver, done, last):
+def save(run, saver, last):
     """Save a checkpoint.  If one cannot be written, training goes on; OSError if it is the last."""
     try:
         saver.finish()                                            # the one before, if in the background
     except OSError as error:
-        missed(run, done, error)
+        missed(run, error)
     try:
-        saver.save(done, parallel.training_state(run.masters, run.optimizer) | run.guard.state())
+        saver.save(run.done, state_of(run))
         if last:
             saver.finish()
     except OSError as error:
         if last:
             raise
-        missed(run, done, error)
+        missed(run, error)
 
 
-def missed(run, step, error):
+def missed(run, error):
     """Count what could not be written, and say it."""
     run.lost += 1
     if run.log:
-        tqdm.write(f"step {step}: {error}; training goes on", file=sys.stderr)
+        tqdm.write(f"step {run.done}: {error}; training goes on", file=sys.stderr)
 
 
 def write_row(run, row):
     """A line of the log.  One that cannot be written is said and counted."""
     if not run.log:
         return
-    file, line = run.log.fileno(), json.dumps(row).encode() + b"\n"
+    file, line = run.log.fileno(), json.dumps(finite(row), allow_nan=False).encode() + b"\n"
     before = os.fstat(file).st_size
     try:
         if os.write(file, line) < len(line):                      # not by a buffer, which would try again
@@ -799,43 +803,49 @@ def write_row(run, row):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.ftruncate(file, before)                            # half a line
-        missed(run, row["step"], f"a line of the log is lost ({error})")
+        missed(run, f"a line of the log is lost ({error})")
 
 
-def unanswered(run, step, error):
-    """An error of the exchange between processes in one line, with the step; any other as it is."""
-    text, known = " ".join(str(error).split()), "gloo|nccl|timed out|connection (closed|reset)"
-    if run.grid.world == 1 or not re.search(known, text, re.I):
-        return error
-    return SystemExit(f"error: rank {run.grid.rank}: in step {step} another process did not answer "
-                      f"({text[:200]}); what was saved before is whole")
+def finite(value):
+    """A value for JSON, in which null stands for numbers that are not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def end_if_hopeless(run, done, did):
-    """End on all ranks with exit code 1, rank 0 saying why, if nothing is learned any more or copies of
-    the model differ.  Nothing is saved then."""
+def end_if_hopeless(run, did, due):
+    """End on all ranks with exit code 1 if nothing is learned any more, or copies of the model differ: they
+    are compared every now and then, and before a checkpoint is saved.  Nothing is saved then."""
     s, why = run.settings, None
     if run.guard.counts[4] >= s.bad_steps:
         why = f"{s.bad_steps} steps in a row changed nothing, for {did.skipped}; a lower --lr may help"
-    elif s.check_every and run.grid.world > 1 and done % s.check_every == 0:
+    elif s.check_every and run.grid.world > 1 and (due or run.done % s.check_every == 0):
         ranks = ", ".join(map(str, parallel.differing_ranks(run.grid, run.masters)))
         why = ranks and f"the weights of rank {ranks} are not those of their copies; look at that machine"
     if why:
-        raise SystemExit(1 if run.grid.rank else
-                         f"error: the run ends at step {done}: {why}; what was saved before is whole")
+        end(run, f"the run ends at step {run.done}: {why}; what was saved before is whole", 1)
+
+
+def end(run, why, code):
+    """End on all ranks; rank 0 alone says why."""
+    if run.grid.rank:
+        raise SystemExit(code)
+    data.fail(why, code)
 
 
 def validation(run, top_k):
     s = run.settings
-    return evaluation.validate(run.model, run.val, s.seq_len, top_k, run.device, s.eval_tokens,
+    return evaluation.validate(run.model, run.corpus.val, s.seq_len, top_k, run.device, s.eval_tokens,
                                grid=run.grid)
 
 
-def report(run, done, seconds):
+def report(run, seconds):
     """What there is to see at the end of a run."""
-    s = run.settings
-    top_k = top_k_at(done - 1, s, run.config)
-    if run.val is not None:
+    s, encoding = run.settings, run.corpus.encoding
+    top_k = top_k_at(run.done - 1, s, run.config)
+    if run.corpus.val is not None:
         loss, statistics, _ = validation(run, top_k)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
@@ -845,15 +855,15 @@ def report(run, done, seconds):
         if not math.isfinite(loss):
             print("the weights are no numbers any more; a new run with a lower --lr may help")
             return
-    if run.encoding and s.sample_tokens and run.grid.world == 1:
+    if encoding and s.sample_tokens and run.grid.world == 1:
         print("\nit writes:")
-        print(evaluation.write_text(run.model, run.encoding, "", s.sample_tokens, top_k))
+        print(evaluation.write_text(run.model, encoding, "", s.sample_tokens, top_k))
     same = "".join(f" --{name} {getattr(s, name)}" for name in ("preset", "data")
                    if getattr(s, name) != getattr(Settings, name))
     print(f"""
-{done} steps, {seconds / 60:.1f} minutes
+{run.done} steps, {seconds / 60:.1f} minutes
 log         {s.out}/log.jsonl
-checkpoint  {s.out}/step-{done}
+checkpoint  {s.out}/step-{run.done}
 try next
   python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram
   python eval.py sample --ckpt {s.out} --prompt "def "
@@ -864,7 +874,7 @@ try next
 
 def main(argv=None):
     began = time.perf_counter()
-    rank = int(os.environ.get("RANK", 0))
+    rank, run = int(os.environ.get("RANK", 0)), None
     with contextlib.ExitStack() as stack:
         if rank:                                              # one process speaks for all
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -872,17 +882,28 @@ def main(argv=None):
             with data.one_line_errors(f"rank {rank}: " if rank else ""):
                 grid = parallel.meet()
                 decided = parallel.from_rank_0(grid, lambda: decide(argv, grid.world))
-                run, done = start(decided, grid)
+                run = start(decided, grid)
             with run.log or contextlib.nullcontext():
-                go(run, done, decided["exists"], began)
+                go(run, decided["exists"], began)
             parallel.leave(grid)
         except KeyboardInterrupt:                             # outside the loop, or a second one in it
-            raise SystemExit(1 if rank else "ended at once; what was saved before is whole") from None
+            raise SystemExit(1 if rank else AT_ONCE) from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-                raise SystemExit(f"error: out of memory on rank {rank}: --accumulate makes micro-batches "
-                                 "smaller, --activation_checkpointing true keeps less of them") from None
-            raise
+            why = explanation(error, run)
+            if not why:
+                raise
+            data.fail(f"rank {rank}: {why}", 1)
+
+
+def explanation(error, run):
+    """Why a run ended, if it was for memory or for another process, for which torch has no classes."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return ("out of memory; --accumulate makes micro-batches smaller, --activation_checkpointing true "
+                "keeps less of them")
+    step = f"after step {run.done}" if run else "at the start"
+    if "RANK" in os.environ and re.search("gloo|nccl|timed out|connection (closed|reset)", text, re.I):
+        return f"{step} another process did not answer ({text[:200]}); what was saved before is whole"
 
 
 def layout(grid):
@@ -890,36 +911,35 @@ def layout(grid):
     return f"; {grid.world} processes: ep {grid.ep}, replicate {grid.replicate}" if grid.world > 1 else ""
 
 
-def go(run, done, exists, began):
+def go(run, exists, began):
     """Introduce the run, train, and show what came of it."""
     s, config = run.settings, run.config
-    if done >= s.steps:
-        print(f"{s.out} is complete: {done} steps.  --steps {2 * done} goes on; --out NAME is a new run")
+    if run.done >= s.steps:
+        print(f"{s.out} is complete: {run.done} steps.  --steps {2 * run.done} goes on; --out NAME is a new "
+              "run")
         return
     total, active, _ = count_parameters(config)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
-          f"{device_name(run.device)}, {s.dtype}{layout(run.grid)}")
+          f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout(run.grid)}")
     if s.batch_size // s.accumulate < run.grid.world:
         print(f"micro-batches of {s.batch_size // s.accumulate} sequences leave some processes without any: "
               "a larger --batch_size or a smaller --accumulate gives them work")
-    epoch = run.train.n_windows / s.batch_size
-    print(f"from step {done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an "
-          f"epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
-    if not exists and run.val is not None:
+    epoch = run.corpus.train.n_windows / s.batch_size
+    print(f"from step {run.done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, "
+          f"an epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
+    if not exists and run.corpus.val is not None:
         print(f"step 0: held out {validation(run, top_k_at(0, s, config))[0]:.4f}")
     try:
-        done = train(run, done)
+        train(run)
     except OSError as error:                                  # a full disk: what was saved before is whole
-        if run.grid.rank:
-            raise SystemExit(2) from None                         # rank 0 says it for all
-        data.fail(f"{error}; resume with the same command")
+        end(run, f"{error}; resume with the same command", 2)
     if run.lost:
         print(f"{run.lost} lines of the log or checkpoints could not be written", file=sys.stderr)
-    if done < s.steps:
-        print(f"stopped and saved after step {done}; the same command resumes")
+    if run.done < s.steps:
+        print(f"stopped and saved after step {run.done}; the same command resumes")
         return
-    report(run, done, time.perf_counter() - began)
+    report(run, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

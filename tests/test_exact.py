@@ -11,7 +11,7 @@ from conftest import SMALL, small
 import parallel
 from model import refused
 from router import load_balancing_loss, router_z_loss, top1_balancing_loss
-from train import Run, Settings, train_step
+from train import Corpus, Run, Settings, train_step
 
 # processes, ep, replicate
 GRIDS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4),
@@ -71,12 +71,12 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
         torch.set_default_dtype(torch.float32)
     if recomputed:
         parallel.recompute_blocks(model)
-    masters = parallel.Masters(model, dtype if grid.world == 1 and dtype == torch.bfloat16 else torch.float32)
+    masters = parallel.Masters(model, dtype)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
         block.moe.router.bias[list(chosen)] = 100.0
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    return Run(s, config, model, masters, optimizer, Rows(documents), None, None, "cpu", 0.5, grid)
+    return Run(s, config, model, masters, optimizer, Corpus(Rows(documents)), "cpu", dtype, grid)
 
 
 def two_steps(grid, dtype, case):

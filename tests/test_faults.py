@@ -139,8 +139,8 @@ def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
         processes[1].kill()
         processes[1].communicate()
     assert processes[0].returncode == 1 and 3 < time.monotonic() - began < 30
-    step = int(re.search(r"error: rank 0: in step (\d+) another process did not answer", err)[1])
-    assert step == len(rows(tmp_path / "run")) + 1
+    step = int(re.search(r"error: rank 0: after step (\d+) another process did not answer", err)[1])
+    assert step == len(rows(tmp_path / "run"))
     last = parallel.checkpoints(tmp_path / "run")[-1]
     assert not parallel.damage(tmp_path / "run" / f"step-{last}")
 
@@ -263,8 +263,8 @@ def steps_with_nan(grid, bad):
     """
     run = make_run(grid, torch.float32, balance="loss-free", bias_rate=0.01, accumulate=3)
     real, found, sequences = run.model.forward, [], []
-    rows = run.train.rows
-    run.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
+    rows = run.corpus.train.rows
+    run.corpus.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
     for step in range(4):
         if step == 2 and grid.rank == bad:
             run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
@@ -319,7 +319,7 @@ def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path, wo
         who = "the loss of rank 1"
     for step in (10, 11, 12):
         assert f"step {step} changed nothing: {who} is not finite" in err
-    assert code.startswith("error: the run ends at step 12: 3 steps in a row changed nothing")   # exit code 1
+    assert code == 1 and "error: the run ends at step 12: 3 steps in a row changed nothing" in err
     assert parallel.checkpoints(out) == [4, 8] and not parallel.damage(out / "step-8")
     assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1] * 2     # it ends before the last line
 
@@ -380,16 +380,15 @@ def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_
     shutil.rmtree(tmp_path / "run/step-12")
     state = {"guard.recent": torch.full((128, 2), 0.5, dtype=torch.float64), "guard.counts": torch.tensor(
         [128, 0, 0, 0, 0])}
-    run, done = train.start(train.decide([*base, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
+    run = train.start(train.decide([*base, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
     with run.log:
-        assert done == 6 and run.guard.counts.tolist() == [6, 0, 0, 0, 0]         # as it was after six steps
+        assert run.done == 6 and run.guard.counts.tolist() == [6, 0, 0, 0, 0]     # as it was then
         losses = torch.tensor([row["loss"] for row in rows(tmp_path / "run")])
         assert torch.equal(run.guard.recent[:6, 0].float(), losses)
         for name, value in run.guard.state().items():
             value.copy_(state[name])
         shutil.rmtree(tmp_path / "run/step-6")
-        state = parallel.training_state(run.masters, run.optimizer) | run.guard.state()
-        parallel.save_checkpoint(tmp_path / "run", 6, state, 2)
+        parallel.save_checkpoint(tmp_path / "run", 6, train.state_of(run), 2)
         before = everything(run)
         did = train_step(run, 6, 6 * 8)
         assert "is a spike" in did.skipped and equal(everything(run), before)
@@ -419,15 +418,16 @@ def flipped_bit(argv, at):
         train.train_step = real
 
 
-@pytest.mark.parametrize("flips", [True, False])
-def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips):
+@pytest.mark.parametrize("flips, check, save", [(True, 8, 3), (True, 999, 4), (False, 4, 4)])
+def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips, check, save):
+    """.. at the next comparison, which there is before every save: no checkpoint has the flipped bit."""
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "12", "--replicate",
-            "2", "--check_every", "4", "--save_every", "4", "--balance", "loss-free"]
-    answers = ranks(4, flipped_bit, argv, 6 if flips else 99)
+            "2", "--check_every", str(check), "--save_every", str(save), "--balance", "loss-free"]
+    answers = ranks(4, flipped_bit, argv, 7 if flips else 99)
     if flips:
-        codes = [a.code for a in answers]
-        assert codes[1:] == [1, 1, 1] and "ends at step 8: the weights of rank 1, 3 are not" in codes[0]
-        assert parallel.checkpoints(tmp_path / "run") == [4]
+        assert [a.code for a in answers] == [1] * 4 and [a.err for a in answers[1:]] == [""] * 3
+        assert "ends at step 8: the weights of rank 1, 3 are not" in answers[0].err
+        assert parallel.checkpoints(tmp_path / "run") == ([3, 6] if save == 3 else [4])
     else:
         assert [a.code for a in answers] == [None] * 4
 
@@ -461,13 +461,13 @@ def test_copies_are_compared_while_a_checkpoint_is_written(ranks, tmp_path):
 # --- disks, memory, data ----------------------------------------------------------------------------------
 
 def test_a_lost_line_of_the_log_is_counted(corpus, tmp_path, capsys):
-    run, _ = train.start(train.decide(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES], 1),
-                         parallel.ALONE)
+    run = train.start(train.decide(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES], 1),
+                      parallel.ALONE)
     run.log.close()
     with open("/dev/full", "w") as run.log:
-        for step in (1, 2):
-            train.write_row(run, {"step": step})
-    assert run.lost == 2 and "step 1: a line of the log is lost" in capsys.readouterr().err
+        for run.done in (1, 2):
+            train.write_row(run, {"step": run.done})
+    assert run.lost == 2 and "step 2: a line of the log is lost" in capsys.readouterr().err
 
 
 OUT_OF_MEMORY = """
@@ -486,7 +486,7 @@ def test_out_of_memory_is_one_line(corpus, tmp_path):
                *SIZES, "--steps", "4", "--batch_size", "400000"]
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: out of memory on rank 0: --accumulate")
+    assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
 
 
 def test_data_that_changed_are_refused(corpus, tmp_path, capsys):
@@ -505,7 +505,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp
     """The file changes while it is mapped."""
     shutil.copytree(corpus, tmp_path / "data")
     argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES]
-    run, _ = train.start(train.decide(argv, 1), parallel.ALONE)
+    run = train.start(train.decide(argv, 1), parallel.ALONE)
     with run.log:
         train_step(run, 0, 0)
         with open(tmp_path / "data/train.bin", "r+b") as file:

@@ -421,7 +421,7 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
 def count_syncs(grid):
     """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
     run, calls = make_run(grid, torch.float32, n_expert=12), []
-    tokens, targets = run.train.rows(0, 4)
+    tokens, targets = run.corpus.train.rows(0, 4)
     real = torch.Tensor.tolist
     torch.Tensor.tolist = lambda t: calls.append("tolist") or real(t)
     try:
@@ -483,8 +483,8 @@ def test_bf16_is_of_the_matrices_alone(ranks):
 def bf16_norm(grid, accumulate):
     """Norms of the gradient of the same tokens again and again."""
     run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
-    rows = run.train.rows
-    run.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
+    rows = run.corpus.train.rows
+    run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
     return train.train_step(run, 0, 0).norm.item()
 
 
@@ -708,7 +708,7 @@ def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, me
 
 def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
-    run, _ = train.start(train.decide(argv, 1), ALONE)
+    run = train.start(train.decide(argv, 1), ALONE)
     with run.log:
         answers = ranks(2, train.main, argv)
     assert [a.code for a in answers] == [2, 2]

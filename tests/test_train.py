@@ -22,7 +22,7 @@ import parallel
 import train
 from model import Model, flops_per_token
 from router import active_experts, noise_floor
-from train import Run, Settings, Window, describe, learning_rate, sequences, train_step
+from train import Corpus, Run, Settings, Window, describe, learning_rate, sequences, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -70,7 +70,8 @@ def make_run(**changes):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
-    return Run(s, config, model, masters, optimizer, data.Sampler(tokens, 8, 0), None, None, "cpu", 0.5)
+    corpus = Corpus(data.Sampler(tokens, 8, 0), 64, top_share=0.5)
+    return Run(s, config, model, masters, optimizer, corpus, "cpu", torch.float64)
 
 
 def logged(run, step):
@@ -95,7 +96,7 @@ def slow_objective(run, top_k):
     mean cross-entropy + coef * sum over micro-batches m and layers of (share of the step up to m) * the
     balance loss of all tokens up to m, of which only those of m have a gradient."""
     s, model, E = run.settings, run.model, run.config.n_expert
-    x, y = run.train.rows(0, s.batch_size)
+    x, y = run.corpus.train.rows(0, s.batch_size)
     total, before = 0.0, [(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, E)) for k in top_k]
     for tokens, targets in zip(x.chunk(s.accumulate), y.chunk(s.accumulate)):
         gates = []
@@ -159,7 +160,7 @@ def test_micro_batches_change_nothing_but_rounding_without_a_balance_loss(balanc
 def test_what_is_reported_is_of_the_whole_step():
     """Every figure of a step in four parts, against its definition on all tokens at once."""
     run, E, N = make_run(balance="top1", lbl_coef=0.0, accumulate=4, temperature=0.5), 6, 96
-    x, y = run.train.rows(0, 12)
+    x, y = run.corpus.train.rows(0, 12)
     gates, streams, outputs = [], [], []
     for block in run.model.blocks:
         block.moe.router.register_forward_hook(lambda m, a, _: gates.append(a[0] @ m.weight.T))
@@ -334,7 +335,7 @@ def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_
 
 
 def prepared(*argv):
-    """-> Run, steps done: all that comes before the first step."""
+    """-> Run: all that comes before the first step."""
     return train.start(train.decide(argv, 1), parallel.ALONE)
 
 
@@ -344,9 +345,9 @@ def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
     base = ["--data", str(corpus), "--steps", "4", *SIZES, "--balance", "loss-free", "--bias_rate", "0.1"]
     train.main([*base, "--initial_top_k", "3,2", "--switch", "1", "--save_every", "2", "--out", first])
     for name, changes in (("keep", ["--initial_top_k", "3,2", "--switch", "1"]), ("convert", [])):
-        run, done = prepared(*base, *changes, "--init_from", f"{first}/step-2", "--out", str(tmp_path / name))
+        run = prepared(*base, *changes, "--init_from", f"{first}/step-2", "--out", str(tmp_path / name))
         with run.log:
-            assert done == 0
+            assert run.done == 0
             starts.append([t.clone() for t in parallel.training_state(run.masters).values()])
             assert train_step(run, 0, 0).top_k == ([3, 2] if name == "keep" else [1, 1])
     saved = list(evaluation.load_run(f"{first}/step-2")[0].buffers())
@@ -402,7 +403,7 @@ def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
 
 
 def test_settings_reach_the_optimizer(corpus, tmp_path):
-    run, _ = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
+    run = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
                       "--beta2", "0.8", "--eps", "1e-5", "--weight_decay", "0.3")
     matrices, others = run.optimizer.param_groups
     assert matrices["betas"] == (0.7, 0.8) and matrices["eps"] == 1e-5
@@ -411,7 +412,7 @@ def test_settings_reach_the_optimizer(corpus, tmp_path):
 
 @pytest.mark.parametrize("balance, temperature", [("top1", 0.3), ("lbl", 1.0)])
 def test_the_temperature_reaches_the_routers_of_a_run_that_uses_it(corpus, tmp_path, balance, temperature):
-    run, _ = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--balance", balance,
+    run = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--balance", balance,
                       "--temperature", "0.3")
     with run.log:
         assert {block.moe.router.temperature for block in run.model.blocks} == {temperature}
@@ -424,7 +425,7 @@ def test_a_presets_list_is_cut_to_the_layers(in_folder):
 
 def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
     run = make_run()
-    run.settings.dtype = "bfloat16"
+    run.dtype = torch.bfloat16
     assert train.utilisation(run, [1, 1], 1e6) is None            # a CPU has no published peak
     monkeypatch.setattr(train, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
     for top_k in ([1, 1], [3, 1]):
@@ -473,15 +474,52 @@ def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
     assert evaluation.load_run(out / "step-6")[2] == [3, 2] and evaluation.load_run(out)[2] == [1, 1]
 
 
-def test_the_second_interrupt_ends_at_once():
+def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGINT)
     with train.Stop() as stop:
+        assert not stop.asked
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+SLOW_TO_SAVE = """
+import sys, time
+sys.path.insert(0, {root!r})
+import parallel, train
+real = parallel.publish
+parallel.publish = lambda *args: print("writing", flush=True) or time.sleep(60) or real(*args)
+train.main()
+"""
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_the_second_interrupt_ends_at_once(corpus, tmp_path, background):
+    """.. also while a checkpoint is written, which SIGTERM and the first one wait for."""
+    (tmp_path / "slow.py").write_text(SLOW_TO_SAVE.format(root=str(ROOT)))
+    command = [sys.executable, tmp_path / "slow.py", "--data", str(corpus), "--out", str(tmp_path / "run"),
+               "--steps", "100000", "--save_every", "5", "--background", background, *SIZES]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | ONE_THREAD) as process:
+        while "writing" not in process.stdout.readline():
+            assert process.poll() is None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and err.endswith("ended at once; what was saved before is whole\n")
+    assert "Traceback" not in err and parallel.checkpoints(tmp_path / "run") == []
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
+    run = make_run()
+    row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5], "deep": {"x": [[-math.inf]]}}
+    with open(tmp_path / "log.jsonl", "a+", buffering=1) as run.log:
+        train.write_row(run, row)
+    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "norms": [None, 0.5], "deep": {"x": [[None]]}}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -539,7 +577,9 @@ def test_a_device_without_bf16_is_said_once_and_trains_in_fp32(corpus, tmp_path,
     capsys.readouterr()
     monkeypatch.setattr(train, "computes_bf16", lambda device: False)
     train.main([*command, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16"])
-    assert capsys.readouterr().out.count("does not compute in bfloat16: float32 is used instead") == 1
+    shown = capsys.readouterr().out
+    assert shown.count("does not compute in bfloat16: float32 is used instead") == 1
+    assert "threads, float32\n" in shown
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
             for name in ("fp32", "bf16")]
     assert [row["loss"] for row in logs[0][1:]] == [row["loss"] for row in logs[1][1:]]
