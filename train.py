@@ -111,8 +111,8 @@ class Settings:
     spike: float = setting(6.0, "guard", "standard deviations of the last 128 steps beyond which a loss or a "
                            "norm skips the update; 0 is off")
     bad_steps: int = setting(10, "guard", "steps in a row without a finite loss that end the run")
-    check_every: int = setting(500, "guard", "steps between comparisons of the model's copies, which are also "
-                             "compared before a save; 0 is off")
+    check_every: int = setting(500, "guard", "steps between comparisons of the model's copies, which are "
+                             "compared before a save, too; 0 is off")
 
     log_every: int = setting(10, "watching", "steps between lines of log.jsonl")
     eval_every: int = setting(0, "watching", "steps between validations (default: a quarter of the run)")

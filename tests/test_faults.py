@@ -145,6 +145,32 @@ def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
     assert not parallel.damage(tmp_path / "run" / f"step-{last}")
 
 
+def twenty_steps(grid, out, write):
+    """From a checkpoint of step 3, which is made first if asked -> (loss, load [L, E]) of steps 3 to 22."""
+    run = make_run(grid, torch.float32, steps=100, lr=3e-3)
+    if write:
+        for step in range(3):
+            train_step(run, step, 12 * step)
+        parallel.save_checkpoint(out, 3, train.state_of(run), 2, grid)
+    parallel.load_checkpoint(out / "step-3", train.state_of(run), grid)
+    steps = (train_step(run, step, 12 * (step % 5)) for step in range(3, 23))
+    return [(float(did.loss), did.statistics.load) for did in steps]
+
+
+def test_another_grid_goes_on_to_rounding(ranks, tmp_path):
+    """20 steps from one checkpoint: losses within 1e-6, no token to another expert."""
+    want = ranks(4, twenty_steps, tmp_path, True, layout=(2, 1))[0].value
+    assert want[-1][0] < want[0][0] - 0.3
+    found = {"one process": twenty_steps(parallel.ALONE, tmp_path, False)}
+    for world, layout in ((2, (2, 1)), (2, (1, 2)), (3, (1, 1)), (4, (4, 1))):
+        found[world, layout] = ranks(world, twenty_steps, tmp_path, False, layout=layout)[0].value
+    for grid, steps in found.items():
+        for i, ((loss, load), (expected, its)) in enumerate(zip(steps, want)):
+            flips = (load - its).abs().sum() / 2
+            assert flips == 0, f"{grid}: {flips:.0f} choices differ first in step {i}"
+            assert loss == pytest.approx(expected, rel=1e-6), (grid, i)
+
+
 # --- broken checkpoints -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
