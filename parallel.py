@@ -79,6 +79,13 @@ def meet(timeout=120):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Grid()
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    # torchrun's agents may keep a store for their workers, with what dead ones wrote, which ends in a hang
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept and not alone and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        together(Grid(int(os.environ["RANK"])), ValueError(
+            "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: without it the processes cannot meet again"))
     # another program may have the address: rank 0 says so, but the others would wait for it without end
     watch = threading.Timer(timeout + 5, os._exit, [2])
     watch.daemon = True
@@ -90,8 +97,7 @@ def meet(timeout=120):
                          f"{str(error).splitlines()[0]}") from None
     finally:
         watch.cancel()
-    # torchrun --max-restarts keeps the store of one node's processes, with what the dead ones wrote
-    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    # on one node all count the same restarts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     return Grid(rank, world, store=dist.PrefixStore(f"nanosigma {attempt}", store))
 

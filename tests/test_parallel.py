@@ -720,6 +720,18 @@ def test_help_is_shown_once(ranks):
     assert [a.code for a in answers] == [0, 0] and "--replicate" in answers[0].out and answers[1].out == ""
 
 
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", TORCHELASTIC_MAX_RESTARTS="3",
+                            TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        parallel.meet(1)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as error:
+        parallel.meet(1)
+    assert error.value.code == 2
+
+
 def test_an_address_in_use_is_one_line_and_nobody_hangs(tmp_path):
     """Without torchrun, which has an address of its own to find."""
     program = "import parallel, train; parallel.meet.__defaults__ = (2,); train.main(['--out', 'run'])"
