@@ -107,17 +107,22 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32, g
     if n < 1:
         raise ValueError(f"seq_len ({seq_len}) is too long for {len(tokens)} held-out tokens")
     windows = np.unique(np.linspace(0, n - 1, min(n, max(1, (limit or n * seq_len) // seq_len))).astype(int))
-    loss, n_targets, sums = 0.0, 0, None
+    loss, n_targets, n_beyond, sums, V = 0.0, 0, 0, None, model.config.vocab_size
     for a in range(0, len(windows), rows * grid.world):
         mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
         batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in mine] or [tokens[:seq_len + 1]])
-        batch = torch.from_numpy(batch.astype(np.int64)).to(device)[:len(mine)]
+        batch = torch.from_numpy(batch.astype(np.int64))[:len(mine)]
+        n_beyond += int((batch >= V).sum())
+        batch = batch.clamp(max=V - 1).to(device)
         out = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), top_k)
         loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
         sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
     if grid.world > 1:
-        totals = parallel.all_sum(grid, [out.loss.new_tensor([loss, n_targets], dtype=torch.float64), *sums])
-        (loss, n_targets), sums = totals[0].tolist(), Statistics(*totals[1:])
+        mine = out.loss.new_tensor([loss, n_targets, n_beyond], dtype=torch.float64)
+        totals = parallel.all_sum(grid, [mine, *sums])
+        (loss, n_targets, n_beyond), sums = totals[0].tolist(), Statistics(*totals[1:])
+    if n_beyond:
+        raise ValueError(f"{n_beyond:.0f} held-out tokens are beyond the vocabulary ({V})")
     return loss / n_targets, sums, windows
 
 
@@ -217,10 +222,18 @@ def read_log(out):
     """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
     out = run_folder(out)
     try:
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]       # the last may be cut short
+        lines = (out / "log.jsonl").read_text(errors="replace").splitlines(keepends=True)
+        return [json.loads(line) for line in lines[:1] + [line for line in lines[1:] if step_of(line)]]
     except (OSError, ValueError) as error:
         raise ValueError(f"{out / 'log.jsonl'} cannot be read ({error})") from None
+
+
+def step_of(line):
+    """The step of a line of the log; 0 for one that a crash cut short or garbled."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else 0
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 # --- text -------------------------------------------------------------------------------------------------

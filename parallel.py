@@ -17,9 +17,11 @@ summed over its ep group by the exchange that brings gradients back; FSDP sums o
 With one process there is no group and no collective.  Knows nothing of data, schedules or logging.
 """
 
+import errno
 import gc
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -102,17 +104,19 @@ def meet(timeout=120):
     return Grid(rank, world, store=dist.PrefixStore(f"nanosigma {attempt}", store))
 
 
-def from_rank_0(grid, work):
+def from_rank_0(grid, work, timeout=math.inf):
     """What work() returns on rank 0, on every rank; of what JSON does not know the others get None.
 
-    They wait without a timeout: it may prepare a corpus.  If it fails, rank 0 alone says why, and all end
+    They wait that long (seconds): it may prepare a corpus.  If it fails, rank 0 alone says why, and all end
     with its exit code."""
     if grid.world == 1:
         return work()
     grid.asked += 1
-    key, answer = f"answer {grid.asked}", {"exit": 1}
+    key, answer, end = f"answer {grid.asked}", {"exit": 1}, time.monotonic() + timeout
     if grid.rank:
         while not grid.store.check([key]):
+            if time.monotonic() > end:
+                raise RuntimeError("timed out waiting for rank 0")
             time.sleep(0.05)
         answer = json.loads(grid.store.get(key))
         grid.store.add(f"{key} read", 1)
@@ -124,7 +128,8 @@ def from_rank_0(grid, work):
         answer = {"value": value}
         return value
     except BaseException as error:
-        answer["exit"] = getattr(error, "code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+        known = error.code if isinstance(error, SystemExit) else 2
+        answer["exit"] = known if isinstance(error, (SystemExit, ValueError, OSError)) else 1
         raise
     finally:
         grid.store.set(key, json.dumps(answer, default=lambda _: None))
@@ -552,13 +557,22 @@ def load_newest(out, steps, state, grid=ALONE):
             load_checkpoint(path, state, grid, checked=True)
             return step
         found.append(f"{path.name}: {problem}")
-        if grid.rank == 0:
-            aside = next(name for i in range(1000) if not (name := path.with_name(
-                f"{path.name}.corrupt{i or ''}")).exists())
-            os.rename(path, aside)
-            print(f"checkpoint {path} is corrupt ({problem}); it is now {aside.name}", file=sys.stderr)
+        refused = gather(grid, grid.rank == 0 and set_aside(path, problem))[0]
+        if refused:
+            together(grid, refused)
     together(grid, ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt: "
                               f"{'; '.join(found)}"))
+
+
+def set_aside(path, problem):
+    """Rename a corrupt checkpoint.  -> OSError if that cannot be."""
+    aside = next(name for i in range(1000) if not (name := path.with_name(
+        f"{path.name}.corrupt{i or ''}")).exists())
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        return error
+    print(f"checkpoint {path} is corrupt ({problem}); it is now {aside.name}", file=sys.stderr)
 
 
 def load_checkpoint(path, state, grid=ALONE, checked=False):
@@ -608,14 +622,23 @@ class Metadata(pickle.Unpickler):
 
 def damage(path, grid=ALONE):
     """What is wrong with the files of a checkpoint, or None: sizes and checksums are compared with its
-    manifest, by each rank of a share of them.  Every rank gets the same answer."""
-    return next(filter(None, gather(grid, damage_of_share(path, grid))), None)
+    manifest, by each rank of a share of them.  Every rank gets the same answer.
+
+    OSError, on rank 0, if they cannot be read for another reason; the others end."""
+    found = [f for f in gather(grid, damage_of_share(path, grid)) if f]
+    for error in found:
+        if isinstance(error, OSError):
+            together(grid, error)
+    return found[0] if found else None
 
 
 def damage_of_share(path, grid):
+    """-> None, what is wrong, or an OSError that says nothing of the files (too many are open, say)."""
     try:
+        if not path.exists():
+            return OSError(f"{path} is not there for rank {grid.rank}: is its disk mounted?")
         manifest = json.loads((path / "manifest.json").read_text())
-        if ".metadata" not in manifest:
+        if set(manifest) != {f.name for f in path.iterdir()} - {"manifest.json"}:
             return "manifest.json does not list its files"
         for name, expected in list(manifest.items())[grid.rank::grid.world]:
             size = (path / name).stat().st_size
@@ -624,6 +647,8 @@ def damage_of_share(path, grid):
             if sha256(path / name) != expected["sha256"]:
                 return f"{name} does not have its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
+            return error
         return f"{type(error).__name__}: {error}"
 
 

@@ -21,8 +21,10 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +241,7 @@ def resolve(typed):
             if (name not in MAY_CHANGE or ramped) and value != old:
                 raise ValueError(f"{out} was made with {name} {old}, not {value}; leave out --{name} to "
                                  "resume it, or choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
         given = dataclasses.asdict(Settings()) | {"out": str(out)} | TRAINING[preset]
@@ -340,10 +342,25 @@ class Corpus:
     val: np.ndarray = None      # held-out tokens, if there are any
     encoding: tiktoken.Encoding = None      # if there is one beside the token file
     folder: Path = None
-    sha256: str = None          # of the training tokens, if meta.json has it
+    file: Path = None
+    sha256: str = None          # of the file; known to rank 0
 
     def sizes(self):
         return [len(self.train.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
+
+    def check(self):
+        """ValueError if a token file is not the one that data.py wrote beside this meta.json."""
+        self.sha256 = data.file_sha256(self.file)
+        if not (self.folder / "meta.json").exists():
+            return
+        meta = data.load_meta(self.folder)                    # the tokenizer fits the tokens
+        found = {"train.bin": self.sha256} if self.file.name == "train.bin" else {}
+        if self.val is not None:
+            found["val.bin"] = data.file_sha256(self.folder / "val.bin")
+        for name, digest in found.items():
+            if digest != meta[name[:-4]]["sha256"]:
+                raise ValueError(f"{self.folder / name} is not what data.py wrote (its sha256 is not that of "
+                                 "meta.json): prepare it anew under another --name")
 
 
 @dataclass
@@ -364,6 +381,9 @@ class Run:
     lost: int = 0               # lines of the log and checkpoints that could not be written
     log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
 
+    def __post_init__(self):
+        self.window = Window(self.config)
+
 
 def open_corpus(s):
     """-> Corpus.  ValueError if it does not fit the settings."""
@@ -372,16 +392,13 @@ def open_corpus(s):
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
                          "python data.py --source PATH --name NAME makes data/NAME")
-    digest = None
-    if (folder / "meta.json").exists():                       # load_meta: the tokenizer fits the tokens
-        digest = data.load_meta(folder)["train"]["sha256"] if file == folder / "train.bin" else None
     val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
     if val is not None and len(val) <= s.seq_len:
         raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
     share = data.largest_share(tokens, vocab_size)
-    return Corpus(data.Sampler(tokens, s.seq_len, s.seed), vocab_size, share, val, encoding, folder, digest)
+    return Corpus(data.Sampler(tokens, s.seq_len, s.seed), vocab_size, share, val, encoding, folder, file)
 
 
 def decide(argv, world):
@@ -396,6 +413,7 @@ def decide(argv, world):
         print("preparing the corpus, once:")
         print(data.describe(s.data, data.prepare(Path(s.data))))
     corpus = open_corpus(s)
+    corpus.check()
     if not exists and "vocab_size" not in typed and not s.init_from:
         config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
     if corpus.vocab_size > config.vocab_size:
@@ -407,6 +425,10 @@ def decide(argv, world):
         raise ValueError(f"data {s.data} is not what {s.out} was made with (its sha256 is another): bring "
                          "that back, or choose another --out")
     steps = parallel.checkpoints(s.out)
+    corrupt = sorted(str(path) for path in Path(s.out).glob("step-*.corrupt*"))
+    if corrupt and not steps:
+        raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
+                         "choose another --out")
     source = s.init_from and not steps and evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
             "exists": exists, "steps": steps, "weights": str(source), "corpus": corpus,
@@ -427,6 +449,8 @@ def start(decided, grid):
     masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
+    if decided["exists"]:                                     # nobody else may touch it from here on
+        run.log = parallel.from_rank_0(grid, lambda: open_log(s.out), s.timeout)
     if decided["steps"]:
         run.done = parallel.load_newest(s.out, decided["steps"], state_of(run), grid)
     elif s.init_from:
@@ -436,20 +460,18 @@ def start(decided, grid):
     masters.refresh()
     for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
-    run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]))
+    run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]), s.timeout)
     return run
 
 
 def state_of(run):
     """All that a checkpoint of a run holds: {name: tensor}."""
-    return parallel.training_state(run.masters, run.optimizer) | run.guard.state()
+    return parallel.training_state(run.masters, run.optimizer) | run.guard.state() | run.window.state()
 
 
 def open_run(run, exists):
     """Write what a run's directory holds beside its checkpoints -> its log, locked."""
-    out = Path(run.settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    log = open_log(out / "log.jsonl")
+    out, log = Path(run.settings.out), run.log or open_log(run.settings.out)
     if (parallel.checkpoints(out) or [0])[-1] != run.done:
         raise ValueError(f"{out} was in use by another process just now; the same command goes on with it")
     if run.corpus.encoding and not exists:
@@ -481,14 +503,15 @@ def computes_bf16(device):
         return False
 
 
-def open_log(path):
+def open_log(out):
     """The log, held for this process alone where the system can: two at once would destroy a run."""
-    log = open(path, "a+", buffering=1)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    log = open(Path(out) / "log.jsonl", "a+", buffering=1, errors="replace")
     if fcntl:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{path.parent} is in use by another process") from None
+            raise ValueError(f"{out} is in use by another process") from None
     return log
 
 
@@ -499,7 +522,10 @@ def write_settings(run, log):
                 "data_sha256": run.corpus.sha256}
     text, file = json.dumps(settings, indent=1), out / "settings.json"
     if not file.exists() or file.read_text() != text:
-        (out / "settings.tmp").write_text(text)
+        with open(out / "settings.tmp", "w") as aside:
+            aside.write(text)
+            aside.flush()
+            os.fsync(aside.fileno())
         os.replace(out / "settings.tmp", file)
     if log.tell():
         return
@@ -520,12 +546,14 @@ def commit():
 
 
 def cut_log(log, step):
-    """Drop the lines after a checkpoint's step, which will be written again, and one that was cut short."""
+    """Drop the lines after a checkpoint's step, which will be written again, and what a crash left."""
     log.seek(0)
-    lines = log.readlines()
-    kept = [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if len(kept) + 1 < len(lines):
-        log.truncate(len("".join(lines[:1] + kept).encode()))
+    header, *lines = log.readlines()
+    kept = [line for line in lines if 0 < evaluation.step_of(line) <= step]
+    if len(kept) < len(lines):
+        log.seek(0)
+        log.truncate()
+        log.writelines([header, *kept])
 
 
 def device_name(device):
@@ -561,9 +589,12 @@ def train_step(run, step, first, asked=lambda: False):
     count = sequences(step, s)
     micro, rows = count // s.accumulate, run.corpus.train.rows
     batches = [rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
-    check_tokens(run, batches)
-    counts = parallel.all_sum(grid, [torch.tensor([count_tokens(*batch) for batch in batches])])[0].tolist()
-    n_targets, n_tokens = map(sum, zip(*counts))
+    counts = torch.tensor([count_tokens(run.config.vocab_size, *batch) for batch in batches])
+    counts = parallel.all_sum(grid, [counts])[0].tolist()
+    n_targets, n_tokens, n_beyond = map(sum, zip(*counts))
+    if n_beyond:                                              # a GPU's embedding would end without a word
+        end(run, f"data {s.data} has changed since the start: {n_beyond} tokens of step {step + 1} are "
+            f"beyond the vocabulary ({run.config.vocab_size}); what was saved before is whole", 2)
     loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
     for m, batch in enumerate(batches):
         parallel.synchronize(model, grid, m == s.accumulate - 1 or not s.no_sync)
@@ -596,17 +627,10 @@ def train_step(run, step, first, asked=lambda: False):
     return Step(top_k, count, n_tokens, loss, total, norm, norms, skipped, flag)
 
 
-def check_tokens(run, batches):
-    """A token beyond the vocabulary would end in an embedding's assertion, on a GPU without a word."""
-    top = max((int(t.max()) for batch in batches for t in batch[:2] if t.numel()), default=0)
-    if top >= run.config.vocab_size:
-        data.fail(f"data {run.settings.data} has token {top}, the vocabulary {run.config.vocab_size}: it has "
-                  "changed since the start; what was saved before is whole")
-
-
-def count_tokens(tokens, targets, doc=None):
-    """-> [targets that count, tokens that are routed]."""
-    return [int((targets != -1).sum()), tokens.numel() if doc is None else int((doc >= 0).sum())]
+def count_tokens(vocab_size, tokens, targets, doc=None):
+    """-> [targets that count, tokens that are routed, tokens and targets beyond the vocabulary]."""
+    return [int((targets != -1).sum()), tokens.numel() if doc is None else int((doc >= 0).sum()),
+            int((tokens >= vocab_size).sum() + (targets >= vocab_size).sum())]
 
 
 def balance_gradient(balance, total, n_tokens, part):
@@ -630,31 +654,43 @@ def update(run, step, load):
 
 
 class Window:
-    """The steps since the last line of the log, as far as they activated the same numbers of experts."""
+    """The steps since the last line of the log; load, steps and tokens as far as these activated the same
+    numbers of experts.  Its tensors are part of a checkpoint."""
 
-    def __init__(self):
-        self.top_k, self.skipped = None, 0
-        self.load, self.steps, self.tokens = 0, 0, 0
+    def __init__(self, config):
+        self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64)
+        self.top_k = torch.zeros(config.n_layer, dtype=torch.int64)
+        self.counts = torch.zeros(3, dtype=torch.int64)           # steps, tokens, skipped
+
+    def state(self):
+        return {"window.load": self.load, "window.top_k": self.top_k, "window.counts": self.counts}
 
     def add(self, did):
-        if did.top_k != self.top_k:
-            self.top_k, self.load, self.steps, self.tokens = did.top_k, 0, 0, 0
-        self.load, self.steps = self.load + did.statistics.load, self.steps + 1
-        self.tokens, self.skipped = self.tokens + did.n_tokens, self.skipped + bool(did.skipped)
+        if did.top_k != self.top_k.tolist():
+            self.load.zero_()
+            self.counts[:2] = 0
+            self.top_k.copy_(torch.tensor(did.top_k))
+        self.load += did.statistics.load.cpu()
+        self.counts += torch.tensor([1, did.n_tokens, bool(did.skipped)])
+
+    def clear(self):
+        self.load.zero_()
+        self.counts.zero_()
 
 
-def describe(run, step, did, window):
+def describe(run, step, did):
     """What the log says of a step and of the window that it ends: {name: number, or one for each layer}."""
     s, n_tokens, sums = run.settings, did.n_tokens, did.statistics
+    window_steps, window_tokens, skipped = run.window.counts.tolist()
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
-           "skipped": window.skipped, "top_k": did.top_k, "sequences": did.sequences}
+           "skipped": skipped, "top_k": did.top_k, "sequences": did.sequences}
     row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
-    row |= deviation(window.load, "window") | chance(run, did.top_k, window.tokens, "window_noise")
+    row |= deviation(run.window.load, "window") | chance(run, did.top_k, window_tokens, "window_noise")
     if s.balance == "top1":
         row["top1_lbl_layer"] = top1_balancing_loss(sums.sharp_sum, sums.sharp_top_sum, n_tokens)
     row |= {
-        "window": window.steps,
+        "window": window_steps,
         "zipf": [zipf_bound(run.corpus.top_share, run.config.n_expert, k) for k in did.top_k],
         "lbl_layer": lbl,
         "z_layer": router_z_loss(sums.z_sum, n_tokens),
@@ -701,25 +737,41 @@ AT_ONCE = "ended at once; what was saved before is whole"
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends it at
-    once, whatever its threads are writing."""
+    """Ctrl-C and SIGTERM ask the loop to save and end after the step in hand; a second Ctrl-C ends the
+    process at once, also when it waits for others, where no handler in Python would run."""
 
     def __enter__(self):
-        self.asked, self.interrupts, self.old = False, 0, {}
+        self.asked, self.old = False, {}
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        try:
+            self.wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False), ours, theirs
+        except ValueError:                                        # not the main thread
+            return self
+        threading.Thread(target=self.watch, args=(ours,), daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.old[number] = signal.signal(number, self.ask)
-            except ValueError:                                    # not the main thread: leave signals alone
-                pass
+            self.old[number] = signal.signal(number, self.ask)
         return self
 
     def ask(self, number, frame):
-        self.asked, self.interrupts = True, self.interrupts + (number == signal.SIGINT)
-        if self.interrupts == 2:
-            os.write(2, f"\n{AT_ONCE}\n".encode())
-            os._exit(1)
+        self.asked = True
+
+    def watch(self, wakeup):
+        """Every signal puts its number into the socket, whatever the main thread does."""
+        interrupts = 0
+        while interrupts < 2:
+            came = wakeup.recv(64)
+            if not came:
+                return
+            interrupts += came.count(signal.SIGINT)
+        os.write(2, f"\n{AT_ONCE}\n".encode())
+        os._exit(1)
 
     def __exit__(self, *_):
+        if self.old:
+            old, ours, theirs = self.wakeup
+            signal.set_wakeup_fd(old)
+            theirs.close()                                        # ends the thread
         for number, old in self.old.items():
             signal.signal(number, old)
 
@@ -730,7 +782,7 @@ def train(run):
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
-    clock, since, window = time.perf_counter(), 0, Window()
+    clock, since = time.perf_counter(), 0
     saver, stopping = parallel.Saver(s.out, s.keep, run.grid, s.background), False
     bar = tqdm(total=s.steps, initial=done, disable=True if run.grid.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
@@ -741,7 +793,7 @@ def train(run):
             stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
             run.done = done = done + 1
             first, since = first + did.sequences, since + did.sequences * s.seq_len
-            window.add(did)
+            run.window.add(did)
             bar.update()
             if did.skipped and run.log:
                 bar.write(f"step {done} changed nothing: {did.skipped}", file=sys.stderr)
@@ -750,10 +802,10 @@ def train(run):
             evaluate = run.corpus.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
-                row = {"step": done, **describe(run, done - 1, did, window),
+                row = {"step": done, **describe(run, done - 1, did),
                        "tokens_per_s": rate, "mfu": utilisation(run, did.top_k, rate)}
                 if done % s.log_every == 0:
-                    window = Window()
+                    run.window.clear()
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
@@ -806,6 +858,10 @@ def write_row(run, row):
         missed(run, f"a line of the log is lost ({error})")
 
 
+def lost(run):
+    return f"; {run.lost} lines of the log or checkpoints could not be written" * bool(run.lost)
+
+
 def finite(value):
     """A value for JSON, in which null stands for numbers that are not finite: JSON has no word for them."""
     if isinstance(value, dict):
@@ -837,8 +893,11 @@ def end(run, why, code):
 
 def validation(run, top_k):
     s = run.settings
-    return evaluation.validate(run.model, run.corpus.val, s.seq_len, top_k, run.device, s.eval_tokens,
-                               grid=run.grid)
+    try:
+        return evaluation.validate(run.model, run.corpus.val, s.seq_len, top_k, run.device, s.eval_tokens,
+                                   grid=run.grid)
+    except ValueError as error:                               # on all ranks: the file has changed
+        end(run, f"{error}; what was saved before is whole", 2)
 
 
 def report(run, seconds):
@@ -872,12 +931,42 @@ try next
   python train.py --help""")
 
 
+class Console:
+    """stdout or stderr, without which training goes on: what a full disk or a closed pipe does not take is
+    lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def close(self):
+        """Python flushes it once more at its end, and would call a failure one of the program."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(argv=None):
     began = time.perf_counter()
     rank, run = int(os.environ.get("RANK", 0)), None
     with contextlib.ExitStack() as stack:
-        if rank:                                              # one process speaks for all
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        silent = stack.enter_context(open(os.devnull, "w")) if rank else None     # one process speaks for all
+        for redirect, stream in ((contextlib.redirect_stdout, silent or sys.stdout),
+                                 (contextlib.redirect_stderr, sys.stderr)):
+            stack.callback(Console(stream).close)
+            stack.enter_context(redirect(Console(stream)))
         try:
             with data.one_line_errors(f"rank {rank}: " if rank else ""):
                 grid = parallel.meet()
@@ -892,7 +981,11 @@ def main(argv=None):
             why = explanation(error, run)
             if not why:
                 raise
-            data.fail(f"rank {rank}: {why}", 1)
+            print(f"error: rank {rank}: {why}", file=sys.stderr)
+            if "another process" in why:                      # a save in the background may wait for it, too
+                sys.stdout.flush()
+                os._exit(1)
+            raise SystemExit(1) from None
 
 
 def explanation(error, run):
@@ -933,9 +1026,9 @@ def go(run, exists, began):
     try:
         train(run)
     except OSError as error:                                  # a full disk: what was saved before is whole
-        end(run, f"{error}; resume with the same command", 2)
+        end(run, f"{error}; resume with the same command{lost(run)}", 2)
     if run.lost:
-        print(f"{run.lost} lines of the log or checkpoints could not be written", file=sys.stderr)
+        print(lost(run)[2:], file=sys.stderr)
     if run.done < s.steps:
         print(f"stopped and saved after step {run.done}; the same command resumes")
         return

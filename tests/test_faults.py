@@ -2,6 +2,7 @@
 
 Only NaN is injected; signals, files, limits and file systems are real."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 from conftest import SIZES
 from test_exact import make_run, whole
 
+import data
 import eval as evaluation
 import parallel
 import train
@@ -120,29 +123,76 @@ def test_a_worker_killed_within_a_save(corpus, tmp_path, background):
     assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-12", "step-9"]
 
 
-def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
+@contextmanager
+def two_processes(*argv, program=ROOT / "train.py"):
+    """Without torchrun, which would end one when it sees what happens to the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES,
-         "--steps", "100000", "--timeout", "4", "--save_every", "5"], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env=ONE_THREAD | {
-            "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        for rank in "01"]
+        [sys.executable, program, *argv], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+        env=ONE_THREAD | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(port)}) for rank in "01"]
     try:
-        wait_for_step(processes[0], tmp_path / "run", 8)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
+    with two_processes("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "100000",
+                       "--timeout", "4", "--save_every", "40") as processes:
+        wait_for_step(processes[0], tmp_path / "run", 41)
         os.kill(processes[1].pid, signal.SIGSTOP)
         began = time.monotonic()
         _, err = processes[0].communicate(timeout=60)
-    finally:
-        processes[1].kill()
-        processes[1].communicate()
     assert processes[0].returncode == 1 and 3 < time.monotonic() - began < 30
     step = int(re.search(r"error: rank 0: after step (\d+) another process did not answer", err)[1])
     assert step == len(rows(tmp_path / "run"))
-    last = parallel.checkpoints(tmp_path / "run")[-1]
-    assert not parallel.damage(tmp_path / "run" / f"step-{last}")
+    assert parallel.checkpoints(tmp_path / "run") == [40]
+    assert not parallel.damage(tmp_path / "run/step-40")
+
+
+STOPPER = """
+import os, signal, sys
+import torch.distributed.checkpoint as dcp
+sys.path.insert(0, {root!r})
+real, times = dcp.FileSystemWriter.write_data, []
+def write_data(self, *args):
+    times.append(1)
+    if len(times) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(self, *args)
+dcp.FileSystemWriter.write_data = write_data
+import train
+train.main()
+"""
+
+
+def test_a_process_that_hangs_while_it_saves_in_the_background(corpus, tmp_path):
+    """The other one does not wait for its own thread, which waits for the checkpoint."""
+    (tmp_path / "stopper.py").write_text(STOPPER.format(root=str(ROOT)))
+    with two_processes("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "100000",
+                       "--timeout", "3", "--save_every", "9", "--background", "true",
+                       program=tmp_path / "stopper.py") as processes:
+        _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1 and "another process did not answer" in err
+    assert parallel.checkpoints(tmp_path / "run") == [9]
+
+
+def test_a_second_interrupt_ends_a_process_that_waits_for_another(corpus, tmp_path):
+    with two_processes("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "100000",
+                       "--timeout", "100") as processes:
+        wait_for_step(processes[0], tmp_path / "run", 5)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        for _ in range(2):
+            time.sleep(1)
+            assert processes[0].poll() is None
+            processes[0].send_signal(signal.SIGINT)
+        _, err = processes[0].communicate(timeout=10)
+    assert processes[0].returncode == 1 and err.endswith("ended at once; what was saved before is whole\n")
 
 
 def twenty_steps(grid, out, write):
@@ -221,6 +271,64 @@ def test_if_no_checkpoint_is_whole_all_are_listed(three_checkpoints, tmp_path, c
     last = capsys.readouterr().err.splitlines()[-1]
     assert error.value.code == 2 and all(f"step-{step}: __0_0.distcp has" in last for step in (2, 4, 6))
     assert sorted(p.name for p in out.glob("step-*")) == [f"step-{step}.corrupt" for step in (2, 4, 6)]
+    log = (out / "log.jsonl").read_text()
+    with pytest.raises(SystemExit) as error:                      # nor does the next start begin at step 0
+        train.main(["--out", str(out)])
+    assert error.value.code == 2 and "step-4.corrupt" in capsys.readouterr().err
+    assert (out / "log.jsonl").read_text() == log
+
+
+def test_a_manifest_that_lists_other_files_is_corrupt(ranks, corpus, tmp_path):
+    """One flipped bit makes a file's name that of another; then nothing would be known of the first."""
+    argv = ["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "4", "--save_every", "2"]
+    assert ranks(2, train.main, argv)[0].code is None
+    manifest = tmp_path / "step-4/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"__0_0', '"__1_0'))
+    assert "does not list its files" in parallel.damage(tmp_path / "step-4")
+    cut(tmp_path / "step-4/__0_0.distcp", random.Random(0))
+    train.main(["--out", str(tmp_path)])
+    assert parallel.checkpoints(tmp_path) == [2, 4] and (tmp_path / "step-4.corrupt").exists()
+
+
+@pytest.mark.parametrize("code, aside", [(errno.EMFILE, False), (errno.EACCES, False), (errno.EIO, True)])
+def test_what_cannot_be_read_just_now_is_not_set_aside(three_checkpoints, tmp_path, monkeypatch, capsys, code,
+                                                        aside):
+    out, real, calls = tmp_path / "run", parallel.sha256, []
+    shutil.copytree(three_checkpoints, out)
+
+    def sha256(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path)
+    monkeypatch.setattr(parallel, "sha256", sha256)
+    if aside:
+        train.main(["--out", str(out)])
+        assert (out / "step-6.corrupt").exists()
+    else:
+        with pytest.raises(SystemExit) as error:
+            train.main(["--out", str(out)])
+        assert error.value.code == 2 and os.strerror(code) in capsys.readouterr().err
+        assert parallel.checkpoints(out) == [2, 4, 6]
+
+
+def test_a_resumed_log_is_bit_by_bit_the_old_one(corpus, tmp_path):
+    """Also the figures of a window that a checkpoint lies in, across the switch, and what a crash left."""
+    argv = ["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "30", "--save_every", "5",
+            "--keep", "9", "--log_every", "7", "--initial_top_k", "3", "--switch", "0.5", "--balance",
+            "loss-free"]
+    train.main(argv)
+    before = rows(tmp_path)
+    assert len({row["window"] for row in before}) > 1
+    for last in (25, 15, 5):
+        for step in parallel.checkpoints(tmp_path):
+            if step > last:
+                shutil.rmtree(tmp_path / f"step-{step}")
+        with open(tmp_path / "log.jsonl", "ab") as log:
+            log.write(b"\0" * 200 + b"\n" + b'{"step": 3')
+        assert rows(tmp_path) == before
+        train.main(argv)
+        assert rows(tmp_path) == before
 
 
 def test_all_ranks_fall_back_together(ranks, corpus, tmp_path):
@@ -427,14 +535,15 @@ def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_
     assert state["guard.counts"].tolist() == [134, 4, 0, 0, 0]
 
 
-def flipped_bit(argv, at):
-    """train.main, in which one bit of a weight of rank 1 changes after step `at`."""
+def flipped_bit(argv, at, what):
+    """train.main, in which one bit of a weight or a selection bias of rank 1 changes after step `at`."""
     real = train.train_step
 
     def step(run, step, *rest):
         did = real(run, step, *rest)
         if step + 1 == at and run.grid.rank == 1:
-            p = parallel.local(next(iter(run.masters.named.values())))
+            tensors = run.masters.buffers if what == "bias" else run.masters.named
+            p = parallel.local(next(iter(tensors.values())))
             p.view(torch.int32).view(-1)[3] ^= 1
         return did
     train.train_step = step
@@ -444,15 +553,17 @@ def flipped_bit(argv, at):
         train.train_step = real
 
 
-@pytest.mark.parametrize("flips, check, save", [(True, 8, 3), (True, 999, 4), (False, 4, 4)])
+@pytest.mark.parametrize("flips, check, save", [("weight", 8, 3), ("bias", 8, 3), ("weight", 999, 4),
+                                                ("", 4, 4)])
 def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips, check, save):
     """.. at the next comparison, which there is before every save: no checkpoint has the flipped bit."""
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "12", "--replicate",
             "2", "--check_every", str(check), "--save_every", str(save), "--balance", "loss-free"]
-    answers = ranks(4, flipped_bit, argv, 7 if flips else 99)
+    answers = ranks(4, flipped_bit, argv, 7 if flips else 99, flips)
     if flips:
         assert [a.code for a in answers] == [1] * 4 and [a.err for a in answers[1:]] == [""] * 3
-        assert "ends at step 8: the weights of rank 1, 3 are not" in answers[0].err
+        who = "1, 3" if flips == "weight" else "1"                # each rank has all biases
+        assert f"ends at step 8: the weights of rank {who} are not" in answers[0].err
         assert parallel.checkpoints(tmp_path / "run") == ([3, 6] if save == 3 else [4])
     else:
         assert [a.code for a in answers] == [None] * 4
@@ -496,6 +607,38 @@ def test_a_lost_line_of_the_log_is_counted(corpus, tmp_path, capsys):
     assert run.lost == 2 and "step 2: a line of the log is lost" in capsys.readouterr().err
 
 
+def test_a_console_that_takes_nothing_does_not_end_a_run(corpus, tmp_path):
+    """A full disk under nohup.out: the run has all its steps, and says so by its exit code."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "train.py", "--data", corpus, "--out", tmp_path / "run", *SIZES]
+        done = subprocess.run([*command, "--steps", "20", "--eval_every", "5"], stdout=full, stderr=full,
+                              env=ONE_THREAD)
+    assert done.returncode == 0 and len(rows(tmp_path / "run")) == 20
+    assert parallel.checkpoints(tmp_path / "run")[-1] == 20
+
+
+@pytest.mark.parametrize("left", [["log.jsonl"], ["log.jsonl", "encoding.json", "settings.tmp"]])
+def test_a_directory_that_was_begun_is_gone_on_with(corpus, tmp_path, left):
+    """A full disk, or a kill, before there are settings."""
+    for name in left:
+        (tmp_path / name).write_text("")
+    train.main(["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "2"])
+    assert len(rows(tmp_path)) == 2
+    (tmp_path / "more").mkdir()
+    for name in ("notes.txt", "log.jsonl"):
+        (tmp_path / "more" / name).write_text("mine")
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(corpus), "--out", str(tmp_path / "more"), *SIZES])
+    assert (tmp_path / "more/log.jsonl").read_text() == "mine"
+
+
+def test_a_directory_that_cannot_be_written(corpus, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(["--data", str(corpus), "--out", "/proc/run", *SIZES])
+    line, = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and line.startswith("error: ") and "/proc/run" in line
+
+
 OUT_OF_MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -515,16 +658,28 @@ def test_out_of_memory_is_one_line(corpus, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
 
 
-def test_data_that_changed_are_refused(corpus, tmp_path, capsys):
-    shutil.copytree(corpus, tmp_path / "data")
-    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES]
+@pytest.mark.parametrize("what", ["train.bin", "val.bin", "train.bin and meta.json", "a bare file"])
+def test_data_that_changed_are_refused(corpus, tmp_path, capsys, what):
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    if what == "a bare file":
+        (folder / "meta.json").unlink()
+    argv = ["--data", str(folder / "train.bin" if what == "a bare file" else folder), "--out",
+            str(tmp_path / "run"), *SIZES]
     train.main([*argv, "--steps", "2"])
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
-    meta["train"]["sha256"] = "0" * 64
-    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    file = folder / ("val.bin" if what == "val.bin" else "train.bin")
+    tokens = np.array(data.load_tokens(file))
+    with open(file, "r+b") as changed:
+        changed.seek(1024)
+        changed.write(tokens[::-1].tobytes())
+    if what == "train.bin and meta.json":
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["train"]["sha256"] = data.file_sha256(file)
+        (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(SystemExit) as error:
         train.main([*argv, "--steps", "4"])
-    assert error.value.code == 2 and "its sha256 is another" in capsys.readouterr().err
+    said = "is not what data.py wrote" if what in ("train.bin", "val.bin") else "its sha256 is another"
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp_path, capsys):
@@ -540,4 +695,64 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp
         with pytest.raises(SystemExit) as error:
             for step in range(1, 1000):
                 train_step(run, step, 8 * step)
-    assert error.value.code == 2 and "has token 65535, the vocabulary 320" in capsys.readouterr().err
+    assert error.value.code == 2
+    assert "tokens of step 2 are beyond the vocabulary (320)" in capsys.readouterr().err
+
+
+def change_a_token(argv):
+    """train.main on two ranks, in whose third step a token of every sequence of rank 1 is 9999."""
+    real = train.train_step
+
+    def step(run, step, *rest):
+        if step == 2 and run.grid.rank == 1:
+            rows, third = run.corpus.train.rows, torch.tensor([3])
+            run.corpus.train.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
+        return real(run, step, *rest)
+    train.train_step = step
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real
+
+
+def test_all_ranks_end_for_a_token_of_one(ranks, corpus, tmp_path):
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--save_every", "1", "--steps",
+            "9"]
+    answers = ranks(2, change_a_token, argv)
+    assert [a.code for a in answers] == [2, 2] and answers[1].err == ""
+    assert "4 tokens of step 3 are beyond the vocabulary (320)" in answers[0].err
+    assert parallel.checkpoints(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_held_out_tokens_beyond_the_vocabulary(ranks, corpus, tmp_path, world, capsys):
+    shutil.copytree(corpus, tmp_path / "data")
+    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES, "--steps", "4",
+            "--eval_every", "2"]
+    if world == 2:
+        answers = ranks(2, spoil_held_out, argv, tmp_path / "data/val.bin")
+        assert [a.code for a in answers] == [2, 2] and answers[1].err == ""
+        err = answers[0].err
+    else:
+        with pytest.raises(SystemExit) as error:
+            spoil_held_out(argv, tmp_path / "data/val.bin")
+        err = capsys.readouterr().err
+        assert error.value.code == 2
+    assert "107 held-out tokens are beyond the vocabulary (320)" in err   # 100, of which 7 are in two windows
+
+
+def spoil_held_out(argv, file):
+    """train.main, after whose first step held-out tokens change (while the file is mapped)."""
+    real = train.train_step
+
+    def step(run, step, *rest):
+        if run.grid.rank == 0:
+            with open(file, "r+b") as changed:
+                changed.seek(1024 + 2 * 16)                       # at the beginning of a window
+                changed.write(b"\xff" * 200)
+        return real(run, step, *rest)
+    train.train_step = step
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real

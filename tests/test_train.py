@@ -22,7 +22,7 @@ import parallel
 import train
 from model import Model, flops_per_token
 from router import active_experts, noise_floor
-from train import Corpus, Run, Settings, Window, describe, learning_rate, sequences, train_step
+from train import Corpus, Run, Settings, describe, learning_rate, sequences, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -76,9 +76,10 @@ def make_run(**changes):
 
 def logged(run, step):
     """Do a step -> what the log says of it."""
-    did, window = train_step(run, step, 12 * step), Window()
-    window.add(did)
-    return describe(run, step, did, window)
+    did = train_step(run, step, 12 * step)
+    run.window.clear()
+    run.window.add(did)
+    return describe(run, step, did)
 
 
 def slow_balance_loss(s, E, chosen, logits):
@@ -213,15 +214,15 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
 
 
 def test_a_window_is_of_one_list_and_counts_its_tokens():
-    run, window = make_run(initial_top_k=[3], switch=0.2, ramp_from=4, ramp=0.4), Window()
+    run = make_run(initial_top_k=[3], switch=0.2, ramp_from=4, ramp=0.4)
     seen = []
     for step in range(4):                                         # 4, 6, 8, 10 sequences; the switch after 2
         did = train_step(run, step, 0)
-        window.add(did)
-        seen.append((window.steps, window.tokens, window.load.sum(-1).tolist()))
-        assert describe(run, step, did, window)["zipf"] == ([0.0, 2.0] if step < 2 else [2.0, 2.0])
+        run.window.add(did)
+        seen.append((*run.window.counts[:2].tolist(), run.window.load.sum(-1).tolist()))
+        assert describe(run, step, did)["zipf"] == ([0.0, 2.0] if step < 2 else [2.0, 2.0])
     assert seen == [(1, 32, [96, 32]), (2, 80, [240, 80]), (1, 64, [64, 64]), (2, 144, [144, 144])]
-    row = describe(run, 3, did, window)
+    row = describe(run, 3, did)
     assert row["window"] == 2 and row["window_noise_max"][0] == noise_floor(144, 6, 1)[0]
 
 
@@ -449,14 +450,14 @@ def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
 def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
     path, whole = tmp_path / "log.jsonl", (finished / "log.jsonl").read_text()
     path.write_text(whole + '{"step": 13, "lo')
-    with train.open_log(path) as log:
+    with train.open_log(tmp_path) as log:
         train.cut_log(log, 12)
         log.write("next\n")
     assert path.read_text() == whole + "next\n"
 
 
 def test_two_processes_cannot_train_the_same_run(finished, capsys):
-    with train.open_log(finished / "log.jsonl"):
+    with train.open_log(finished):
         with pytest.raises(SystemExit) as end:
             train.main(["--out", str(finished), "--steps", "20"])
     assert end.value.code == 2 and "in use by another process" in capsys.readouterr().err
@@ -540,24 +541,32 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
     assert rows(out)[-1]["step"] == step + 2
 
 
-def test_on_a_full_disk_training_goes_on_and_what_was_saved_stays(corpus, tmp_path):
+@pytest.mark.parametrize("size, steps", [("600k", 40), ("100k", 150)])
+def test_on_a_full_disk_training_goes_on_and_what_was_saved_stays(corpus, tmp_path, size, steps):
     """On a real file system of its own, where one can be mounted.  The last checkpoint must be written."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs privileges")
     try:
         command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(disk / "run"),
-                   "--steps", "40", "--save_every", "1", "--keep", "40", *SIZES]
+                   "--steps", str(steps), "--save_every", "1", "--keep", "99", "--spike", "0", *SIZES]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
         assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
         assert "No space left" in done.stderr and "resume" in done.stderr
-        assert "training goes on" in done.stderr and "step 40: loss" in done.stdout
+        assert "training goes on" in done.stderr and f"step {steps}: loss" in done.stdout
         kept = parallel.checkpoints(disk / "run")
-        assert kept and kept == list(range(1, len(kept) + 1))
+        assert kept == list(range(1, len(kept) + 1)) and bool(kept) == (size == "600k")
         for step in kept:
             assert not parallel.damage(disk / "run" / f"step-{step}")
+        failed = re.findall(r"could not write \S+/step-(\d+): .*No space left on device", done.stderr)
+        assert list(map(int, failed)) == list(range(len(kept) + 1, steps + 1))
+        lines = (disk / "run/log.jsonl").read_text().splitlines()
+        logged = [json.loads(line)["step"] for line in lines[1:]]             # every line is whole
+        assert len(logged) == steps if size == "600k" else 20 < len(logged) < steps
+        n_lost = steps - len(logged) + len(failed) - 1            # the last one is what the error is of
+        assert f"; {n_lost} lines of the log or checkpoints could not be written" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
 
