@@ -530,10 +530,13 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
                "--steps", "100000", "--save_every", "100000", "--eval_every", "100000", *SIZES]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD)
     deadline = time.time() + 60
-    while time.time() < deadline and not ((out / "log.jsonl").exists() and len(rows(out)) > 3):
-        time.sleep(0.05)
-    process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
+    try:
+        while time.time() < deadline and not ((out / "log.jsonl").exists() and len(rows(out)) > 3):
+            time.sleep(0.05)
+        process.send_signal(number)
+        shown, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "stopped and saved" in shown
     (step,) = parallel.checkpoints(out)
     assert step == rows(out)[-1]["step"] >= 3
