@@ -46,6 +46,9 @@ from tqdm import tqdm
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
+                 "message['content'] + '<|end|>' }}{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 VAL_FRACTION = 0.05
 BLOCK = 1 << 20                                  # bytes of text in memory at a time
 BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on
@@ -182,8 +185,44 @@ def known_encoding(name):
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
+# the characters that stand for bytes in Hugging Face's tokenizer.json: themselves where they can be seen, the
+# others in their order from 256 on
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in VISIBLE} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def read_hf_tokenizer(path):
+    """A tokenizer.json of Hugging Face, if it is byte-level BPE, as a tiktoken encoding; its special tokens
+    give way to ours.  Text is not normalised.  ValueError for any other."""
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if saved["model"]["type"] != "BPE":
+            raise ValueError(f"it is {saved['model']['type']}")
+        split = saved["pre_tokenizer"]
+        parts = split.get("pretokenizers", [split])
+        if "ByteLevel" not in (part["type"] for part in parts):
+            raise ValueError("it is not byte-level")
+        patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
+        patterns += [GPT2_PATTERN for part in parts
+                     if part["type"] == "ByteLevel" and part.get("use_regex", True)]
+        added = {token["content"] for token in saved.get("added_tokens", [])}
+        vocab = {token: i for token, i in saved["model"]["vocab"].items() if token not in added}
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
+        if len(patterns) != 1 or sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its tokens are not numbered in the order of its merges")
+        if not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("it lacks single bytes")
+        return make_encoding(Path(path).parent.name, patterns[0], ranks)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a byte-level BPE tokenizer ({error})") from None
+
+
 def build_encoding(name, vocab_size, texts):
     """The tokenizer called name; texts are only read to train the ranks of bpe."""
+    if name.endswith(".json"):
+        return read_hf_tokenizer(name)
     if name in ("gpt2", "o200k_base"):
         return known_encoding(name)
     if name == "bpe":
@@ -649,13 +688,17 @@ def main(argv=None):
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
                         help="how often each source goes in; 0.5 is half of its documents (default 1)")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
-    parser.add_argument("--tokenizer", default="bpe", choices=TOKENIZERS, metavar="NAME",
-                        help="bpe (ranks trained on the corpus, the default), bytes, gpt2 or o200k_base")
+    parser.add_argument("--tokenizer", default="bpe", metavar="NAME",
+                        help="bpe (ranks trained on the corpus, the default), bytes, gpt2, o200k_base, or a "
+                             "tokenizer.json of Hugging Face")
     parser.add_argument("--vocab_size", type=int, default=2048, metavar="V",
                         help="vocabulary of bpe, five special tokens included (default 2048, which measured "
                              "best for the laptop preset; take 8192 or more for a larger model)")
     args = parser.parse_args(argv)
     with one_line_errors():
+        if args.tokenizer not in TOKENIZERS and not args.tokenizer.endswith(".json"):
+            raise ValueError(f"tokenizer {args.tokenizer!r} is unknown"
+                             f"{did_you_mean(args.tokenizer, TOKENIZERS)}")
         sources = args.source or ["stdlib"]
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or (name == "stdlib" and sources != ["stdlib"]):

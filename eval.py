@@ -3,14 +3,20 @@
     python eval.py loss    --ckpt out/laptop out/dense   held-out loss, beside a uniform model and a trigram
     python eval.py sample  --ckpt out/laptop --prompt 'def '
     python eval.py routing out/laptop out/other --png pictures     who gets which token, and how evenly
+    python eval.py export  --ckpt out/laptop --to folder           for transformers, vLLM and all that read it
+    python eval.py bench   --ckpt out/laptop --tasks piqa          lm-evaluation-harness
+    python eval.py choices --ckpt out/laptop --file questions.jsonl
 
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
 
+import importlib
 import json
 import math
 import os
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +25,7 @@ import torch
 
 import data
 import parallel
-from model import Model, ModelConfig, pick_device
+from model import Model, ModelConfig, from_hf_config, hf_config, pick_device, to_hf
 from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -59,7 +65,17 @@ def newest(ckpt):
 
 
 def same_tokenizer(out, folder):
-    """ValueError unless a run and a data folder have the same tokenizer (or one of them has none)."""
+    """ValueError unless a run (or a folder of Hugging Face) and a data folder have the same tokenizer, or
+    one of them has none."""
+    theirs, ours = Path(out) / "tokenizer.json", Path(folder) / "encoding.json"
+    if is_hf(out):
+        if theirs.exists() and ours.exists():
+            found, wanted = (encoding._mergeable_ranks for encoding in (
+                data.read_hf_tokenizer(theirs), data.load_encoding(folder)))
+            if found != wanted:
+                raise ValueError(f"the tokenizer of {out} ({len(found)} tokens) is not that of {folder} "
+                                 f"({len(wanted)}); data.py --tokenizer {theirs} makes tokens for it")
+        return
     files = [Path(place) / "encoding.json" for place in (out, folder)]
     if all(f.exists() for f in files) and files[0].read_bytes() != files[1].read_bytes():
         raise ValueError(f"the tokenizer of {out} is not that of {folder}: their tokens mean other things")
@@ -93,6 +109,97 @@ def read_settings(out):
         return saved
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out} is not a directory of train.py ({error})") from None
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------
+
+SHARD = "5GB"                                                     # of a file of weights, at most
+
+
+def needed(module, extra):
+    """Import a module of an optional extra.  ValueError says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.split(".")[0]
+        raise ValueError(f"this needs {name} ({error}): pip install -e '.[{extra}]'") from None
+
+
+def is_hf(folder):
+    """Whether a folder is a model of Hugging Face, and not a run."""
+    return (Path(folder) / "config.json").exists() and not (Path(folder) / "settings.json").exists()
+
+
+def export_command(args):
+    """Write a run as a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
+    hub, to = needed("huggingface_hub", "hf"), Path(args.to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"{to} is there already; --to names a folder that is to be made")
+    model, _, top_k = load_run(args.ckpt, "cpu")
+    config, encoding = hf_config(model.config, top_k), data.load_encoding(run_folder(args.ckpt))
+    weights = to_hf(model)
+    end, turn = (encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
+    special = dict.fromkeys(("bos_token_id", "pad_token_id"), end)
+    aside = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        hub.save_torch_state_dict(weights, aside, max_shard_size=SHARD)
+        save_tokenizer(encoding, aside, model.config.max_seq_len)
+        for name, content in (("config.json", config | special | {"eos_token_id": end}),
+                              ("generation_config.json", special | {"eos_token_id": [end, turn]})):
+            (aside / name).write_text(json.dumps(content, indent=2))
+        if to.exists():
+            to.rmdir()
+        os.rename(aside, to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{to}: {sum(t.numel() for t in weights.values()):,} parameters, for AutoModelForCausalLM and "
+          "AutoTokenizer")
+
+
+def save_tokenizer(encoding, folder, max_seq_len):
+    """tokenizer.json and tokenizer_config.json, with the chat template.
+
+    Text that looks like a special token becomes one there; here it stays text (encode_ordinary)."""
+    converter = needed("transformers.convert_slow_tokenizer", "hf").TikTokenConverter(
+        pattern=encoding._pat_str, extra_special_tokens=data.SPECIAL)
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
+    converter.converted().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
+        "model_max_length": max_seq_len, "chat_template": data.CHAT_TEMPLATE}, indent=2))
+
+
+def read_hf_config(folder):
+    """What config.json of a folder of Hugging Face says: {field of ModelConfig: value}."""
+    try:
+        return from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder} cannot be read: {error}") from None
+
+
+class Weights(Mapping):
+    """The tensors of a folder's safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, folder):
+        safe_open, files = needed("safetensors", "hf").safe_open, sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} has no .safetensors file (pickled weights are not read)")
+        try:
+            self.files = {name: file for file in (safe_open(path, "pt") for path in files)
+                          for name in file.keys()}
+        except Exception as error:                                # SafetensorError is an Exception of its own
+            raise ValueError(f"a .safetensors file of {folder} is corrupt ({error})") from None
+
+    def __getitem__(self, name):
+        return self.files[name].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
 
 
 # --- loss -------------------------------------------------------------------------------------------------
@@ -608,7 +715,8 @@ def draw_co_activation(pyplot, runs):
 
 def main(argv=None):
     parser = data.Parser(prog="eval.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="loss | sample | routing")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="loss | sample | routing | export | bench | choices")
 
     def command(name, function, help, runs="--ckpt", **options):
         sub = commands.add_parser(name, help=help, description=help)
@@ -631,6 +739,8 @@ def main(argv=None):
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     sub.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this (0.95)")
     sub.add_argument("--seed", type=int, default=0)
+    sub = command("export", export_command, "write a folder for transformers", required=True)
+    sub.add_argument("--to", required=True, metavar="FOLDER", help="the folder, which is made")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         args.device = pick_device(args.device)

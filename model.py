@@ -66,6 +66,14 @@ class ModelConfig:
         if self.gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
 
+    def layer_top_k(self, top_k=None):
+        """One K per layer from None, a number or a list.  Raises ValueError if a K is impossible."""
+        top_k = self.top_k if top_k is None else top_k
+        top_k = [top_k] * self.n_layer if isinstance(top_k, int) else list(top_k)
+        if len(top_k) != self.n_layer or not all(1 <= k <= self.n_expert for k in top_k):
+            raise ValueError(f"top_k must be {self.n_layer} numbers from 1 to {self.n_expert}, got {top_k}")
+        return top_k
+
 
 PRESETS = {
     # two CPU cores, five minutes; the paper's proportions: experts half as wide as the residual stream
@@ -169,11 +177,12 @@ class Rotate(Function):
 
 class KVCache:
     """Keys and values of the positions seen so far, in memory taken once: L layers of [B, G, capacity,
-    head_dim]."""
+    head_dim].  Of each row the first padding [B] positions are seen by nobody."""
 
-    def __init__(self, config, batch, capacity, dtype, device):
+    def __init__(self, config, batch, capacity, dtype, device, padding=None):
         shape = (config.n_layer, 2, batch, config.n_kv_head, capacity, config.head_dim)
         self.memory = torch.empty(shape, dtype=dtype, device=device)
+        self.padding = padding
         self.length = 0                                           # positions filled, the same in all layers
 
     def append(self, layer, k, v):
@@ -597,59 +606,64 @@ class Model(nn.Module):
 
         -> logits [B, T, V] (fp32 or wider), or Output.
         """
+        if cache is not None and targets is not None:
+            raise ValueError("targets and cache do not go together: with a cache nothing is counted")
         if targets is not None and not len(tokens):               # a process without data: as one of padding,
             tokens, nothing = tokens.new_zeros(1, tokens.shape[1]), tokens.new_full((1, tokens.shape[1]), -1)
             targets = doc = nothing                               # so that it does whatever the others do
+        x, sums, keep = self.features(tokens, top_k, doc, cache)
+        if targets is None:
+            return self.head(x)
+        if keep is not None:
+            targets = targets.masked_fill(doc < 0, -1)
+        loss = self.head(x, targets)
+        statistics = Statistics(*(torch.stack(s) for s in zip(*sums)))
+        n_tokens = tokens.numel() if keep is None else len(keep)
+        return Output(loss, int((targets != -1).sum()), n_tokens, statistics)
+
+    def features(self, tokens, top_k=None, doc=None, cache=None):
+        """-> what the head sees [B, T, D] (the last position alone with a cache), the statistics of each
+        layer, and which of the B*T tokens are none of padding (None: all).  Arguments as in forward()."""
         B, T = tokens.shape
         if cache is not None and doc is not None:
             raise ValueError("doc and cache do not go together: a cache holds one document per row")
-        if cache is not None and targets is not None:
-            raise ValueError("targets and cache do not go together: with a cache nothing is counted")
         past = cache.length if cache is not None else 0
         if past + T > self.config.max_seq_len:
             raise ValueError(f"{past + T} tokens are longer than max_seq_len ({self.config.max_seq_len})")
         x = self.embed(tokens)
         positions = torch.arange(past, past + T, device=tokens.device)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
-        mask = attention_mask(doc, T, past, tokens.device)
+        mask = attention_mask(doc, T, past, tokens.device, cache.padding if cache is not None else None)
         padded = doc is not None and bool((doc < 0).any())
         keep = (doc.flatten() >= 0).nonzero().squeeze(1) if padded else None
         sums = []
-        for layer, (block, k) in enumerate(zip(self.blocks, self.layer_top_k(top_k))):
+        for layer, (block, k) in enumerate(zip(self.blocks, self.config.layer_top_k(top_k))):
             x, *statistics = block(x, k, cos, sin, mask, keep, cache, layer)
             sums.append(statistics)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        x = self.norm(x)
-        if targets is None:
-            return self.head(x)
-        if padded:
-            targets = targets.masked_fill(doc < 0, -1)
-        loss = self.head(x, targets)
-        statistics = Statistics(*(torch.stack(s) for s in zip(*sums)))
-        return Output(loss, int((targets != -1).sum()), len(keep) if padded else B * T, statistics)
+        return self.norm(x), sums, keep
 
-    def layer_top_k(self, top_k=None):
-        """One K per layer from None, a number or a list.  Raises ValueError if a K is impossible."""
-        c = self.config
-        top_k = c.top_k if top_k is None else top_k
-        top_k = [top_k] * c.n_layer if isinstance(top_k, int) else list(top_k)
-        if len(top_k) != c.n_layer or not all(1 <= k <= c.n_expert for k in top_k):
-            raise ValueError(f"top_k must be {c.n_layer} numbers from 1 to {c.n_expert}, got {top_k}")
-        return top_k
+    def generate(self, tokens, max_new_tokens, *args, **kwargs):
+        """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
+        return torch.cat([tokens, *(new[:, None] for new in self.stream(tokens, max_new_tokens, *args,
+                                                                        **kwargs))], 1)
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None,
-                 generator=None, use_cache=True):
-        """Continue tokens [B, T] by sampling -> [B, T + new].
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None,
+               generator=None, use_cache=True, padding=None):
+        """Continue tokens [B, T] by sampling: yields the next token of every sequence [B], again and again.
 
         temperature 0 is greedy; top_p keeps the most probable tokens that together reach it; stop ends the
         text when every sequence has produced that token (those that have repeat it).  When the context is
         full, the older half of it is forgotten.  use_cache=False recomputes everything for each token: the
-        slow reference.
+        slow reference.  padding [B]: the first tokens of each row that are none of its text, so that rows
+        of different lengths end together; the context must have room for all then.
         """
         window = self.config.max_seq_len
+        if padding is not None and (not use_cache or tokens.shape[1] + max_new_tokens > window):
+            raise ValueError(f"padding needs the cache, and at most {window} tokens (max_seq_len) in all")
         capacity = min(window, tokens.shape[1] + max_new_tokens)
         out, start, cache = tokens, max(0, tokens.shape[1] - window), None     # the model sees out[:, start:]
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -660,24 +674,29 @@ class Model(nn.Module):
                 logits = self(out[:, start:], top_k=top_k)[:, -1]
             else:
                 if cache is None:
-                    cache = KVCache(self.config, len(out), capacity, self.embed.weight.dtype, out.device)
+                    cache = KVCache(self.config, len(out), capacity, self.embed.weight.dtype, out.device,
+                                    padding)
                 logits = self(out[:, start + cache.length:], top_k=top_k, cache=cache)[:, -1]
             new = sample(logits, temperature, top_p, generator)
             if stop is not None:
                 new = new.masked_fill(done, stop)
                 done |= new == stop
             out = torch.cat([out, new[:, None]], 1)
+            yield new
             if stop is not None and done.all():
                 break
-        return out
 
 
-def attention_mask(doc, T, past, device):
+def attention_mask(doc, T, past, device, padding=None):
     """Which of past + T positions each of the last T may see: [.., T, past + T] bool, or None for plainly
     causal."""
-    if doc is None and (past == 0 or T == 1):
+    if doc is None and padding is None and (past == 0 or T == 1):
         return None                                               # a single new token may see everything
     causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+    if padding is not None:
+        position = torch.arange(past + T, device=device)
+        seen = (position >= padding[:, None, None]) | (position == position[past:, None])     # itself always
+        return (causal & seen)[:, None]
     return causal if doc is None else (causal & (doc[:, :, None] == doc[:, None, :]))[:, None]
 
 
@@ -706,7 +725,7 @@ def count_parameters(config, top_k=None):
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
     embeddings = sum(n for name, n in sizes.items() if name in ("embed.weight", "head.weight"))
-    active = total - experts + experts // (config.n_layer * config.n_expert) * sum(model.layer_top_k(top_k))
+    active = total - experts + experts // (config.n_layer * config.n_expert) * sum(config.layer_top_k(top_k))
     return total, active, active - embeddings
 
 
@@ -776,11 +795,67 @@ def flat(p):
     return p.transpose(1, 2).flatten(0, 1) if p.dim() == 3 else p
 
 
+def hf_config(config, top_k=None):
+    """config.json of transformers' Qwen3MoeForCausalLM.  top_k as in Model.forward.
+
+    ValueError for what that model does not have, with the way out."""
+    no, found = "transformers' Qwen3-MoE has no", config.layer_top_k(top_k)
+    if len(set(found)) > 1:
+        raise ValueError(f"{no} layers with different numbers of experts per token ({found}); after the "
+                         "switch there are none: export a later checkpoint, or train on with --init_from")
+    if config.gate == "sigmoid":
+        raise ValueError(f"{no} sigmoid gate; train with --gate softmax or normalized, or use eval.py on the "
+                         "run itself")
+    if config.token_router:
+        raise ValueError(f"{no} token_router; it is a control, for eval.py routing")
+    return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "float32",
+            "vocab_size": config.vocab_size, "hidden_size": config.d_model,
+            "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+            "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim,
+            "num_experts": config.n_expert, "num_experts_per_tok": found[0],
+            "moe_intermediate_size": config.d_expert, "intermediate_size": config.d_expert,
+            "norm_topk_prob": config.gate == "normalized", "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "hidden_act": "silu", "attention_bias": False, "rms_norm_eps": config.norm_eps,
+            "rope_theta": config.rope_base, "max_position_embeddings": config.max_seq_len,
+            "tie_word_embeddings": config.tie_embeddings}
+
+
+def from_hf_config(saved):
+    """What a config.json of a Qwen3-MoE or a dense Qwen3 says: {field of ModelConfig: value}.
+
+    A dense one says nothing of experts but their width.  ValueError lists what is not implemented here."""
+    dense, rope = saved.get("model_type") == "qwen3", saved.get("rope_parameters") or {}
+    known = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "use_sliding_window": False,
+             "quantization_config": None, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    problems = [f"{name} {saved[name]}" for name, value in known.items() if saved.get(name, value) != value]
+    if saved.get("model_type") not in ("qwen3", "qwen3_moe"):
+        problems.append(f"model_type {saved.get('model_type')!r}")
+    if rope.get("rope_type", "default") != "default":
+        problems.append(f"rope_type {rope['rope_type']}")
+    if problems:
+        raise ValueError(f"only Qwen3-MoE and dense Qwen3 can be read, without {', '.join(problems)}")
+    names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "d_model": "hidden_size",
+             "d_expert": "intermediate_size" if dense else "moe_intermediate_size",
+             "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+             "max_seq_len": "max_position_embeddings"}
+    if not dense:
+        names |= {"n_expert": "num_experts", "top_k": "num_experts_per_tok"}
+    missing = [theirs for theirs in names.values() if theirs not in saved]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    gate = "normalized" if dense or saved.get("norm_topk_prob") else "softmax"
+    base = rope.get("rope_theta", saved.get("rope_theta", 10000.0))
+    return {ours: saved[theirs] for ours, theirs in names.items()} | {"gate": gate, "rope_base": float(base),
+                                                                     "token_router": False}
+
+
 def to_hf(model):
     """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
-    lm_head when tied.  ValueError for what that format has no place for."""
-    if model.config.token_router or any(bias.any() for bias in model.buffers()):
-        raise ValueError("transformers' Qwen3-MoE has no selection biases and no token_router")
+    lm_head when tied.  ValueError for selection biases, for which there is no place."""
+    if any(bias.any() for bias in model.buffers()):
+        raise ValueError("transformers' Qwen3-MoE has no selection biases, which --balance loss-free makes; "
+                         "train on with --init_from and another --balance, which zeroes them")
     parameters, state = dict(model.named_parameters()), {}
     for name, parts in hf_names(model.config):
         pieces = flat(parameters[name].detach()).split(list(parts.values()))
@@ -789,32 +864,43 @@ def to_hf(model):
     return state
 
 
+def upcycled(state, config, routers):
+    """The weights of a dense Qwen3 as those of a sparse one (arXiv 2212.05055): every expert is the FFN,
+    and routers [L][E, D] are the given ones.  The same tensors, not copies."""
+    sparse = {f"model.layers.{i}.mlp.gate.weight": router for i, router in enumerate(routers)}
+    for name, tensor in state.items():
+        layer, found, rest = name.partition(".mlp.")
+        sparse |= {f"{layer}.mlp.experts.{e}.{rest}": tensor
+                   for e in range(config.n_expert)} if found else {name: tensor}
+    return sparse
+
+
 @torch.no_grad()
-def from_hf(state_dict, model):
-    """Fill model from a state dict with transformers' names.  Raises ValueError listing what is missing,
-    unknown or of another shape; nothing is changed then."""
-    parameters, wanted, new = dict(model.named_parameters()), set(), {}
-    problems = []
-    for name, parts in hf_names(model.config):
-        p = parameters[name]
+def from_hf(state, model, parameters=None, put=lambda name, p, whole: p.copy_(whole)):
+    """Fill a model from a mapping with transformers' names, one parameter after the other -> model.
+
+    parameters {our name: tensor} are to be filled instead of the model's own, and put(name, p, whole value)
+    fills one.  ValueError lists what is missing, unknown or of another shape; nothing is changed then."""
+    problems, wanted, config = [], set(), model.config
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    for name, parts in hf_names(config):
         wanted |= set(parts)
-        missing = [theirs for theirs in parts if theirs not in state_dict]
-        shapes = {theirs: (rows, *flat(p).shape[1:]) for theirs, rows in parts.items()}
-        wrong = [f"{t} is {tuple(state_dict[t].shape)}, should be {s}" for t, s in shapes.items()
-                 if t in state_dict and tuple(state_dict[t].shape) != s]
-        problems += [f"{theirs} is missing" for theirs in missing] + wrong
-        if not missing and not wrong:
-            whole = torch.cat([state_dict[theirs] for theirs in parts])
-            if p.dim() == 3:
-                whole = whole.view(p.shape[0], p.shape[2], p.shape[1]).transpose(1, 2)
-            new[name] = whole
-    extra = set(state_dict) - wanted - ({"lm_head.weight"} if model.config.tie_embeddings else set())
+        tail = tuple(parameters[name].shape[1:2])                 # experts are stacked the other way round
+        for theirs, rows in parts.items():
+            if theirs not in state:
+                problems.append(f"{theirs} is missing")
+            elif tuple(state[theirs].shape) != (rows, *tail):
+                problems.append(f"{theirs} is {tuple(state[theirs].shape)}, should be {(rows, *tail)}")
+    extra = set(state) - wanted - ({"lm_head.weight"} if config.tie_embeddings else set())
     problems += [f"{theirs} is unknown" for theirs in sorted(extra)]
     if problems:
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:20])}"
                          + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ""))
-    for name, value in new.items():
-        parameters[name].copy_(value)
+    for name, parts in hf_names(config):
+        p, whole = parameters[name], torch.cat([state[theirs] for theirs in parts])
+        if p.dim() == 3:
+            whole = whole.view(p.shape[0], p.shape[2], p.shape[1]).transpose(1, 2)
+        put(name, p, whole)
     for bias in model.buffers():
         bias.zero_()
     return model

@@ -296,7 +296,17 @@ def draw_part(model, name, p, seed):
     """Draw the whole of DTensor p, and keep what this rank has of it."""
     whole = torch.empty(p.shape, dtype=p.dtype, device=p.to_local().device)
     model.draw(name, whole, seed)
-    p.to_local().copy_(own_part(whole, p))
+    put_part(p, whole)
+
+
+def put_part(p, whole):
+    """Fill a parameter, or what this rank has of it, from the whole."""
+    local(p).copy_(own_part(whole, p) if isinstance(p, DTensor) else whole)
+
+
+def whole(p):
+    """All of a parameter, on every rank."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def own_part(whole, p):

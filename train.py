@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -49,8 +50,10 @@ from model import (
     ModelConfig,
     count_parameters,
     flops_per_token,
+    from_hf,
     pick_device,
     refused,
+    upcycled,
 )
 from router import (
     BALANCE,
@@ -80,7 +83,10 @@ class Settings:
     preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
     out: str = setting("", "run", "the run's directory (default: out/PRESET)")
     data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing)")
-    init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it)")
+    init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it),"
+                             " or from a folder of Hugging Face: Qwen3-MoE, or Qwen3, which is upcycled")
+    upcycle_noise: float = setting(0.0, "run", "by how much upcycled experts differ at the start, in "
+                                   "standard deviations of their weights")
     device: str = setting("auto", "run", "cpu, cuda or mps (default: the best there is)")
     dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
@@ -142,7 +148,8 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
-                     "weight_decay", "lbl_coef", "z_coef", "bias_rate", "spike", "check_every"):
+                     "weight_decay", "upcycle_noise", "lbl_coef", "z_coef", "bias_rate", "spike",
+                     "check_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
@@ -246,8 +253,11 @@ def resolve(typed):
     else:
         given = dataclasses.asdict(Settings()) | {"out": str(out)} | TRAINING[preset]
         sizes = dataclasses.asdict(PRESETS[preset])
-        if typed.get("init_from"):
-            sizes = evaluation.read_settings(evaluation.run_folder(typed["init_from"]))["model"]
+        source = typed.get("init_from", "")
+        if source and evaluation.is_hf(source):
+            sizes |= evaluation.read_hf_config(source)
+        elif source:
+            sizes = evaluation.read_settings(evaluation.run_folder(source))["model"]
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
         settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
@@ -418,7 +428,9 @@ def decide(argv, world):
         config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
     if corpus.vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
-    for other in [s.out] * exists + [evaluation.run_folder(s.init_from)] * bool(s.init_from):
+    foreign = bool(s.init_from) and evaluation.is_hf(s.init_from)
+    source = s.init_from if foreign else evaluation.run_folder(s.init_from)
+    for other in [s.out] * exists + [source] * bool(s.init_from):
         evaluation.same_tokenizer(other, corpus.folder)
     before = evaluation.read_settings(s.out).get("data_sha256") if exists else None
     if before and before != corpus.sha256:
@@ -429,7 +441,8 @@ def decide(argv, world):
     if corrupt and not steps:
         raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
                          "choose another --out")
-    source = s.init_from and not steps and evaluation.newest(s.init_from)
+    if s.init_from and not steps and not foreign:
+        source = evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
             "exists": exists, "steps": steps, "weights": str(source), "corpus": corpus,
             "sizes": corpus.sizes()}
@@ -453,6 +466,8 @@ def start(decided, grid):
         run.log = parallel.from_rank_0(grid, lambda: open_log(s.out), s.timeout)
     if decided["steps"]:
         run.done = parallel.load_newest(s.out, decided["steps"], state_of(run), grid)
+    elif s.init_from and evaluation.is_hf(s.init_from):
+        load_foreign(run)
     elif s.init_from:
         parallel.load_checkpoint(decided["weights"], parallel.training_state(masters), grid)
         for bias in masters.buffers.values() if s.balance != "loss-free" else ():
@@ -462,6 +477,27 @@ def start(decided, grid):
         block.moe.router.temperature = s.temperature
     run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]), s.timeout)
     return run
+
+
+def load_foreign(run):
+    """Fill the weights from a folder of Hugging Face; a dense model is upcycled."""
+    s, named = run.settings, run.masters.named
+
+    def put(name, p, whole):
+        if dense and "experts" in name and s.upcycle_noise:
+            generator = torch.Generator().manual_seed((s.seed + zlib.crc32(name.encode())) % 2**63)
+            whole = whole.float() + s.upcycle_noise * whole.float().std() * torch.randn(
+                whole.shape, generator=generator)
+        parallel.put_part(p, whole)
+    try:
+        weights = evaluation.Weights(s.init_from)
+        dense = not any(".mlp.experts." in name for name in weights)
+        if dense:
+            routers = [parallel.whole(block.moe.router.weight) for block in run.model.blocks]
+            weights = upcycled(weights, run.config, routers)
+        from_hf(weights, run.model, named, put)
+    except ValueError as error:                               # on all ranks
+        parallel.together(run.grid, ValueError(f"{s.init_from}: {error}"))
 
 
 def state_of(run):

@@ -48,7 +48,11 @@ def torchrun(*argv, world=2, program=ROOT / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
                "--max-restarts", "3", "--monitor-interval", "0.2", str(program), *argv]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=ONE_THREAD, **pipes)
+    process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
+    watch = threading.Timer(120, process.terminate)               # if nothing comes, readline() waits for ever
+    watch.daemon = True
+    watch.start()
+    return process
 
 
 def worker(launcher, rank):
@@ -82,6 +86,7 @@ def test_a_killed_worker_comes_back_on_the_same_curve(corpus, tmp_path):
         os.kill(worker(process, 1), signal.SIGKILL)
         shown = process.stdout.readline()
         while "from step" not in shown:
+            assert process.poll() is None, process.stderr.read()
             shown = process.stdout.readline()
         wait_for_step(process, tmp_path / "killed", 40)
         os.kill(worker(process, 0), signal.SIGKILL)

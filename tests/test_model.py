@@ -472,6 +472,19 @@ def test_greedy_text_with_cache_equals_without(prompt, new):
     assert torch.equal(a, model.generate(tokens, new, temperature=0, use_cache=False))
 
 
+def test_rows_of_different_lengths_are_generated_together():
+    """Padding in front changes nothing: each row is what it is alone."""
+    model = randomised(small()).double()
+    prompts = [torch.randint(0, 64, (n,)) for n in (3, 17, 9, 1)]
+    padding = torch.tensor([17 - len(p) for p in prompts])
+    tokens = torch.stack([torch.cat([torch.full((int(n),), 5), p]) for n, p in zip(padding, prompts)])
+    together = model.generate(tokens, 40, temperature=0, padding=padding)
+    for row, prompt in zip(together, prompts):
+        assert torch.equal(row[17 - len(prompt):], model.generate(prompt[None], 40, temperature=0)[0])
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model.generate(tokens, 60, padding=padding)
+
+
 def watch_lengths(model, seen, monkeypatch):
     """Note how many tokens each forward pass is given."""
     real = model.embed.forward

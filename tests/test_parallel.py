@@ -284,9 +284,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         parallel.check_layout(8, 1, 1, 96, "cuda", "auto")
 
 
-def slow_work(seconds):
+def slow_work(timeout, seconds):
     """Longer than the processes would wait for anything else."""
-    grid = parallel.meet(timeout=1)
+    grid = parallel.meet(timeout)
 
     def work():
         time.sleep(seconds)
@@ -296,7 +296,24 @@ def slow_work(seconds):
 
 
 def test_the_others_wait_for_rank_0_without_a_timeout(ranks):
-    assert [a.value for a in ranks(3, slow_work, 3)] == [(0, True), (0, False), (0, False)]
+    ranks(3, slow_work, 60, 0)                                    # so that they have all been started
+    assert [a.value for a in ranks(3, slow_work, 2, 4)] == [(0, True), (0, False), (0, False)]
+
+
+def impatient(seconds):
+    grid = parallel.meet()
+    return parallel.from_rank_0(grid, lambda: time.sleep(seconds), timeout=1)
+
+
+def says(function, *args):
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_wait_for_rank_0_can_have_a_limit(ranks):
+    assert [a.value for a in ranks(2, says, impatient, 3)] == [None, "timed out waiting for rank 0"]
 
 
 def failing_work(kind):

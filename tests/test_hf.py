@@ -1,0 +1,306 @@
+"""Weights and tokenizers out to transformers and in from it (extra hf)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SIZES, small, write_corpus
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import data
+import eval as evaluation
+import parallel
+import train
+from model import Model, from_hf_config, hf_config, to_hf
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+pytest.importorskip("safetensors", reason="needs the extra hf")
+
+
+def rows(out):
+    return evaluation.read_log(out)[1:]
+
+
+@pytest.fixture(scope="session", params=["softmax, K 1", "normalized, K 3, untied", "dense"])
+def exported(request, corpus, tmp_path_factory):
+    """-> (run, its export)."""
+    root = tmp_path_factory.mktemp("exported")
+    more = {"softmax, K 1": ["--tie_embeddings", "true"], "dense": ["--n_expert", "1"],
+            "normalized, K 3, untied": ["--gate", "normalized", "--top_k", "3", "--tie_embeddings", "false"]}
+    train.main(["--data", str(corpus), "--out", str(root / "run"), *SIZES, "--steps", "30", "--lr", "0.01",
+                *more[request.param]])
+    evaluation.main(["export", "--ckpt", str(root / "run"), "--to", str(root / "hf")])
+    return root / "run", root / "hf"
+
+
+# --- out --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_transformers_computes_the_same_logits_and_text(exported):
+    run, folder = exported
+    ours, _, top_k = evaluation.load_run(run)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(0, 300, (4, 50))
+    want = ours(tokens, top_k=top_k)
+    assert want.std() > 0.1 and theirs.dtype == torch.float32
+    torch.testing.assert_close(theirs(tokens).logits, want, rtol=0, atol=1e-5)
+    prompt = torch.randint(0, 300, (1, 7))
+    text = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    assert torch.equal(text, ours.generate(prompt, 40, temperature=0, top_k=top_k))
+
+
+def test_what_a_folder_holds(exported):
+    run, folder = exported
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                     "generation_config.json"}
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3MoeForCausalLM"]
+
+
+def test_large_weights_are_cut_into_files(exported, tmp_path, monkeypatch):
+    run, folder = exported
+    monkeypatch.setattr(evaluation, "SHARD", "20KB")
+    evaluation.main(["export", "--ckpt", str(run), "--to", str(tmp_path / "many")])
+    assert (tmp_path / "many/model.safetensors.index.json").exists()
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = evaluation.Weights(folder), evaluation.Weights(tmp_path / "many")
+    assert set(one) == set(many) and all(torch.equal(one[name], many[name]) for name in one)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many").num_parameters() > 0
+
+
+@pytest.fixture(scope="session")
+def tokenizers(corpus, tmp_path_factory):
+    """-> {name: (tiktoken encoding, what AutoTokenizer makes of its export)}."""
+    found = {}
+    for name in ("trained", "bytes", "gpt2", "o200k_base"):
+        folder = tmp_path_factory.mktemp(name)
+        try:
+            encoding = data.load_encoding(corpus) if name == "trained" else data.build_encoding(name, 0, ())
+        except ValueError:                                        # neither in tiktoken's cache nor a network
+            continue
+        evaluation.save_tokenizer(encoding, folder, 64)
+        (folder / "config.json").write_text(json.dumps(hf_config(small(vocab_size=encoding.n_vocab))))
+        found[name] = encoding, transformers.AutoTokenizer.from_pretrained(folder)
+    return found
+
+
+WORDS = st.sampled_from([
+    "def f(x):\n\treturn x", "    if not self.items:", "naïve café", "e\u0301\u0327", "日本語",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈",
+    "can't WON'T it's", "12345678", "\r\n\r\n", "\u00a0\u2003\u3000", "\ufeff", "\0\x07\x1b", "...!!!",
+    "don\u2019t", "ﬁ Ǆ ß İ ſ", "مرحبا", "हिन्दी", "\U0010ffff", "aaaa", "  "])
+TEXT = st.lists(st.one_of(WORDS, st.text(max_size=8), st.builds(
+    lambda c, n: c * n, st.characters(codec="utf-8"), st.integers(1, 200))), max_size=8).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+@example(" " * 1000 + "a" * 1000 + "\n" * 100)
+@example("'ſ 'S 's 'LL")
+def test_token_ids_are_equal_on_arbitrary_text(tokenizers, text):
+    if any(special in text for special in data.SPECIAL):
+        return
+    for name, (ours, theirs) in tokenizers.items():
+        want = ours.encode_ordinary(text)
+        assert theirs.encode(text) == want, name
+        assert theirs.decode(want) == text
+
+
+def test_the_chat_template(tokenizers):
+    ours, theirs = tokenizers["trained"]
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
+    want = ("<|endoftext|><|system|>be kind<|end|><|user|>hi<|end|><|assistant|>hello<|end|>"
+            "<|user|>bye<|end|><|assistant|>")
+    assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == want
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == ours.encode(want, allowed_special="all")
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--gate", "sigmoid"], "no sigmoid gate; train with --gate softmax or normalized"),
+    (["--balance", "loss-free"], "no selection biases, which --balance loss-free makes; train on with"),
+    (["--initial_top_k", "3", "--switch", "1"], "layers with different numbers of experts per token ([3, 1]"),
+    (["--token_router", "true"], "no token_router")])
+def test_what_cannot_be_exported_is_said(corpus, tmp_path, capsys, more, message):
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(["export", "--ckpt", str(tmp_path / "run"), "--to", str(tmp_path / "hf")])
+    line, = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_nothing_is_overwritten(exported, capsys):
+    run, folder = exported
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(["export", "--ckpt", str(run), "--to", str(folder)])
+    assert error.value.code == 2 and "is there already" in capsys.readouterr().err
+
+
+# --- in ---------------------------------------------------------------------------------------------------
+
+def test_a_run_goes_on_from_its_own_export(exported, corpus, tmp_path):
+    """Bit by bit as from the run itself."""
+    run, folder = exported
+    argv = ["--data", str(corpus), "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--steps", "4",
+            "--sample_tokens", "0", "--device", "cpu"]
+    for source in (run, folder):
+        train.main([*argv, "--out", str(tmp_path / source.name), "--init_from", str(source)])
+    a, b = rows(tmp_path / "run"), rows(tmp_path / "hf")
+    for row in a + b:
+        del row["tokens_per_s"]
+    assert a == b
+    assert (evaluation.read_settings(tmp_path / "run")["model"]
+            == evaluation.read_settings(tmp_path / "hf")["model"])
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1)])
+def test_many_processes_start_from_a_folder(ranks, exported, corpus, tmp_path, layout):
+    run, folder = exported
+    n_expert = evaluation.read_settings(run)["model"]["n_expert"]
+    if n_expert % layout[0]:
+        pytest.skip("one expert is not shared out")
+    argv = ["--data", str(corpus), "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--steps", "2",
+            "--init_from", str(folder), "--device", "cpu", "--sample_tokens", "0"]
+    train.main([*argv, "--out", str(tmp_path / "one")])
+    answers = ranks(2, train.main, [*argv, "--out", str(tmp_path / "two"), "--ep", str(layout[0])])
+    assert [a.code for a in answers] == [None, None]
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+@pytest.fixture(scope="session")
+def dense(corpus, tmp_path_factory):
+    """A dense Qwen3 of transformers with random weights, and our tokenizer."""
+    folder = tmp_path_factory.mktemp("dense") / "qwen3"
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, tie_word_embeddings=False,
+        rope_theta=5000.0, initializer_range=0.2)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    evaluation.save_tokenizer(data.load_encoding(corpus), folder, 64)
+    return folder
+
+
+UPCYCLE = ["--n_expert", "6", "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--sample_tokens",
+           "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_upcycling_keeps_the_function(dense, corpus, tmp_path, top_k):
+    """Before the first step, with the normalized gate, whatever the router chooses; and it learns on."""
+    argv = ["--data", str(corpus), *UPCYCLE, "--top_k", str(top_k), "--init_from", str(dense), "--steps", "3",
+            "--out", str(tmp_path / "run")]
+    run = train.start(train.decide(argv, 1), parallel.ALONE)
+    run.log.close()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    tokens = torch.randint(0, 300, (4, 50))
+    with torch.no_grad():
+        want, got = theirs(tokens).logits, run.model(tokens)
+    assert want.std() > 0.1 and run.config.gate == "normalized" and run.config.rope_base == 5000.0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    experts = run.model.blocks[1].moe.experts.w_in
+    assert torch.equal(experts[0], experts[5])
+    assert not torch.equal(*(block.moe.router.weight for block in run.model.blocks))
+    train.main(argv)
+    assert len(rows(tmp_path / "run")) == 3
+
+
+def test_noise_makes_experts_differ(ranks, dense, corpus, tmp_path):
+    """By the wanted amount, each in its own way, the same on every grid."""
+    argv = ["--data", str(corpus), *UPCYCLE, "--init_from", str(dense), "--upcycle_noise", "0.1", "--steps",
+            "2"]
+    run = train.start(train.decide([*argv, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
+    run.log.close()
+    for p in (run.model.blocks[0].moe.experts.w_in, run.model.blocks[0].moe.experts.w_out):
+        for a, b in ((0, 1), (4, 5)):
+            assert float((p[a] - p[b]).detach().std() / p.detach().std()) == pytest.approx(0.1 * 2 ** 0.5, rel=0.2)
+    train.main([*argv, "--out", str(tmp_path / "one")])
+    answers = ranks(2, train.main, [*argv, "--out", str(tmp_path / "two"), "--ep", "2"])
+    assert [a.code for a in answers] == [None, None]
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def spoil(folder, **changes):
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (saved | changes).items() if v != "-"}))
+
+
+@pytest.mark.parametrize("changes, messages", [
+    (dict(model_type="llama"), ["only Qwen3-MoE and dense Qwen3 can be read", "model_type 'llama'"]),
+    (dict(rope_scaling={"type": "yarn"}, attention_bias=True), ["rope_scaling", "attention_bias True"]),
+    (dict(hidden_size="-"), ["config.json lacks hidden_size"]),
+    (dict(num_hidden_layers=3), ["model.layers.2.mlp.experts.0.gate_proj.weight is missing", "; and "]),
+    (dict(num_hidden_layers=1), ["model.layers.1.mlp.gate.weight is unknown"]),
+    (dict(moe_intermediate_size=16), ["experts.0.gate_proj.weight is (8, 16), should be (16, 16)"])])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_folder_that_does_not_fit(ranks, corpus, tmp_path, capsys, changes, messages, world):
+    folder = tmp_path / "hf"
+    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "1"])
+    evaluation.main(["export", "--ckpt", str(tmp_path / "run"), "--to", str(folder)])
+    capsys.readouterr()
+    spoil(folder, **changes)
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "new"), "--init_from", str(folder), "--seq_len",
+            "16", "--device", "cpu"]
+    if world == 2:
+        answers = ranks(2, train.main, argv)
+        assert [a.code for a in answers] == [2, 2] and answers[1].err == ""
+        err = answers[0].err
+    else:
+        with pytest.raises(SystemExit) as error:
+            train.main(argv)
+        err = capsys.readouterr().err
+        assert error.value.code == 2
+    line, = err.splitlines()
+    assert all(message in line for message in messages) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("how, message", [
+    ("no weights", "has no .safetensors file (pickled weights are not read)"),
+    ("cut", "is corrupt"), ("tokenizer", "is not that of"), ("neither", "is not a directory of train.py")])
+def test_a_folder_that_is_no_model(dense, corpus, tmp_path, capsys, how, message):
+    folder = tmp_path / "hf"
+    shutil.copytree(dense, folder)
+    if how == "no weights":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif how == "cut":
+        raw = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(raw[:1000])
+    elif how == "tokenizer":
+        data.prepare(tmp_path / "other", [str(write_corpus(tmp_path / "text", seed=5))], vocab_size=290)
+        corpus = tmp_path / "other"
+    else:
+        (folder / "config.json").unlink()
+    with pytest.raises(SystemExit) as error:
+        train.main(["--data", str(corpus), "--out", str(tmp_path / "new"), *UPCYCLE, "--init_from",
+                    str(folder)])
+    line, = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and message in line
+
+
+def test_a_config_survives_the_round_trip():
+    config = small(gate="normalized", rope_base=123.0, norm_eps=1e-5, top_k=2)
+    found = from_hf_config(hf_config(config))
+    assert type(config)(**found) == config
+    assert transformers.Qwen3MoeConfig(**hf_config(config)).num_experts_per_tok == 2
+    assert to_hf(Model(config))["model.embed_tokens.weight"].shape == (64, 16)
+
+
+def test_a_text_is_prepared_with_a_tokenizer_of_hugging_face(tokenizers, tmp_path, capsys):
+    """The ranks are those that it was exported from, and the same text gives the same tokens."""
+    for name, (ours, theirs) in tokenizers.items():
+        theirs.save_pretrained(tmp_path / name)
+        found = data.read_hf_tokenizer(tmp_path / name / "tokenizer.json")
+        assert found._mergeable_ranks == ours._mergeable_ranks and found._pat_str == ours._pat_str
+    texts = write_corpus(tmp_path / "text")
+    data.prepare(tmp_path / "prepared", [str(texts)], tokenizer=str(tmp_path / "gpt2/tokenizer.json"))
+    data.prepare(tmp_path / "known", [str(texts)], tokenizer="gpt2")
+    assert (data.load_tokens(tmp_path / "prepared") == data.load_tokens(tmp_path / "known")).all()
+    (tmp_path / "wordpiece.json").write_text('{"model": {"type": "WordPiece"}}')
+    with pytest.raises(ValueError, match="not a byte-level BPE tokenizer"):
+        data.read_hf_tokenizer(tmp_path / "wordpiece.json")
