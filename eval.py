@@ -10,18 +10,22 @@
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
 
-import importlib
+import gzip
+import importlib.metadata
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import parallel
@@ -366,6 +370,319 @@ def sample_command(args):
             print("-" * 80)
         print(write_text(model, encoding, args.prompt, args.tokens, top_k, args.temperature, args.top_p,
                          args.seed + i))
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------
+
+AT_ONCE = 1 << 14                                                 # tokens of a batch
+
+
+@torch.no_grad()
+def log_likelihoods(model, pairs, top_k=None, progress="scoring"):
+    """Of continuations [(tokens of the context, tokens of the continuation)], none of them empty ->
+    [(log-probability in nats, whether every token is the most probable one)].
+
+    lm-evaluation-harness's rules: of what is too long the front is cut.  Sequences of similar length go
+    together, filled up behind their end, which causal attention does not see."""
+    window, device = model.config.max_seq_len, model.embed.weight.device
+    sequences = [(context + continuation)[-window - 1:] for context, continuation in pairs]
+    longest = max((len(continuation) for _, continuation in pairs), default=0)
+    if longest > window or not all(a and b for a, b in pairs):
+        raise ValueError(f"a continuation must have from 1 to {window} tokens (max_seq_len), a context one; "
+                         f"the longest has {longest}")
+    found = [None] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -len(sequences[i]))
+    with tqdm(total=len(order), desc=progress, disable=progress is None, dynamic_ncols=True) as bar:
+        while order:
+            width = len(sequences[order[0]]) - 1
+            batch, order = order[:max(1, AT_ONCE // width)], order[max(1, AT_ONCE // width):]
+            tokens, rows, places, targets = torch.zeros(len(batch), width, dtype=torch.int64), [], [], []
+            for row, i in enumerate(batch):
+                whole, n = sequences[i], len(pairs[i][1])
+                tokens[row, :len(whole) - 1] = torch.tensor(whole[:-1])
+                rows += [row] * n
+                places += range(len(whole) - 1 - n, len(whole) - 1)
+                targets += whole[-n:]
+            x = model.features(tokens.to(device), top_k)[0][rows, places]
+            targets, parts = torch.tensor(targets, device=device), []
+            for a in range(0, len(x), 1024):                      # logits are large
+                logits, target = model.head(x[a:a + 1024]), targets[a:a + 1024]
+                chosen = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+                parts.append((chosen, logits.argmax(-1) == target))
+            log_prob, best = (torch.cat(part).tolist() for part in zip(*parts))
+            for i in batch:
+                n = len(pairs[i][1])
+                found[i] = sum(log_prob[:n]), all(best[:n])
+                log_prob, best = log_prob[n:], best[n:]
+            bar.update(len(batch))
+    return found
+
+
+def encode_pair(encoding, context, continuation):
+    """Text -> the tokens of both, split where the tokens of the context alone end; white space at its end
+    belongs to the continuation, and an empty context is the beginning of a document."""
+    n = len(context) - len(context.rstrip())
+    context, continuation = context[:len(context) - n], context[len(context) - n:] + continuation
+    whole, first = encoding.encode_ordinary(context + continuation), encoding.encode_ordinary(context)
+    if not first:
+        return [encoding.encode_single_token("<|endoftext|>")], whole
+    return first, whole[len(first):]
+
+
+def read_lines(path, needed):
+    """Objects of a .jsonl or .jsonl.gz file, each with the needed fields.  ValueError names the line."""
+    rows = []
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                missing = [name for name in needed if name not in row]
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(missing)}")
+                rows.append(row)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
+
+
+def choices_command(args):
+    """Multiple choice without a harness, by its rules."""
+    model, _, top_k = load_run(args.ckpt, args.device)
+    acc, acc_norm, n = multiple_choice(model, data.load_encoding(run_folder(args.ckpt)), read_lines(
+        args.file, ("context", "choices", "answer")), top_k)
+    print(f"{n:,} questions of {args.file}\nacc       {acc:.4f}   the likeliest choice is the answer\n"
+          f"acc_norm  {acc_norm:.4f}   log-probability divided by the choice's length")
+
+
+def multiple_choice(model, encoding, questions, top_k=None):
+    """Questions {context, choices, answer (a number from 0)} -> acc, acc_norm, how many.
+
+    A choice follows its context after a space.  acc_norm divides its log-probability by its characters."""
+    for number, q in enumerate(questions, 1):
+        if not (q["choices"] and all(q["choices"]) and q["answer"] in range(len(q["choices"]))):
+            raise ValueError(f"question {number}: answer ({q['answer']}) must be the number of a choice, "
+                             "from 0, and no choice empty")
+    pairs = [encode_pair(encoding, q["context"], f" {choice}") for q in questions
+             for choice in q["choices"]]
+    found, right, right_norm = iter(log_likelihoods(model, pairs, top_k)), 0, 0
+    for q in questions:
+        scores = np.array([next(found)[0] for _ in q["choices"]])
+        right += scores.argmax() == q["answer"]
+        right_norm += (scores / [len(choice) for choice in q["choices"]]).argmax() == q["answer"]
+    return right / len(questions), right_norm / len(questions), len(questions)
+
+
+# tasks of lm-evaluation-harness: shots and score that the paper gives (arXiv 2512.16248).  Its evaluator is
+# its own and not published: these are its numbers beside a public yardstick, not the same measurement
+PAPER = {"mmlu": (5, 64.81), "mmlu_pro": (5, 38.13), "bbh": (3, 63.23), "piqa": (0, 82.05),
+         "arc_challenge": (25, 80.29), "hellaswag": (10, 79.79), "winogrande": (5, 76.09),
+         "gsm8k": (8, 71.65), "minerva_math": (4, 36.88), "humaneval": (0, 42.07), "mbpp": (3, 47.00),
+         "gpqa_main_n_shot": (5, 27.68)}
+# what can be run from local files: the harness's own task, {split: fields}, what differs in our files
+LOCAL = {
+    "arc_challenge": ("arc/arc_challenge.yaml", {"test": ("question", "choices", "answer"),
+                                                 "train": ("question", "choices", "answer")},
+                      {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}),
+    "piqa": ("piqa/piqa.yaml", {"validation": ("goal", "sol1", "sol2", "label")}, {}),
+    "hellaswag": ("hellaswag/hellaswag.yaml", {"validation": ("query", "choices", "gold")},
+                  {"process_docs": None, "doc_to_target": "{{gold}}"}),
+    "gsm8k": ("gsm8k/gsm8k.yaml", {"test": ("question", "answer"), "train": ("question", "answer")}, {}),
+    "mmlu": ("mmlu/default", {"test": ("subject", "question", "choices", "answer"),
+                              "dev": ("subject", "question", "choices", "answer")}, {})}
+
+
+def adapter(model, encoding, top_k=None):
+    """The model as lm-evaluation-harness's LM."""
+    TemplateLM = needed("lm_eval.api.model", "eval").TemplateLM
+    utils = needed("lm_eval.utils", "eval")
+    window, end = model.config.max_seq_len, encoding.encode_single_token("<|endoftext|>")
+
+    class Nanosigma(TemplateLM):
+        eot_token_id = end
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return encoding.encode_ordinary(string)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+            return log_likelihoods(model, [pair for _, *pair in requests], top_k)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            return [sum(score for score, _ in log_likelihoods(model, [
+                utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(
+                    encoding.encode_ordinary(request.args[0]), end, window, 1)], top_k, None))
+                    for request in requests]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return texts(model, encoding, [request.args for request in requests], top_k)
+
+    return Nanosigma()
+
+
+def texts(model, encoding, requests, top_k=None):
+    """Continue prompts [(text, {until, max_gen_toks, temperature, ..})] up to the first stop string ->
+    [text].  Prompts of similar length go together; the front of one that is too long is cut, and at most
+    half of the context is written."""
+    window, found = model.config.max_seq_len, [None] * len(requests)
+    prompts = [encoding.encode_ordinary(text) for text, _ in requests]
+    order = sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(prompts[i])))
+    with tqdm(total=len(order), desc="generating", dynamic_ncols=True) as bar:
+        while order:
+            how = requests[order[0]][1]
+            new = min(how.get("max_gen_toks", 256), window // 2)
+            width = min(max(1, len(prompts[order[0]])), window - new)
+            n = max(1, AT_ONCE // (width + new))
+            batch = [i for i in order[:n] if requests[i][1] == how]
+            order = order[len(batch):]
+            cold = not how.get("do_sample") or not how.get("temperature")
+            temperature = 0.0 if cold else how["temperature"]
+            rows = [prompts[i][-width:] or [encoding.encode_single_token("<|endoftext|>")] for i in batch]
+            for i, text in zip(batch, continuations(model, encoding, rows, new, how.get("until") or [], top_k,
+                                                    temperature, how.get("top_p", 1.0))):
+                found[i] = text
+            bar.update(len(batch))
+    return found
+
+
+def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
+    """Continue rows of tokens together, by at most `new` of them each -> their texts."""
+    device, end = model.embed.weight.device, encoding.encode_single_token("<|endoftext|>")
+    until, width = [until] if isinstance(until, str) else until, max(map(len, rows))
+    padding = torch.tensor([width - len(row) for row in rows], device=device)
+    tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=device)
+    grown = [[] for _ in rows]
+
+    def text(tokens):
+        tokens = tokens[:tokens.index(end)] if end in tokens else tokens
+        written = encoding.decode([t for t in tokens if t < end])        # special tokens are the last ones
+        for stop in filter(None, until):
+            written = written.split(stop)[0]
+        return written
+
+    def over(tokens):
+        return end in tokens or any(stop in encoding.decode([t for t in tokens if t < end]) for stop in until)
+    padding = padding if padding.any() else None
+    stream = model.stream(tokens, new, temperature, top_p, top_k, end, padding=padding)
+    for step, column in enumerate(stream, 1):
+        for row, token in zip(grown, column.tolist()):
+            row.append(token)
+        if step % 8 == 0 and all(map(over, grown)):
+            break
+    return [text(row) for row in grown]
+
+
+def bench_command(args):
+    """Run tasks of lm-evaluation-harness, one after the other; each result is written as soon as it is
+    there."""
+    if args.local:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    harness, manager = needed("lm_eval", "eval"), needed("lm_eval.tasks", "eval")
+    tasks = list(PAPER) if args.tasks == "paper" else args.tasks.split(",")
+    known = list(LOCAL) if args.local else manager.TaskManager().all_tasks
+    for name in tasks:
+        if name not in known:
+            where = f" from local files; there are {', '.join(LOCAL)}" * bool(args.local)
+            raise ValueError(f"task {name!r} is unknown{where}{data.did_you_mean(name, known)}")
+    out = Path(args.json or free_name(run_folder(args.ckpt)))
+    if out.exists():
+        raise ValueError(f"{out} is there already; --json names a file that is to be made")
+    model, saved, top_k = load_run(args.ckpt, args.device)
+    lm = adapter(model, data.load_encoding(run_folder(args.ckpt)), top_k)
+    settings = {"ckpt": str(newest(args.ckpt)), "top_k": top_k, "model": saved["model"],
+                "device": args.device, "limit": args.limit, "local": args.local,
+                "lm_eval": importlib.metadata.version("lm_eval"),
+                "torch": torch.__version__, "max_seq_len": model.config.max_seq_len}
+    results, lines = {"settings": settings, "tasks": {}}, []
+    try:
+        for name in tasks:
+            shots = PAPER.get(name, (None,))[0] if args.shots is None else args.shots
+            with local_tasks(name, args.local) as where:
+                found = evaluate_task(harness, lm, name, shots, args, where)
+            results["tasks"][name] = found
+            out.write_text(json.dumps(results, indent=1, default=str))
+            lines += table_lines(name, found)
+    finally:                                                      # also of what came before an error
+        if lines:
+            print(f"{'task':16} {'shots':>5} {'metric':29} {'here':>6} {'questions':>9}  the paper's model")
+            print("\n".join(lines))
+            print(f"every setting is in {out}")
+
+
+def free_name(folder):
+    """The first of FOLDER/bench-1.json, bench-2.json .. that is not there."""
+    return next(path for i in range(1, 10 ** 6) if not (path := folder / f"bench-{i}.json").exists())
+
+
+def evaluate_task(harness, lm, name, shots, args, where):
+    """-> what simple_evaluate says of a task or group, without the answers.  ValueError if it cannot."""
+    try:
+        manager = needed("lm_eval.tasks", "eval").TaskManager(include_path=where, include_defaults=not where)
+        found = harness.simple_evaluate(
+            lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager, bootstrap_iters=0,
+            log_samples=False, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        hint = "" if args.local else "; without a network, --local FOLDER reads files"
+        raise ValueError(f"task {name} cannot be run ({type(error).__name__}: {error}){hint}") from None
+    parts = ("results", "groups", "n-shot", "n-samples", "versions", "configs")
+    return {part: found.get(part) for part in parts}
+
+
+def table_lines(name, found):
+    """A line of the table for each metric; of a group only its mean."""
+    scores = (found["groups"] or {}).get(name) or found["results"].get(name, {})
+    samples = found["n-samples"] or {}
+    n = sum(each["effective"] for each in samples.values())
+    shots = max((n for n in (found["n-shot"] or {}).values() if isinstance(n, int)), default=0)
+    paper = f"{PAPER[name][1]} ({PAPER[name][0]} shots)" if name in PAPER else ""
+    scores = {metric.replace(",none", ""): value for metric, value in scores.items()
+              if isinstance(value, float) and "stderr" not in metric}
+    return [f"{name[:16]:16} {shots:5} {metric[:29]:29} {100 * value:6.2f} {n:9,}  {paper}"
+            for metric, value in scores.items()]
+
+
+@contextmanager
+def local_tasks(name, folder):
+    """A temporary folder with a task as the harness reads it, over local files; None without any."""
+    if not folder:
+        yield None
+        return
+    source, splits, changes = LOCAL[name]
+    source = Path(needed("lm_eval", "eval").__file__).parent / "tasks" / source
+    with tempfile.TemporaryDirectory() as made:
+        made, rows = Path(made), {}
+        for split, fields in splits.items():
+            files = [Path(folder) / name / f"{split}.jsonl{end}" for end in ("", ".gz")]
+            file = next((file for file in files if file.exists()), None)
+            if file is None:
+                raise ValueError(f"{files[0]} (or .gz) is missing: task {name} needs it")
+            rows[split] = read_lines(file, fields)
+        if name == "mmlu":
+            subjects = sorted({row["subject"] for row in rows["test"]})
+            for subject in subjects:
+                part = {split: [r for r in rows[split] if r["subject"] == subject] for split in rows}
+                write_task(made, f"mmlu_{subject}", source / f"mmlu_{subject}.yaml", part, changes)
+            group = {"group": "mmlu", "task": [f"mmlu_{subject}" for subject in subjects],
+                     "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+            (made / "mmlu.yaml").write_text(json.dumps(group))    # JSON is YAML
+        else:
+            write_task(made, name, source, rows, changes)
+        yield made
+
+
+def write_task(made, name, source, rows, changes):
+    """A task that includes the harness's own and reads files instead."""
+    files = {split: str(made / f"{name}-{split}.jsonl") for split in rows}
+    for split, file in files.items():
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+    absent = {f"{split}_split": None for split in ("training", "validation", "test")
+              if {"training": "train"}.get(split, split) not in rows}
+    (made / f"{name}.yaml").write_text(json.dumps({
+        "include": str(source), "task": name, "tag": [], "dataset_path": "json", "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(made / "cache")}, **absent, **changes}))
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -741,6 +1058,22 @@ def main(argv=None):
     sub.add_argument("--seed", type=int, default=0)
     sub = command("export", export_command, "write a folder for transformers", required=True)
     sub.add_argument("--to", required=True, metavar="FOLDER", help="the folder, which is made")
+    sub = command("bench", bench_command, "tasks of lm-evaluation-harness (extra eval)", required=True)
+    sub.add_argument("--tasks", default="paper", metavar="A,B,..",
+                     help=f"names of the harness (default: paper, which is {', '.join(PAPER)})")
+    sub.add_argument("--local", metavar="FOLDER", help="read FOLDER/TASK/SPLIT.jsonl(.gz) instead of the "
+                     f"network; for {', '.join(LOCAL)}")
+    sub.add_argument("--limit", type=int, help="the first questions of each task only")
+    sub.add_argument("--shots", type=int,
+                     help="examples before each question (default: the paper's, or the task's)")
+    sub.add_argument("--json", metavar="FILE",
+                     help="results with every setting (default: RUN/bench-1.json, ..)")
+    sub.add_argument("--confirm_run_unsafe_code", action="store_true",
+                     help="let the harness run code that the model wrote, for humaneval and mbpp: on this "
+                          "machine, with your rights")
+    sub = command("choices", choices_command, "multiple choice from a file, without the harness",
+                  required=True)
+    sub.add_argument("--file", required=True, help=".jsonl of {context, choices, answer: number from 0}")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         args.device = pick_device(args.device)

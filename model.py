@@ -824,6 +824,8 @@ def from_hf_config(saved):
     """What a config.json of a Qwen3-MoE or a dense Qwen3 says: {field of ModelConfig: value}.
 
     A dense one says nothing of experts but their width.  ValueError lists what is not implemented here."""
+    if "num_local_experts" in saved:                              # since transformers 5
+        saved = {"num_experts": saved["num_local_experts"]} | saved
     dense, rope = saved.get("model_type") == "qwen3", saved.get("rope_parameters") or {}
     known = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "use_sliding_window": False,
              "quantization_config": None, "mlp_only_layers": [], "decoder_sparse_step": 1}

@@ -49,7 +49,7 @@ def torchrun(*argv, world=2, program=ROOT / "train.py"):
                "--max-restarts", "3", "--monitor-interval", "0.2", str(program), *argv]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
-    watch = threading.Timer(120, process.terminate)               # if nothing comes, readline() waits for ever
+    watch = threading.Timer(120, process.terminate)               # or readline() would wait for ever
     watch.daemon = True
     watch.start()
     return process
