@@ -983,13 +983,6 @@ class Console:
         with contextlib.suppress(OSError):
             self.stream.flush()
 
-    def close(self):
-        """Python flushes it once more at its end, and would call a failure one of the program."""
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
@@ -999,10 +992,8 @@ def main(argv=None):
     rank, run = int(os.environ.get("RANK", 0)), None
     with contextlib.ExitStack() as stack:
         silent = stack.enter_context(open(os.devnull, "w")) if rank else None     # one process speaks for all
-        for redirect, stream in ((contextlib.redirect_stdout, silent or sys.stdout),
-                                 (contextlib.redirect_stderr, sys.stderr)):
-            stack.callback(Console(stream).close)
-            stack.enter_context(redirect(Console(stream)))
+        stack.enter_context(contextlib.redirect_stdout(Console(silent or sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(Console(sys.stderr)))
         try:
             with data.one_line_errors(f"rank {rank}: " if rank else ""):
                 grid = parallel.meet()

@@ -24,7 +24,8 @@ def random_qwen(folder, encoding, max_seq_len=96, **sizes):
                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=8,
                  num_experts_per_tok=2, norm_topk_prob=True) | sizes
     config = transformers.Qwen3MoeConfig(vocab_size=encoding.n_vocab, max_position_embeddings=max_seq_len,
-                                         tie_word_embeddings=False, initializer_range=0.3, **sizes)
+                                         tie_word_embeddings=False, initializer_range=0.3,
+                                         eos_token_id=encoding.encode_single_token("<|endoftext|>"), **sizes)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     evaluation.save_tokenizer(encoding, folder, max_seq_len)
     model = Model(ModelConfig(**evaluation.read_hf_config(folder)))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,12 +457,16 @@ def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
     assert path.read_text() == whole + "next\n"
 
 
-def test_two_processes_cannot_train_the_same_run(finished, capsys):
-    with train.open_log(finished):
+def test_two_processes_cannot_train_the_same_run(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "step-12/manifest.json").write_text("being written, by the other one")
+    with train.open_log(out):
         with pytest.raises(SystemExit) as end:
-            train.main(["--out", str(finished), "--steps", "20"])
+            train.main(["--out", str(out), "--steps", "20"])
     assert end.value.code == 2 and "in use by another process" in capsys.readouterr().err
-    assert evaluation.read_settings(finished)["settings"]["steps"] == 12
+    assert evaluation.read_settings(out)["settings"]["steps"] == 12
+    assert (out / "step-12").exists()                             # not set aside: it is not ours
 
 
 def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
