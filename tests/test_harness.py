@@ -4,12 +4,15 @@ import gzip
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
+from conftest import SIZES
 
 import data
 import eval as evaluation
+import train
 from model import Model, ModelConfig, from_hf
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -22,9 +25,9 @@ def random_qwen(folder, encoding, max_seq_len=96, **sizes):
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, moe_intermediate_size=24, intermediate_size=24, num_hidden_layers=2,
                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=8,
-                 num_experts_per_tok=2, norm_topk_prob=True) | sizes
+                 num_experts_per_tok=2, norm_topk_prob=True, initializer_range=0.3) | sizes
     config = transformers.Qwen3MoeConfig(vocab_size=encoding.n_vocab, max_position_embeddings=max_seq_len,
-                                         tie_word_embeddings=False, initializer_range=0.3,
+                                         tie_word_embeddings=False,
                                          eos_token_id=encoding.encode_single_token("<|endoftext|>"), **sizes)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     evaluation.save_tokenizer(encoding, folder, max_seq_len)
@@ -132,3 +135,105 @@ def shortened(generate_until):
             request.arguments = (request.args[0], how)
         return generate_until(requests, **kwargs)
     return generate
+
+
+def bench(*argv):
+    evaluation.main(["bench", *argv, "--device", "cpu"])
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """A run with room for the questions."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train.main(["--data", str(corpus), "--out", str(out), *SIZES, "--max_seq_len", "256", "--steps", "2"])
+    return out
+
+
+def test_the_command_shows_and_writes_everything(trained, local, tmp_path, capsys):
+    bench("--ckpt", str(trained), "--tasks", "piqa,mmlu", "--local", str(local), "--limit", "3", "--shots",
+          "1", "--json", str(tmp_path / "found.json"))
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:3] == ["piqa", "1", "acc"] and line.endswith("82.05 (0 shots)")
+               for line in shown)
+    assert any(line.split()[:3] == ["mmlu", "1", "acc"] and line.split()[4] == "6" for line in shown)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["settings"]["limit"] == 3 and found["settings"]["model"]["n_expert"] == 6
+    assert found["tasks"]["piqa"]["n-shot"]["piqa"] == 1 and set(found["tasks"]) == {"piqa", "mmlu"}
+
+
+def test_results_are_numbered_and_never_overwritten(trained, local, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for _ in range(2):
+        bench("--ckpt", str(run), "--tasks", "piqa", "--local", str(local), "--limit", "1")
+    assert (run / "bench-1.json").exists() and (run / "bench-2.json").exists()
+    with pytest.raises(SystemExit) as error:
+        bench("--ckpt", str(run), "--tasks", "piqa", "--local", str(local), "--json",
+              str(run / "bench-1.json"))
+    assert error.value.code == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_one_scorer_without_the_harness(pair, local, tmp_path):
+    """On the requests of the harness, its accuracies."""
+    folder, model, encoding = pair
+    for name, shots in (("arc_challenge", 3), ("piqa", 0), ("hellaswag", 1)):
+        *_, samples, _, results = both(folder, model, encoding, name, local, shots)
+        questions = []
+        for sample in samples:
+            arguments = list(sample["arguments"])
+            contexts = {context for context, _ in arguments}
+            assert len(contexts) == 1 and all(choice[0] == " " for _, choice in arguments)
+            questions.append({"context": contexts.pop(), "choices": [choice[1:] for _, choice in arguments],
+                              "answer": int(sample["target"])})
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+        rows = evaluation.read_lines(file, ("context", "choices", "answer"))
+        acc, acc_norm, n = evaluation.multiple_choice(model, encoding, rows)
+        assert n == len(samples)
+        assert (acc, acc_norm) == (results[name]["acc,none"], results[name]["acc_norm,none"])
+
+
+def test_rolling_log_likelihood(pair):
+    """Every token once, the first from the beginning of a document; also beyond the context."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    folder, model, encoding = pair
+    texts = [sentence(random.Random(i), n) for i, n in enumerate((1, 30, 200))]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2, max_length=96)
+    want = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
+    got = evaluation.adapter(model, encoding).loglikelihood_rolling(requests)
+    assert got == pytest.approx(want, rel=1e-5)
+    assert len(encoding.encode_ordinary(texts[2])) > 2 * 96
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--tasks", "piqqa", "--local", "LOCAL"], "task 'piqqa' is unknown from local files; there are arc_"),
+    (["--tasks", "arc_chalenge"], "task 'arc_chalenge' is unknown; did you mean arc_challenge?"),
+    (["--tasks", "gsm8k", "--local", "EMPTY"], "gsm8k/test.jsonl (or .gz) is missing: task gsm8k needs it"),
+    (["--tasks", "piqa", "--local", "BROKEN"], "piqa/validation.jsonl, line 2: Unterminated"),
+    (["--tasks", "hellaswag", "--local", "BROKEN"],
+     "hellaswag/validation.jsonl, line 1: it lacks choices, gold"),
+    (["--tasks", "piqa", "--local", "LOCAL"], "a continuation must have from 1 to 64 tokens (max_seq_len)"),
+    (["--tasks", "piqa", "--limit", "1"], "without a network, --local FOLDER reads files"),
+    (["--tasks", "humaneval", "--limit", "1"], "task humaneval cannot be run")])
+def test_mistakes_are_one_line(finished, local, tmp_path, capsys, argv, message):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/validation.jsonl").write_text(
+        '{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n{"goal": "a", "so')
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag/validation.jsonl").write_text('{"query": "a"}\n')
+    folders = {"LOCAL": local, "EMPTY": tmp_path / "empty", "BROKEN": tmp_path}
+    with pytest.raises(SystemExit) as error:
+        bench("--ckpt", str(finished), *(str(folders.get(word, word)) for word in argv))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_code_is_only_run_when_asked(finished, monkeypatch):
+    """The flag is the harness's own, and off."""
+    seen = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **how: seen.append(how) or {"results": {}})
+    args = type("Args", (), dict(limit=None, local=None, confirm_run_unsafe_code=False))
+    evaluation.evaluate_task(lm_eval, None, "humaneval", 0, args, None)
+    assert seen[0]["confirm_run_unsafe_code"] is False
