@@ -127,6 +127,7 @@ class Settings:
     eval_tokens: int = setting(1 << 17, "watching", "held-out tokens of a validation, at most")
     save_every: int = setting(0, "watching", "steps between checkpoints (default: a quarter of the run)")
     keep: int = setting(2, "watching", "checkpoints kept, the newest ones")
+    wandb: bool = setting(False, "watching", "true: show the log at Weights & Biases too (extra log)")
     sample_tokens: int = setting(120, "watching", "tokens of text that one process writes at the end")
 
     ep: int = setting(1, "processes", "expert parallelism: processes that share out a layer's experts")
@@ -183,8 +184,8 @@ TRAINING = {                                                  # what a preset se
 }
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-              "sample_tokens", "spike", "bad_steps", "check_every", "ep", "replicate", "backend", "timeout",
-              "activation_checkpointing", "no_sync", "background"}
+              "sample_tokens", "wandb", "spike", "bad_steps", "check_every", "ep", "replicate", "backend",
+              "timeout", "activation_checkpointing", "no_sync", "background"}
 
 
 def parse(argv):
@@ -390,6 +391,7 @@ class Run:
     done: int = 0               # steps
     lost: int = 0               # lines of the log and checkpoints that could not be written
     log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
+    shown: object = None        # the run at Weights & Biases
 
     def __post_init__(self):
         self.window = Window(self.config)
@@ -514,7 +516,19 @@ def open_run(run, exists):
         shutil.copy(run.corpus.folder / "encoding.json", out / "encoding.json")
     write_settings(run, log)
     cut_log(log, run.done)
+    if run.settings.wandb:                                    # log.jsonl stays the truth
+        run.shown = show_elsewhere(run, out)
     return log
+
+
+def show_elsewhere(run, out):
+    """Begin, or go on with, a run at Weights & Biases, named by the directory."""
+    wandb, name = evaluation.needed("wandb", "log"), re.sub(r"\W+", "-", str(out.resolve()).strip("/"))[-100:]
+    try:
+        return wandb.init(project="nanosigma", name=out.name, id=name, resume="allow", dir=out,
+                          config=dataclasses.asdict(run.settings) | dataclasses.asdict(run.config))
+    except Exception as error:                                # it has no class for all of its own
+        raise ValueError(f"--wandb: {error}; WANDB_MODE=offline keeps it here") from None
 
 
 def compute_dtype(asked, config, device):
@@ -892,6 +906,10 @@ def write_row(run, row):
         with contextlib.suppress(OSError):
             os.ftruncate(file, before)                            # half a line
         missed(run, f"a line of the log is lost ({error})")
+    if run.shown:
+        run.shown.log({name if i is None else f"{name}/{i}": number for name, value in row.items()
+                       for i, number in (enumerate(value) if isinstance(value, list) else [(None, value)])},
+                      step=row["step"])
 
 
 def lost(run):
@@ -999,7 +1017,7 @@ def main(argv=None):
                 grid = parallel.meet()
                 decided = parallel.from_rank_0(grid, lambda: decide(argv, grid.world))
                 run = start(decided, grid)
-            with run.log or contextlib.nullcontext():
+            with run.log or contextlib.nullcontext(), run.shown or contextlib.nullcontext():
                 go(run, decided["exists"], began)
             parallel.leave(grid)
         except KeyboardInterrupt:                             # outside the loop, or a second one in it

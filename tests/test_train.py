@@ -519,6 +519,25 @@ def test_the_second_interrupt_ends_at_once(corpus, tmp_path, background):
     assert "Traceback" not in err and parallel.checkpoints(tmp_path / "run") == []
 
 
+def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
+    """The same numbers, one for each layer of a list; without the package one line says what is missing."""
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", "--wandb", "true"]
+    wandb = pytest.importorskip("wandb", reason="needs the extra log")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sent, real = [], wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log",
+                        lambda self, row, step: sent.append(row) or real(self, row, step=step))
+    train.main(argv)
+    assert len(sent) == 2 and sent[1]["loss"] == rows(tmp_path / "run")[1]["loss"]
+    assert sent[1]["load_max/1"] == rows(tmp_path / "run")[1]["load_max"][1]
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--steps", "3"])
+    assert "pip install -e '.[log]'" in capsys.readouterr().err
+
+
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     run = make_run()
     row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5], "deep": {"x": [[-math.inf]]}}
