@@ -593,8 +593,10 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
         problem = damage(path, grid)
     if not problem:
         try:
+            reader = Reader(path)
+            reader.read_metadata()                                # torch 2.11 would hide what this raises
             with quiet():
-                dcp.load(state, storage_reader=Reader(path), **on(grid))
+                dcp.load(state, storage_reader=reader, **on(grid))
         except FAILURES as error:
             problem = reason(error)
         problem = next(filter(None, gather(grid, problem)), None)
