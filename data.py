@@ -194,23 +194,33 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 def read_hf_tokenizer(path):
-    """A tokenizer.json of Hugging Face, if it is byte-level BPE, as a tiktoken encoding; its special tokens
-    give way to ours.  Text is not normalised.  ValueError for any other."""
+    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE in tiktoken's manner;
+    its special tokens give way to ours, and text is not brought to NFC.  ValueError for any other."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if saved["model"]["type"] != "BPE":
             raise ValueError(f"it is {saved['model']['type']}")
-        split = saved["pre_tokenizer"]
-        parts = split.get("pretokenizers", [split])
-        if "ByteLevel" not in (part["type"] for part in parts):
-            raise ValueError("it is not byte-level")
-        patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
-        patterns += [GPT2_PATTERN for part in parts
-                     if part["type"] == "ByteLevel" and part.get("use_regex", True)]
+        split, normalizer = saved["pre_tokenizer"], saved.get("normalizer")
+        parts, patterns = split.get("pretokenizers", [split]), []
+        for part in parts:
+            plain = part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert")
+            if plain:
+                patterns.append(part["pattern"]["Regex"])
+            elif part["type"] != "ByteLevel" or part.get("add_prefix_space"):
+                raise ValueError(f"it splits text in a way that is not known here ({part})")
+            elif part.get("use_regex", True):
+                patterns.append(GPT2_PATTERN)
+        if len(patterns) != 1 or "ByteLevel" not in (part["type"] for part in parts):
+            raise ValueError("it is not byte-level, with one pattern")
+        if normalizer and normalizer["type"] != "NFC":
+            raise ValueError(f"it changes text ({normalizer['type']})")
         added = {token["content"] for token in saved.get("added_tokens", [])}
         vocab = {token: i for token, i in saved["model"]["vocab"].items() if token not in added}
         ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
-        if len(patterns) != 1 or sorted(ranks.values()) != list(range(len(ranks))):
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in saved["model"]["merges"]]
+        made = [vocab["".join(pair)] for pair in merges]
+        if sorted(ranks.values()) != list(range(len(ranks))) or made != sorted(made) \
+                or len(set(made)) != len(ranks) - 256:
             raise ValueError("its tokens are not numbered in the order of its merges")
         if not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError("it lacks single bytes")

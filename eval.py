@@ -3,7 +3,7 @@
     python eval.py loss    --ckpt out/laptop out/dense   held-out loss, beside a uniform model and a trigram
     python eval.py sample  --ckpt out/laptop --prompt 'def '
     python eval.py routing out/laptop out/other --png pictures     who gets which token, and how evenly
-    python eval.py export  --ckpt out/laptop --to folder           for transformers, vLLM and all that read it
+    python eval.py export  --ckpt out/laptop --to folder           for transformers
     python eval.py bench   --ckpt out/laptop --tasks piqa          lm-evaluation-harness
     python eval.py choices --ckpt out/laptop --file questions.jsonl
 
@@ -12,12 +12,15 @@ A run is a directory that train.py made (its newest checkpoint is taken) or one 
 
 import gzip
 import importlib.metadata
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +77,10 @@ def same_tokenizer(out, folder):
     theirs, ours = Path(out) / "tokenizer.json", Path(folder) / "encoding.json"
     if is_hf(out):
         if theirs.exists() and ours.exists():
-            found, wanted = (encoding._mergeable_ranks for encoding in (
-                data.read_hf_tokenizer(theirs), data.load_encoding(folder)))
-            if found != wanted:
-                raise ValueError(f"the tokenizer of {out} ({len(found)} tokens) is not that of {folder} "
-                                 f"({len(wanted)}); data.py --tokenizer {theirs} makes tokens for it")
+            found, wanted = data.read_hf_tokenizer(theirs), data.load_encoding(folder)
+            if (found._mergeable_ranks, found._pat_str) != (wanted._mergeable_ranks, wanted._pat_str):
+                raise ValueError(f"the tokenizer of {out} ({found.n_vocab} tokens) is not that of {folder} "
+                                 f"({wanted.n_vocab}); data.py --tokenizer {theirs} makes tokens for it")
         return
     files = [Path(place) / "encoding.json" for place in (out, folder)]
     if all(f.exists() for f in files) and files[0].read_bytes() != files[1].read_bytes():
@@ -178,18 +180,24 @@ def save_tokenizer(encoding, folder, max_seq_len):
 def read_hf_config(folder):
     """What config.json of a folder of Hugging Face says: {field of ModelConfig: value}."""
     try:
-        return from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from None
+        found = from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
+        ModelConfig(**{"n_expert": 1} | found)                    # are they possible?
+        return found
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
 
 
 class Weights(Mapping):
     """The tensors of a folder's safetensors files by name, each read when it is asked for."""
 
     def __init__(self, folder):
-        safe_open, files = needed("safetensors", "hf").safe_open, sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} has no .safetensors file (pickled weights are not read)")
+        safe_open, folder = needed("safetensors", "hf").safe_open, Path(folder)
+        index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+        if index.exists():
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        absent = [path.name for path in files if not path.exists()]
+        if absent:
+            raise ValueError(f"{folder} has no {', '.join(absent)} (pickled weights are not read)")
         try:
             self.files = {name: file for file in (safe_open(path, "pt") for path in files)
                           for name in file.keys()}
@@ -354,7 +362,7 @@ def write_text(model, encoding, prompt, max_new_tokens, top_k, temperature=0.8, 
     itself."""
     device = model.embed.weight.device
     end = encoding.encode_single_token("<|endoftext|>")
-    tokens = torch.tensor([[end] + encoding.encode_ordinary(prompt)], device=device)
+    tokens = torch.tensor([[end] + data.encode(encoding, prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     out = model.generate(tokens, max_new_tokens, temperature, top_p, top_k, stop=end, generator=generator)
     return encoding.decode([t for t in out[0, 1:].tolist() if t < encoding.n_vocab and t != end])
@@ -423,7 +431,7 @@ def encode_pair(encoding, context, continuation):
     belongs to the continuation, and an empty context is the beginning of a document."""
     n = len(context) - len(context.rstrip())
     context, continuation = context[:len(context) - n], context[len(context) - n:] + continuation
-    whole, first = encoding.encode_ordinary(context + continuation), encoding.encode_ordinary(context)
+    whole, first = (data.encode(encoding, text) for text in (context + continuation, context))
     if not first:
         return [encoding.encode_single_token("<|endoftext|>")], whole
     return first, whole[len(first):]
@@ -432,16 +440,20 @@ def encode_pair(encoding, context, continuation):
 def read_lines(path, needed):
     """Objects of a .jsonl or .jsonl.gz file, each with the needed fields.  ValueError names the line."""
     rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                missing = [name for name in needed if name not in row]
-                if missing:
-                    raise ValueError(f"it lacks {', '.join(missing)}")
-                rows.append(row)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            lines = file.read().splitlines()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            missing = [name for name in needed if row and name not in row]
+            if missing or not isinstance(row, dict):
+                raise ValueError(f"it lacks {', '.join(missing)}" if missing else "it is no object")
+            rows += [row] * bool(row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows
@@ -461,9 +473,11 @@ def multiple_choice(model, encoding, questions, top_k=None):
 
     A choice follows its context after a space.  acc_norm divides its log-probability by its characters."""
     for number, q in enumerate(questions, 1):
-        if not (q["choices"] and all(q["choices"]) and q["answer"] in range(len(q["choices"]))):
-            raise ValueError(f"question {number}: answer ({q['answer']}) must be the number of a choice, "
-                             "from 0, and no choice empty")
+        texts = isinstance(q["choices"], list) and all(
+            text and isinstance(text, str) for text in q["choices"])
+        if not (texts and isinstance(q["context"], str) and q["answer"] in range(len(q["choices"]))):
+            raise ValueError(f"question {number}: context must be a text, choices a list of texts that are "
+                             f"not empty, and answer ({q['answer']}) the number of one of them, from 0")
     pairs = [encode_pair(encoding, q["context"], f" {choice}") for q in questions
              for choice in q["choices"]]
     found, right, right_norm = iter(log_likelihoods(model, pairs, top_k)), 0, 0
@@ -503,7 +517,7 @@ def adapter(model, encoding, top_k=None):
         eot_token_id = end
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return encoding.encode_ordinary(string)
+            return data.encode(encoding, string)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
             return log_likelihoods(model, [pair for _, *pair in requests], top_k)
@@ -511,11 +525,13 @@ def adapter(model, encoding, top_k=None):
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             return [sum(score for score, _ in log_likelihoods(model, [
                 utils.make_disjoint_window(pair) for pair in utils.get_rolling_token_windows(
-                    encoding.encode_ordinary(request.args[0]), end, window, 1)], top_k, None))
+                    data.encode(encoding, request.args[0]), end, window, 1)], top_k, None))
                     for request in requests]
 
         def generate_until(self, requests, disable_tqdm=False):
-            return texts(model, encoding, [request.args for request in requests], top_k)
+            normalize = needed("lm_eval.models.utils", "eval").normalize_gen_kwargs
+            return texts(model, encoding, [(text, normalize(how, 256)) for text, how in (
+                request.args for request in requests)], top_k)
 
     return Nanosigma()
 
@@ -525,7 +541,7 @@ def texts(model, encoding, requests, top_k=None):
     [text].  Prompts of similar length go together; the front of one that is too long is cut, and at most
     half of the context is written."""
     window, found = model.config.max_seq_len, [None] * len(requests)
-    prompts = [encoding.encode_ordinary(text) for text, _ in requests]
+    prompts = [data.encode(encoding, text) for text, _ in requests]
     order = sorted(range(len(requests)), key=lambda i: (repr(requests[i][1]), -len(prompts[i])))
     with tqdm(total=len(order), desc="generating", dynamic_ncols=True) as bar:
         while order:
@@ -533,7 +549,7 @@ def texts(model, encoding, requests, top_k=None):
             new = min(how.get("max_gen_toks", 256), window // 2)
             width = min(max(1, len(prompts[order[0]])), window - new)
             n = max(1, AT_ONCE // (width + new))
-            batch = [i for i in order[:n] if requests[i][1] == how]
+            batch = list(itertools.takewhile(lambda i, how=how: requests[i][1] == how, order[:n]))
             order = order[len(batch):]
             cold = not how.get("do_sample") or not how.get("temperature")
             temperature = 0.0 if cold else how["temperature"]
@@ -548,7 +564,7 @@ def texts(model, encoding, requests, top_k=None):
 def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
     """Continue rows of tokens together, by at most `new` of them each -> their texts."""
     device, end = model.embed.weight.device, encoding.encode_single_token("<|endoftext|>")
-    until, width = [until] if isinstance(until, str) else until, max(map(len, rows))
+    until, width = list(filter(None, [until] if isinstance(until, str) else until)), max(map(len, rows))
     padding = torch.tensor([width - len(row) for row in rows], device=device)
     tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=device)
     grown = [[] for _ in rows]
@@ -556,7 +572,7 @@ def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
     def text(tokens):
         tokens = tokens[:tokens.index(end)] if end in tokens else tokens
         written = encoding.decode([t for t in tokens if t < end])        # special tokens are the last ones
-        for stop in filter(None, until):
+        for stop in until:
             written = written.split(stop)[0]
         return written
 
@@ -579,35 +595,48 @@ def bench_command(args):
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     harness, manager = needed("lm_eval", "eval"), needed("lm_eval.tasks", "eval")
-    tasks = list(PAPER) if args.tasks == "paper" else args.tasks.split(",")
+    tasks = list(PAPER) if args.tasks == "paper" else [name.strip() for name in args.tasks.split(",")]
     known = list(LOCAL) if args.local else manager.TaskManager().all_tasks
     for name in tasks:
         if name not in known:
             where = f" from local files; there are {', '.join(LOCAL)}" * bool(args.local)
             raise ValueError(f"task {name!r} is unknown{where}{data.did_you_mean(name, known)}")
+    if args.limit is not None and args.limit < 1 or args.shots is not None and args.shots < 0:
+        raise ValueError(f"limit ({args.limit}) must be at least 1 and shots ({args.shots}) 0 or more")
     out = Path(args.json or free_name(run_folder(args.ckpt)))
-    if out.exists():
-        raise ValueError(f"{out} is there already; --json names a file that is to be made")
+    try:
+        out.open("x").close()                                     # ours from here on
+    except FileExistsError:
+        raise ValueError(f"{out} is there already; --json names a file that is to be made") from None
     model, saved, top_k = load_run(args.ckpt, args.device)
     lm = adapter(model, data.load_encoding(run_folder(args.ckpt)), top_k)
     settings = {"ckpt": str(newest(args.ckpt)), "top_k": top_k, "model": saved["model"],
-                "device": args.device, "limit": args.limit, "local": args.local,
+                "device": args.device, "tasks": tasks, "limit": args.limit, "shots": args.shots,
+                "local": args.local, "confirm_run_unsafe_code": args.confirm_run_unsafe_code,
                 "lm_eval": importlib.metadata.version("lm_eval"),
-                "torch": torch.__version__, "max_seq_len": model.config.max_seq_len}
-    results, lines = {"settings": settings, "tasks": {}}, []
+                "torch": torch.__version__}
+    results, lines, failed = {"settings": settings, "tasks": {}}, [], []
     try:
         for name in tasks:
             shots = PAPER.get(name, (None,))[0] if args.shots is None else args.shots
-            with local_tasks(name, args.local) as where:
-                found = evaluate_task(harness, lm, name, shots, args, where)
+            try:
+                with local_tasks(name, args.local) as where:
+                    found = evaluate_task(harness, lm, name, shots, args, where)
+            except ValueError as error:                           # the others need not suffer for it
+                failed.append(str(error))
+                continue
             results["tasks"][name] = found
-            out.write_text(json.dumps(results, indent=1, default=str))
             lines += table_lines(name, found)
-    finally:                                                      # also of what came before an error
+            aside = out.with_name(f"{out.name}.tmp")
+            aside.write_text(json.dumps(results, indent=1, default=str))
+            os.replace(aside, out)
+    finally:                                                      # also after Ctrl-C
         if lines:
             print(f"{'task':16} {'shots':>5} {'metric':29} {'here':>6} {'questions':>9}  the paper's model")
             print("\n".join(lines))
             print(f"every setting is in {out}")
+    if failed:
+        raise ValueError("; ".join(failed))
 
 
 def free_name(folder):
@@ -622,13 +651,14 @@ def evaluate_task(harness, lm, name, shots, args, where):
         found = harness.simple_evaluate(
             lm, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager, bootstrap_iters=0,
             log_samples=False, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:                                    # of a question, a package, the network ..
+        if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
-        hint = "" if args.local else "; without a network, --local FOLDER reads files"
+        offline = re.search("Connection|Offline|Timeout|HTTP|NotFound", f"{type(error).__name__} {error}")
+        hint = "; without a network, --local FOLDER reads files" if offline and not args.local else ""
         raise ValueError(f"task {name} cannot be run ({type(error).__name__}: {error}){hint}") from None
     parts = ("results", "groups", "n-shot", "n-samples", "versions", "configs")
-    return {part: found.get(part) for part in parts}
+    return {part: found.get(part) for part in (*parts, "config")}
 
 
 def table_lines(name, found):
@@ -640,8 +670,9 @@ def table_lines(name, found):
     paper = f"{PAPER[name][1]} ({PAPER[name][0]} shots)" if name in PAPER else ""
     scores = {metric.replace(",none", ""): value for metric, value in scores.items()
               if isinstance(value, float) and "stderr" not in metric}
-    return [f"{name[:16]:16} {shots:5} {metric[:29]:29} {100 * value:6.2f} {n:9,}  {paper}"
-            for metric, value in scores.items()]
+    return [f"{name[:16]:16} {shots:5} {metric[:29]:29} "
+            f"{value if re.search('perplexity|byte|likelihood|brier', metric) else 100 * value:6.2f} "
+            f"{n:9,}  {paper}" for metric, value in scores.items()]
 
 
 @contextmanager
@@ -660,6 +691,8 @@ def local_tasks(name, folder):
             if file is None:
                 raise ValueError(f"{files[0]} (or .gz) is missing: task {name} needs it")
             rows[split] = read_lines(file, fields)
+            for number, row in enumerate(rows[split], 1):
+                check_question(row, f"{file}, question {number}")
         if name == "mmlu":
             subjects = sorted({row["subject"] for row in rows["test"]})
             for subject in subjects:
@@ -671,6 +704,24 @@ def local_tasks(name, folder):
         else:
             write_task(made, name, source, rows, changes)
         yield made
+
+
+def check_question(row, where):
+    """ValueError if a question of a local file would be scored against an answer that it does not have."""
+    choices = row.get("choices") or [row[name] for name in ("sol1", "sol2") if name in row]
+    names = ("question", "goal", "query", "subject")
+    if not all(isinstance(row[name], str) for name in names if name in row):
+        raise ValueError(f"{where}: the question is no text")
+    if "answer" in row and not choices:
+        if not isinstance(row["answer"], str):
+            raise ValueError(f"{where}: the answer is no text")
+        return
+    right = next(row[name] for name in ("answer", "label", "gold") if name in row)
+    wrong = [text for text in choices if not (text and isinstance(text, str))]
+    few = "subject" in row and len(choices) != 4
+    if few or wrong or right not in range(len(choices)):
+        raise ValueError(f"{where}: there must be choices, texts that are not empty, and {right!r} the "
+                         "number of one of them, from 0")
 
 
 def write_task(made, name, source, rows, changes):

@@ -824,16 +824,19 @@ def from_hf_config(saved):
     """What a config.json of a Qwen3-MoE or a dense Qwen3 says: {field of ModelConfig: value}.
 
     A dense one says nothing of experts but their width.  ValueError lists what is not implemented here."""
+    if not isinstance(saved, dict):
+        raise ValueError("it is no object")
     if "num_local_experts" in saved:                              # since transformers 5
         saved = {"num_experts": saved["num_local_experts"]} | saved
     dense, rope = saved.get("model_type") == "qwen3", saved.get("rope_parameters") or {}
-    known = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "use_sliding_window": False,
+    known = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
              "quantization_config": None, "mlp_only_layers": [], "decoder_sparse_step": 1}
     problems = [f"{name} {saved[name]}" for name, value in known.items() if saved.get(name, value) != value]
     if saved.get("model_type") not in ("qwen3", "qwen3_moe"):
         problems.append(f"model_type {saved.get('model_type')!r}")
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_type {rope['rope_type']}")
+    for kind in (rope, saved.get("rope_scaling") or {}):
+        if kind.get("rope_type", kind.get("type", "default")) != "default":
+            problems.append(f"rope_scaling {kind}")
     if problems:
         raise ValueError(f"only Qwen3-MoE and dense Qwen3 can be read, without {', '.join(problems)}")
     names = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",

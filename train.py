@@ -430,15 +430,15 @@ def decide(argv, world):
         config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
     if corpus.vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
+    steps = parallel.checkpoints(s.out)
     foreign = bool(s.init_from) and evaluation.is_hf(s.init_from)
     source = s.init_from if foreign else evaluation.run_folder(s.init_from)
-    for other in [s.out] * exists + [source] * bool(s.init_from):
+    for other in [s.out] * exists + [source] * bool(s.init_from and not steps):
         evaluation.same_tokenizer(other, corpus.folder)
     before = evaluation.read_settings(s.out).get("data_sha256") if exists else None
     if before and before != corpus.sha256:
         raise ValueError(f"data {s.data} is not what {s.out} was made with (its sha256 is another): bring "
                          "that back, or choose another --out")
-    steps = parallel.checkpoints(s.out)
     corrupt = sorted(str(path) for path in Path(s.out).glob("step-*.corrupt*"))
     if corrupt and not steps:
         raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
@@ -446,7 +446,7 @@ def decide(argv, world):
     if s.init_from and not steps and not foreign:
         source = evaluation.newest(s.init_from)
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "device": device,
-            "exists": exists, "steps": steps, "weights": str(source), "corpus": corpus,
+            "exists": exists, "steps": steps, "weights": str(source), "foreign": foreign, "corpus": corpus,
             "sizes": corpus.sizes()}
 
 
@@ -468,7 +468,7 @@ def start(decided, grid):
         run.log = parallel.from_rank_0(grid, lambda: open_log(s.out), s.timeout)
     if decided["steps"]:
         run.done = parallel.load_newest(s.out, decided["steps"], state_of(run), grid)
-    elif s.init_from and evaluation.is_hf(s.init_from):
+    elif decided["foreign"]:
         load_foreign(run)
     elif s.init_from:
         parallel.load_checkpoint(decided["weights"], parallel.training_state(masters), grid)
@@ -491,15 +491,19 @@ def load_foreign(run):
             whole = whole.float() + s.upcycle_noise * whole.float().std() * torch.randn(
                 whole.shape, generator=generator)
         parallel.put_part(p, whole)
+    routers = [parallel.whole(block.moe.router.weight) for block in run.model.blocks]
+    problem, weights, dense = None, {}, False
     try:
         weights = evaluation.Weights(s.init_from)
         dense = not any(".mlp.experts." in name for name in weights)
         if dense:
-            routers = [parallel.whole(block.moe.router.weight) for block in run.model.blocks]
             weights = upcycled(weights, run.config, routers)
         from_hf(weights, run.model, named, put)
-    except ValueError as error:                               # on all ranks
-        parallel.together(run.grid, ValueError(f"{s.init_from}: {error}"))
+    except (ValueError, OSError) as error:
+        problem = f"rank {run.grid.rank}: " * bool(run.grid.rank) + f"{s.init_from}: {error}"
+    problem = next(filter(None, parallel.gather(run.grid, problem)), None)
+    if problem:
+        parallel.together(run.grid, ValueError(problem))
 
 
 def state_of(run):
@@ -906,7 +910,7 @@ def write_row(run, row):
         with contextlib.suppress(OSError):
             os.ftruncate(file, before)                            # half a line
         missed(run, f"a line of the log is lost ({error})")
-    if run.shown:
+    if run.shown:                                             # its own thread sends, and tries again
         run.shown.log({name if i is None else f"{name}/{i}": number for name, value in row.items()
                        for i, number in (enumerate(value) if isinstance(value, list) else [(None, value)])},
                       step=row["step"])

@@ -230,10 +230,73 @@ def test_mistakes_are_one_line(finished, local, tmp_path, capsys, argv, message)
     assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
-def test_code_is_only_run_when_asked(finished, monkeypatch):
-    """The flag is the harness's own, and off."""
-    seen = []
-    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **how: seen.append(how) or {"results": {}})
-    args = type("Args", (), dict(limit=None, local=None, confirm_run_unsafe_code=False))
-    evaluation.evaluate_task(lm_eval, None, "humaneval", 0, args, None)
-    assert seen[0]["confirm_run_unsafe_code"] is False
+def test_one_task_that_fails_does_not_end_the_others(trained, local, tmp_path, capsys):
+    folder = tmp_path / "local"
+    shutil.copytree(local, folder)
+    (folder / "gsm8k/train.jsonl").unlink()
+    with pytest.raises(SystemExit) as error:
+        bench("--ckpt", str(trained), "--tasks", "gsm8k, piqa", "--local", str(folder), "--limit", "2",
+              "--json", str(tmp_path / "found.json"))
+    shown = capsys.readouterr()
+    assert error.value.code == 2 and "gsm8k/train.jsonl (or .gz) is missing" in shown.err
+    assert "piqa" in shown.out and "piqa" in json.loads((tmp_path / "found.json").read_text())["tasks"]
+
+
+def test_code_is_only_run_when_asked_and_shots_are_the_papers(trained, tmp_path, monkeypatch):
+    """What reaches the harness from the command line; the flag is its own, and off."""
+    seen, found = [], {"results": {}, "groups": {}, "n-shot": {}, "n-samples": {}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **how: seen.append(how) or found)
+    for flag in ([], ["--confirm_run_unsafe_code"]):
+        bench("--ckpt", str(trained), "--tasks", "humaneval,arc_challenge", *flag, "--json",
+              str(tmp_path / f"{len(seen)}.json"))
+    assert [how["confirm_run_unsafe_code"] for how in seen] == [False, False, True, True]
+    assert [how["num_fewshot"] for how in seen] == [0, 25, 0, 25]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"context": null, "choices": ["a"], "answer": 0}', "question 1: context must be a text"),
+    ('{"context": "a", "choices": [1, 2], "answer": 0}', "question 1: context must be a text"),
+    ('{"context": "a", "choices": "cd", "answer": 0}', "question 1: context must be a text"),
+    ('{"context": "a", "choices": ["c", "d"], "answer": 2}', "answer (2) the number of one"),
+    ('"context choices answer"', "line 1: it is no object"), ("", "is empty"), ("\xff", "line 1: "),
+    ("GZIP", "is cut short or damaged")])
+def test_questions_that_are_none(trained, tmp_path, capsys, line, message):
+    file = tmp_path / ("q.jsonl.gz" if line == "GZIP" else "q.jsonl")
+    file.write_bytes(gzip.compress(b"x" * 1000)[:-9] if line == "GZIP" else line.encode("latin-1") + b"\n\n")
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(["choices", "--ckpt", str(trained), "--file", str(file), "--device", "cpu"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and message in line
+
+
+@pytest.mark.parametrize("task, row, message", [
+    ("piqa", dict(goal="a", sol1=None, sol2="b", label=0), "question 1: there must be choices"),
+    ("piqa", dict(goal="a", sol1="c", sol2="b", label="A"), "'A' the number of one of them"),
+    ("arc_challenge", dict(question="a", choices=["b", "c"], answer="A"), "'A' the number of one of them"),
+    ("mmlu", dict(subject="anatomy", question="a", choices=["b", "c"], answer=0), "there must be choices"),
+    ("mmlu", dict(subject=None, question="a", choices=list("abcd"), answer=0), "the question is no text")])
+def test_local_questions_that_are_none(trained, tmp_path, capsys, task, row, message):
+    (tmp_path / task).mkdir()
+    for split in ("test", "train", "dev", "validation"):
+        (tmp_path / task / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as error:
+        bench("--ckpt", str(trained), "--tasks", task, "--local", str(tmp_path), "--json",
+              str(tmp_path / "found.json"))
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_generation_groups_what_is_asked_alike(pair):
+    """Settings that are equal though written differently, with others between; "" stops nothing."""
+    from lm_eval.api.instance import Instance
+    folder, model, encoding = pair
+    hows = [{"max_gen_toks": n, "temperature": t, "until": [""]} for n, t in ((9, 0), (12, 0), (9, 0.0))]
+    requests = [Instance("generate_until", {}, ("red sea", how), 0) for how in hows]
+    short, long, again = evaluation.adapter(model, encoding).generate_until(requests)
+    assert short == again and long.startswith(short) and len(long) > len(short)
+
+
+def test_a_perplexity_is_no_percentage():
+    found = {"results": {"x": {"word_perplexity,none": 25.0, "acc,none": 0.5}}, "groups": None,
+             "n-shot": {"x": 0}, "n-samples": {"x": {"effective": 3}}}
+    lines = evaluation.table_lines("x", found)
+    assert lines[0].split()[2:4] == ["word_perplexity", "25.00"] and lines[1].split()[2:4] == ["acc", "50.00"]

@@ -1,6 +1,7 @@
 """Weights and tokenizers out to transformers and in from it (extra hf)."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -47,6 +48,8 @@ def test_transformers_computes_the_same_logits_and_text(exported):
     assert want.std() > 0.1 and theirs.dtype == torch.float32
     torch.testing.assert_close(theirs(tokens).logits, want, rtol=0, atol=1e-5)
     prompt = torch.randint(0, 300, (1, 7))
+    assert theirs.generation_config.eos_token_id == [
+        data.load_encoding(run).encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")]
     text = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)
     assert torch.equal(text, ours.generate(prompt, 40, temperature=0, top_k=top_k))
 
@@ -236,6 +239,8 @@ def spoil(folder, **changes):
     (dict(model_type="llama"), ["only Qwen3-MoE and dense Qwen3 can be read", "model_type 'llama'"]),
     (dict(rope_scaling={"type": "yarn"}, attention_bias=True), ["rope_scaling", "attention_bias True"]),
     (dict(hidden_size="-"), ["config.json lacks hidden_size"]),
+    (dict(rms_norm_eps="1e-6"), ["config.json cannot be read"]),
+    (dict(rope_theta=None), ["config.json cannot be read"]),
     (dict(num_hidden_layers=3), ["model.layers.2.mlp.experts.0.gate_proj.weight is missing", "; and "]),
     (dict(num_hidden_layers=1), ["model.layers.1.mlp.gate.weight is unknown"]),
     (dict(moe_intermediate_size=16), ["experts.0.gate_proj.weight is (8, 16), should be (16, 16)"])])
@@ -262,7 +267,7 @@ def test_a_folder_that_does_not_fit(ranks, corpus, tmp_path, capsys, changes, me
 
 
 @pytest.mark.parametrize("how, message", [
-    ("no weights", "has no .safetensors file (pickled weights are not read)"),
+    ("no weights", "has no model.safetensors (pickled weights are not read)"),
     ("cut", "is corrupt"), ("tokenizer", "is not that of"), ("neither", "is not a directory of train.py")])
 def test_a_folder_that_is_no_model(dense, corpus, tmp_path, capsys, how, message):
     folder = tmp_path / "hf"
@@ -299,9 +304,53 @@ def test_a_text_is_prepared_with_a_tokenizer_of_hugging_face(tokenizers, tmp_pat
         found = data.read_hf_tokenizer(tmp_path / name / "tokenizer.json")
         assert found._mergeable_ranks == ours._mergeable_ranks and found._pat_str == ours._pat_str
     texts = write_corpus(tmp_path / "text")
-    data.prepare(tmp_path / "prepared", [str(texts)], tokenizer=str(tmp_path / "gpt2/tokenizer.json"))
-    data.prepare(tmp_path / "known", [str(texts)], tokenizer="gpt2")
+    data.prepare(tmp_path / "prepared", [str(texts)], tokenizer=str(tmp_path / "bytes/tokenizer.json"))
+    data.prepare(tmp_path / "known", [str(texts)], tokenizer="bytes")
     assert (data.load_tokens(tmp_path / "prepared") == data.load_tokens(tmp_path / "known")).all()
-    (tmp_path / "wordpiece.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.raises(ValueError, match="not a byte-level BPE tokenizer"):
-        data.read_hf_tokenizer(tmp_path / "wordpiece.json")
+
+
+def first(saved, kind):
+    return next(part for part in saved["pre_tokenizer"]["pretokenizers"] if part["type"] == kind)
+
+
+STRANGE = {
+    "is WordPiece": lambda saved: saved["model"].update(type="WordPiece"),
+    "splits text in a way": lambda saved: saved["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "Digits", "individual_digits": True}),
+    "splits text in a way ": lambda saved: first(saved, "ByteLevel").update(add_prefix_space=True),
+    "splits text in a way  ": lambda saved: first(saved, "Split").update(behavior="Removed"),
+    "changes text (NFKC)": lambda saved: saved.update(normalizer={"type": "NFKC"}),
+    "in the order of its merges": lambda saved: saved["model"]["merges"].reverse(),
+    "in the order of its merges ": lambda saved: saved["model"].update(merges=saved["model"]["merges"][:9])}
+
+
+@pytest.mark.parametrize("message", STRANGE)
+def test_tokenizers_that_would_give_other_tokens_are_refused(tokenizers, tmp_path, message):
+    evaluation.save_tokenizer(tokenizers["trained"][0], tmp_path, 64)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    STRANGE[message](saved)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=re.escape(message.strip())):
+        data.read_hf_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_only_the_files_of_the_index_are_read(exported, tmp_path):
+    """A file that lies beside them, an older one say, changes nothing."""
+    from safetensors.torch import save_file
+    folder = tmp_path / "hf"
+    shutil.copytree(exported[1], folder)
+    save_file({"model.norm.weight": torch.zeros(16)}, folder / "zz_old.safetensors")
+    assert evaluation.Weights(folder)["model.norm.weight"].any()
+
+
+def test_a_run_with_a_checkpoint_does_not_need_where_it_came_from(exported, corpus, tmp_path):
+    folder, out = tmp_path / "hf", tmp_path / "run"
+    shutil.copytree(exported[1], folder)
+    argv = ["--data", str(corpus), "--out", str(out), "--init_from", str(folder), "--seq_len", "16",
+            "--batch_size", "8", "--sample_tokens", "0", "--device", "cpu", "--log_every", "1"]
+    train.main([*argv, "--steps", "2"])
+    (folder / "tokenizer.json").write_text("{}")
+    train.main([*argv, "--steps", "3"])
+    shutil.rmtree(folder)
+    train.main([*argv, "--steps", "4"])
+    assert len(rows(out)) == 4
