@@ -122,6 +122,9 @@ def test_answers_are_those_of_the_harness_with_transformers(pair, local, monkeyp
     for task, scores in their_results.items():
         assert {k: v for k, v in scores.items() if "stderr" not in k} == {
             k: v for k, v in our_results[task].items() if "stderr" not in k}
+    if name == "gsm8k":                                           # some ended at a stop string, some did not
+        lengths = [len(s["resps"][0][0]) for s in ours]
+        assert min(lengths) < 15 and max(lengths) > 30
     if name in ("piqa", "arc_challenge"):
         lengths = [len(encoding.encode_ordinary("".join(a))) for s in ours for a in s["arguments"]]
         assert max(lengths) > 97 > min(lengths) or name != "piqa"
@@ -131,7 +134,7 @@ def shortened(generate_until):
     """With 30 new tokens at most, and stop strings that random text has."""
     def generate(requests, **kwargs):
         for request in requests:
-            how = request.args[1] | {"max_gen_toks": 30, "until": ["7", "naïve"]}
+            how = request.args[1] | {"max_gen_toks": 30, "until": ["hia", "fab"]}
             request.arguments = (request.args[0], how)
         return generate_until(requests, **kwargs)
     return generate
@@ -191,6 +194,14 @@ def test_one_scorer_without_the_harness(pair, local, tmp_path):
         acc, acc_norm, n = evaluation.multiple_choice(model, encoding, rows)
         assert n == len(samples)
         assert (acc, acc_norm) == (results[name]["acc,none"], results[name]["acc_norm,none"])
+
+
+@pytest.mark.parametrize("context", ["red sea", "red sea  ", "red\n\n", "the trees \n", "a"])
+def test_a_pair_is_split_where_the_harness_splits_it(pair, context):
+    _, model, encoding = pair
+    for continuation in (" walk", "walk", " "):
+        assert evaluation.encode_pair(encoding, context, continuation) == evaluation.adapter(
+            model, encoding)._encode_pair(context, continuation)
 
 
 def test_rolling_log_likelihood(pair):
