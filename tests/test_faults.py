@@ -49,7 +49,7 @@ def torchrun(*argv, world=2, program=ROOT / "train.py"):
                "--max-restarts", "3", "--monitor-interval", "0.2", str(program), *argv]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
-    watch = threading.Timer(120, process.terminate)               # or readline() would wait for ever
+    watch = threading.Timer(240, process.terminate)               # or readline() would wait for ever
     watch.daemon = True
     watch.start()
     return process
@@ -67,7 +67,7 @@ def worker(launcher, rank):
     raise AssertionError(f"no rank {rank}")
 
 
-def wait_for_step(process, out, step, limit=60):
+def wait_for_step(process, out, step, limit=120):
     log, end = out / "log.jsonl", time.monotonic() + limit
     while not (log.exists() and log.read_text().count("\n") > step):
         assert process.poll() is None, process.stderr.read()
@@ -80,7 +80,7 @@ def test_a_killed_worker_comes_back_on_the_same_curve(corpus, tmp_path):
     argv = ["--data", str(corpus), *SIZES, "--steps", "60", "--save_every", "7", "--ep", "2", "--eval_every",
             "30", "--balance", "loss-free"]
     with torchrun(*argv, "--out", str(tmp_path / "whole")) as process:
-        assert process.wait(100) == 0, process.stderr.read()
+        assert process.wait(200) == 0, process.stderr.read()
     with torchrun(*argv, "--out", str(tmp_path / "killed"), "--background", "true") as process:
         wait_for_step(process, tmp_path / "killed", 17)
         os.kill(worker(process, 1), signal.SIGKILL)
@@ -90,7 +90,7 @@ def test_a_killed_worker_comes_back_on_the_same_curve(corpus, tmp_path):
             shown = process.stdout.readline()
         wait_for_step(process, tmp_path / "killed", 40)
         os.kill(worker(process, 0), signal.SIGKILL)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
     assert int(re.search(r"from step (\d+)", shown)[1]) % 7 == 0 and "from step" in out
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
@@ -119,10 +119,10 @@ def test_a_worker_killed_within_a_save(corpus, tmp_path, background):
     (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT)))
     argv = ["--data", str(corpus), *SIZES, "--steps", "12", "--save_every", "3", "--eval_every", "12"]
     with torchrun(*argv, "--out", str(tmp_path / "whole")) as process:
-        assert process.wait(100) == 0, process.stderr.read()
+        assert process.wait(200) == 0, process.stderr.read()
     with torchrun(*argv, "--out", str(tmp_path / "cut"), "--background", background,
                   program=tmp_path / "killer.py") as process:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and "from step 3" in out, err
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-12", "step-9"]
