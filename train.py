@@ -1024,7 +1024,7 @@ def main(argv=None):
             with run.log or contextlib.nullcontext(), run.shown or contextlib.nullcontext():
                 go(run, decided["exists"], began)
             parallel.leave(grid)
-        except KeyboardInterrupt:                             # outside the loop, or a second one in it
+        except KeyboardInterrupt:                             # outside the loop, which has its own
             raise SystemExit(1 if rank else AT_ONCE) from None
         except (MemoryError, RuntimeError) as error:
             why = explanation(error, run)
