@@ -382,7 +382,7 @@ def sample_command(args):
 
 # --- benchmarks -------------------------------------------------------------------------------------------
 
-AT_ONCE = 1 << 14                                                 # tokens of a batch
+BATCH_TOKENS = 1 << 14                                            # padding included
 
 
 @torch.no_grad()
@@ -403,7 +403,7 @@ def log_likelihoods(model, pairs, top_k=None, progress="scoring"):
     with tqdm(total=len(order), desc=progress, disable=progress is None, dynamic_ncols=True) as bar:
         while order:
             width = len(sequences[order[0]]) - 1
-            batch, order = order[:max(1, AT_ONCE // width)], order[max(1, AT_ONCE // width):]
+            batch, order = order[:max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width):]
             tokens, rows, places, targets = torch.zeros(len(batch), width, dtype=torch.int64), [], [], []
             for row, i in enumerate(batch):
                 whole, n = sequences[i], len(pairs[i][1])
@@ -548,7 +548,7 @@ def texts(model, encoding, requests, top_k=None):
             how = requests[order[0]][1]
             new = min(how.get("max_gen_toks", 256), window // 2)
             width = min(max(1, len(prompts[order[0]])), window - new)
-            n = max(1, AT_ONCE // (width + new))
+            n = max(1, BATCH_TOKENS // (width + new))
             batch = list(itertools.takewhile(lambda i, how=how: requests[i][1] == how, order[:n]))
             order = order[len(batch):]
             cold = not how.get("do_sample") or not how.get("temperature")

@@ -116,7 +116,7 @@ def pair(corpus, tmp_path_factory):
 def test_answers_are_those_of_the_harness_with_transformers(pair, local, monkeypatch, name, shots, at_once):
     """Log-likelihoods, greedy text, scores: with prompts that are cut, and batches with padding."""
     folder, model, encoding = pair
-    monkeypatch.setattr(evaluation, "AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", at_once)
     theirs, ours, their_results, our_results = both(folder, model, encoding, name, local, shots)
     assert compare(theirs, ours) < 1e-4
     for task, scores in their_results.items():
