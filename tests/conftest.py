@@ -77,6 +77,16 @@ def in_folder(tmp_path):
     os.chdir(before)
 
 
+def train_with(argv, step):
+    """train.main, in which every step is step(real, run, number, ..) instead of the real train_step."""
+    real = train.train_step
+    train.train_step = lambda *args: step(real, *args)
+    try:
+        train.main(argv)
+    finally:
+        train.train_step = real
+
+
 # --- many processes ---------------------------------------------------------------------------------------
 
 class Answer(NamedTuple):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, train_with
 from test_exact import make_run, whole
 
 import data
@@ -426,19 +426,13 @@ def test_a_loss_that_is_not_finite_changes_nothing_on_any_rank(ranks):
 
 def nan_from(argv, first):
     """train.main, in which the loss of the last rank is NaN from step `first` on."""
-    real = train.train_step
-
-    def step(run, step, *rest):
+    def with_nan(real, run, step, *rest):
         forward = type(run.model).forward
         if step >= first and run.grid.rank == run.grid.world - 1:
             run.model.forward = lambda *args: (out := forward(run.model, *args))._replace(
                 loss=out.loss * float("nan"))
         return real(run, step, *rest)
-    train.train_step = step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = real
+    train_with(argv, with_nan)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -542,20 +536,14 @@ def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_
 
 def flipped_bit(argv, at, what):
     """train.main, in which one bit of a weight or a selection bias of rank 1 changes after step `at`."""
-    real = train.train_step
-
-    def step(run, step, *rest):
+    def flipped(real, run, step, *rest):
         did = real(run, step, *rest)
         if step + 1 == at and run.grid.rank == 1:
             tensors = run.masters.buffers if what == "bias" else run.masters.named
             p = parallel.local(next(iter(tensors.values())))
             p.view(torch.int32).view(-1)[3] ^= 1
         return did
-    train.train_step = step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = real
+    train_with(argv, flipped)
 
 
 @pytest.mark.parametrize("flips, check, save", [("weight", 8, 3), ("bias", 8, 3), ("weight", 999, 4),
@@ -706,18 +694,12 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp
 
 def change_a_token(argv):
     """train.main on two ranks, in whose third step a token of every sequence of rank 1 is 9999."""
-    real = train.train_step
-
-    def step(run, step, *rest):
+    def changed(real, run, step, *rest):
         if step == 2 and run.grid.rank == 1:
             rows, third = run.corpus.train.rows, torch.tensor([3])
             run.corpus.train.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
         return real(run, step, *rest)
-    train.train_step = step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = real
+    train_with(argv, changed)
 
 
 def test_all_ranks_end_for_a_token_of_one(ranks, corpus, tmp_path):
@@ -748,16 +730,10 @@ def test_held_out_tokens_beyond_the_vocabulary(ranks, corpus, tmp_path, world, c
 
 def spoil_held_out(argv, file):
     """train.main, after whose first step held-out tokens change (while the file is mapped)."""
-    real = train.train_step
-
-    def step(run, step, *rest):
+    def spoiled(real, run, step, *rest):
         if run.grid.rank == 0:
             with open(file, "r+b") as changed:
                 changed.seek(1024 + 2 * 16)                       # at the beginning of a window
                 changed.write(b"\xff" * 200)
         return real(run, step, *rest)
-    train.train_step = step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = real
+    train_with(argv, spoiled)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from bench import Traffic, traffic
-from conftest import SIZES, small
+from conftest import SIZES, small, train_with
 from test_exact import make_run, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -687,17 +687,11 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
 
 def train_until(argv, last):
     """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
-    real = train.train_step
-
-    def step(run, step, first, asked):
+    def told(real, run, step, first, asked):
         if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(run, step, first, asked)
-    train.train_step = step
-    try:
-        train.main(argv)
-    finally:
-        train.train_step = real
+    train_with(argv, told)
 
 
 @pytest.mark.parametrize("more, message", [
