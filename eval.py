@@ -1090,7 +1090,8 @@ def main(argv=None):
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=function)
         sub.add_argument(runs, metavar="RUN", help="run directory, or a step-N in it", **options)
-        sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+        if name != "export":                                      # which computes nothing
+            sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
         return sub
 
     sub = command("loss", loss_command, "cross-entropy on held-out text, beside baselines and runs",
@@ -1127,7 +1128,8 @@ def main(argv=None):
     sub.add_argument("--file", required=True, help=".jsonl of {context, choices, answer: number from 0}")
     args = parser.parse_args(argv)
     with data.one_line_errors():
-        args.device = pick_device(args.device)
+        if "device" in args:
+            args.device = pick_device(args.device)
         args.run(args)
 
 
