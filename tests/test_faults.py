@@ -96,7 +96,7 @@ def test_a_killed_worker_comes_back_on_the_same_curve(corpus, tmp_path):
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-KILLER = """
+AT_SECOND_SAVE = """
 import os, signal, sys
 import torch.distributed.checkpoint as dcp
 sys.path.insert(0, {root!r})
@@ -104,8 +104,9 @@ real, times = dcp.FileSystemWriter.write_data, []
 def write_data(self, *args):
     times.append(1)
     done = real(self, *args)
-    if len(times) == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if len(times) == 2 and os.environ["RANK"] == "1" and first_life:
+        os.kill(os.getpid(), signal.{signal})
     return done
 dcp.FileSystemWriter.write_data = write_data
 import train
@@ -116,7 +117,7 @@ train.main()
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_worker_killed_within_a_save(corpus, tmp_path, background):
     """The second save, at step 6, is never finished: the run goes on from step 3."""
-    (tmp_path / "killer.py").write_text(KILLER.format(root=str(ROOT)))
+    (tmp_path / "killer.py").write_text(AT_SECOND_SAVE.format(root=str(ROOT), signal="SIGKILL"))
     argv = ["--data", str(corpus), *SIZES, "--steps", "12", "--save_every", "3", "--eval_every", "12"]
     with torchrun(*argv, "--out", str(tmp_path / "whole")) as process:
         assert process.wait(200) == 0, process.stderr.read()
@@ -160,25 +161,9 @@ def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
     assert not parallel.damage(tmp_path / "run/step-40")
 
 
-STOPPER = """
-import os, signal, sys
-import torch.distributed.checkpoint as dcp
-sys.path.insert(0, {root!r})
-real, times = dcp.FileSystemWriter.write_data, []
-def write_data(self, *args):
-    times.append(1)
-    if len(times) == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return real(self, *args)
-dcp.FileSystemWriter.write_data = write_data
-import train
-train.main()
-"""
-
-
 def test_a_process_that_hangs_while_it_saves_in_the_background(corpus, tmp_path):
     """The other one does not wait for its own thread, which waits for the checkpoint."""
-    (tmp_path / "stopper.py").write_text(STOPPER.format(root=str(ROOT)))
+    (tmp_path / "stopper.py").write_text(AT_SECOND_SAVE.format(root=str(ROOT), signal="SIGSTOP"))
     with two_processes("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "100000",
                        "--timeout", "3", "--save_every", "9", "--background", "true",
                        program=tmp_path / "stopper.py") as processes:
