@@ -3,10 +3,12 @@
     python data.py                                        Python's own standard library -> data/stdlib
     python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
     python data.py --source a.txt https://host/b.jsonl.gz --weights 1 0.5 --name mix --tokenizer gpt2
+    python data.py --chats --source chats.jsonl --tokenizer out/laptop --name chats       conversations
 
 A prepared folder holds
 
-    train.bin, val.bin   a 1,024-byte header, then the tokens of all documents, each behind <|endoftext|>
+    train.bin, val.bin   a 1,024-byte header, then the tokens of all documents (or conversations), each behind
+                         <|endoftext|>
     encoding.json        the tokenizer, whole: no network and no cache is needed to read it back
     meta.json            what went in: files, documents, bytes, tokens, sha256 of each file
 
@@ -14,6 +16,7 @@ It is written aside and renamed when complete.  Nothing is held in memory but on
 """
 
 import argparse
+import ast
 import base64
 import codecs
 import difflib
@@ -31,6 +34,7 @@ import sysconfig
 import time
 import unittest.mock
 import urllib.request
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -49,7 +53,9 @@ SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' }}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 VAL_FRACTION = 0.05
+BAD_CHATS = 0.01                                 # share of conversations that may be unreadable
 BLOCK = 1 << 20                                  # bytes of text in memory at a time
 BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on
 
@@ -231,13 +237,30 @@ def read_hf_tokenizer(path):
 
 def build_encoding(name, vocab_size, texts):
     """The tokenizer called name; texts are only read to train the ranks of bpe."""
-    if name.endswith(".json"):
-        return read_hf_tokenizer(name)
+    if is_tokenizer(name):
+        return read_tokenizer(name)
     if name in ("gpt2", "o200k_base"):
         return known_encoding(name)
     if name == "bpe":
         return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
     return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
+
+
+def is_tokenizer(name):
+    """Whether a name is that of a tokenizer.json of Hugging Face, or of a folder (a run, say) with one or
+    ours."""
+    return name.endswith(".json") or any((Path(name) / file).exists() for file in TOKENIZER_FILES)
+
+
+TOKENIZER_FILES = ("encoding.json", "tokenizer.json")
+
+
+def read_tokenizer(path):
+    """The tokenizer of a run, of a prepared folder, of one of Hugging Face, or of a tokenizer.json."""
+    path = Path(path)
+    if path.suffix != ".json":
+        path = next((path / file for file in TOKENIZER_FILES if (path / file).exists()), path)
+    return load_encoding(path) if path.name == "encoding.json" else read_hf_tokenizer(path)
 
 
 def save_encoding(encoding, path):
@@ -269,11 +292,12 @@ HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
 
 
 class TokenWriter:
-    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count), then tokens
-    as uint16 if the vocabulary allows, else uint32.  Little-endian, so that files travel."""
+    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count, 1 for
+    conversations), then tokens as uint16 if the vocabulary allows, else uint32.  Little-endian, so that files
+    travel."""
 
-    def __init__(self, path, vocab_size):
-        self.path, self.vocab_size, self.count = Path(path), vocab_size, 0
+    def __init__(self, path, vocab_size, chats=False):
+        self.path, self.vocab_size, self.chats, self.count = Path(path), vocab_size, chats, 0
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.file = open(path, "wb")
         self.file.write(bytes(HEADER))
@@ -284,7 +308,8 @@ class TokenWriter:
         self.count += len(tokens)
 
     def close(self):
-        header = np.array([MAGIC, VERSION, self.dtype.itemsize, self.vocab_size, self.count], "<i8")
+        header = np.array([MAGIC, VERSION, self.dtype.itemsize, self.vocab_size, self.count, self.chats],
+                          "<i8")
         self.file.seek(0)
         self.file.write(header.tobytes())
         self.file.flush()
@@ -327,6 +352,11 @@ def vocabulary(path):
     return int(np.fromfile(path, "<i8", 5)[3])
 
 
+def has_chats(path):
+    """Whether a token file holds conversations."""
+    return bool(np.fromfile(path, "<i8", 6)[5])
+
+
 def file_sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -354,15 +384,132 @@ class Sampler:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n_windows)
 
     def rows(self, first, count, rank=0, world=1):
-        """This rank's share of sequences first .. first+count-1 -> tokens, targets [share, T] int64."""
+        """This rank's share of sequences first .. first+count-1, as batch() has them."""
         mine = range(first + count * rank // world, first + count * (rank + 1) // world)
-        out = np.empty((len(mine), self.seq_len + 1), np.int64)
-        for row, i in zip(out, mine):
-            epoch, place = divmod(i, self.n_windows)
-            start = int(self.order(epoch)[place]) * self.seq_len
-            row[:] = self.tokens[start:start + self.seq_len + 1]
+        places = (divmod(i, self.n_windows) for i in mine)
+        return self.batch([int(self.order(epoch)[place]) for epoch, place in places])
+
+    def batch(self, windows):
+        """-> tokens, targets [len(windows), T] int64."""
+        out = np.empty((len(windows), self.seq_len + 1), np.int64)
+        for row, w in zip(out, windows):
+            row[:] = self.tokens[w * self.seq_len:(w + 1) * self.seq_len + 1]
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
+
+    def places(self, windows):
+        """Where in the file the targets of some windows are, in their order."""
+        return np.concatenate([np.arange(w * self.seq_len + 1, (w + 1) * self.seq_len + 1) for w in windows])
+
+
+class ChatSampler(Sampler):
+    """The same for conversations: a window holds whole ones, side by side, and only what the assistant says
+    is a target.
+
+    A conversation of n tokens takes n - 1 places (the last token predicts nothing).  One that is too long
+    for a window ends with the last answer that fits; one whose first answer does not fit is left out.  With
+    pack=False every window holds a single one.
+    """
+
+    def __init__(self, tokens, seq_len, seed, vocab_size, pack=True):
+        self.tokens, self.seq_len, self.seed, self.vocab_size = tokens, seq_len, seed, vocab_size
+        self.spans, self.n_cut, self.n_left_out = find_conversations(tokens, vocab_size, seq_len)
+        if not len(self.spans):
+            raise ValueError(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
+                             "has an answer that ends within it")
+        sizes = (self.spans[:, 1] - self.spans[:, 0] - 1).tolist()
+        self.windows = pack_best_fit(sizes, seq_len) if pack else [[i] for i in range(len(sizes))]
+        self.n_windows = len(self.windows)
+        self.order = functools.lru_cache(2)(self.order)
+
+    def batch(self, windows):
+        """-> tokens, targets (-1: none), doc (which conversation of its row a token is of; -1: padding), all
+        [len(windows), T] int64."""
+        tokens = np.zeros((len(windows), self.seq_len), np.int64)
+        targets, doc = np.full_like(tokens, -1), np.full_like(tokens, -1)
+        for row, w in enumerate(windows):
+            at = 0
+            for number, i in enumerate(self.windows[w]):
+                start, end = self.spans[i]
+                whole = np.asarray(self.tokens[start:end]).astype(np.int64)
+                places = slice(at, at + len(whole) - 1)
+                tokens[row, places], doc[row, places] = whole[:-1], number
+                targets[row, places] = np.where(said(whole, self.vocab_size), whole, -1)[1:]
+                at = places.stop
+        return tuple(map(torch.from_numpy, (tokens, targets, doc)))
+
+    def first_question(self):
+        """The tokens of the first conversation up to where its first answer begins."""
+        tokens = self.tokens[slice(*self.spans[0])].tolist()
+        return tokens[:tokens.index(self.vocab_size + ASSISTANT) + 1]
+
+    def places(self, windows):
+        spans = [self.spans[i] for w in windows for i in self.windows[w]]
+        return np.concatenate([start + np.flatnonzero(said(self.tokens[start:end], self.vocab_size))
+                               for start, end in spans])
+
+
+def make_sampler(tokens, path, seq_len, seed=0, pack=True):
+    """The sampler for the tokens of a file, which may be conversations."""
+    if has_chats(path):
+        return ChatSampler(tokens, seq_len, seed, vocabulary(path), pack)
+    return Sampler(tokens, seq_len, seed)
+
+
+# ids of the special tokens, which are a vocabulary's last ones
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)
+
+
+def said(tokens, vocab_size):
+    """Which of some conversations' tokens the assistant says, the <|end|> that closes an answer included:
+    [n] bool.
+
+    Text never becomes a special token, so the tokens alone tell."""
+    kind = np.asarray(tokens).astype(np.int64) - vocab_size
+    opens = (kind >= END_OF_TEXT) & (kind != END)
+    last = np.maximum.accumulate(np.where(opens, np.arange(len(kind)), 0))
+    return (kind[last] == ASSISTANT) & ~opens
+
+
+def find_conversations(tokens, vocab_size, seq_len):
+    """-> ([n, 2] start and end of every conversation, or of as much of it as fits into seq_len places and
+    ends with an answer; how many were cut to fit; how many are left out, for no answer fits)."""
+    blocks = range(0, len(tokens), 1 << 24)
+    special = np.concatenate([a + np.flatnonzero(tokens[a:a + (1 << 24)] >= vocab_size + END_OF_TEXT)
+                              for a in blocks])
+    kind = tokens[special].astype(np.int64) - vocab_size
+    starts = special[kind == END_OF_TEXT]
+    answers = special[1:][(kind[1:] == END) & (kind[:-1] == ASSISTANT)] + 1            # where answers end
+    whole = np.append(starts[1:], len(tokens))
+
+    def last_answer(limit):                                # the last end up to each limit, 0 if there is none
+        return np.append(0, answers)[np.searchsorted(answers, limit, side="right")]
+    ends = last_answer(np.minimum(whole, starts + seq_len + 1))
+    kept = ends > starts
+    cut = kept & (ends < last_answer(whole))
+    return np.stack([starts[kept], ends[kept]], 1), int(cut.sum()), int((~kept).sum())
+
+
+def pack_best_fit(sizes, capacity):
+    """Put sizes into as few bins of a capacity as best-fit decreasing finds -> [their indices, for each bin].
+
+    Bins are kept by the room that is left in them, and which rooms there are as bits of one number, so that
+    the smallest sufficient one is found at once."""
+    bins, with_room, rooms = [], defaultdict(list), 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        enough = rooms >> sizes[i]
+        if enough:
+            room = sizes[i] + (enough & -enough).bit_length() - 1
+            place = with_room[room].pop()
+            rooms ^= (not with_room[room]) << room
+        else:
+            room, place = capacity, len(bins)
+            bins.append([])
+        bins[place].append(i)
+        if room > sizes[i]:
+            with_room[room - sizes[i]].append(place)
+            rooms |= 1 << (room - sizes[i])
+    return bins
 
 
 # --- sources ----------------------------------------------------------------------------------------------
@@ -392,7 +539,7 @@ def standard_library():
     return root, files
 
 
-def find_files(source, downloads):
+def find_files(source, downloads, suffixes=SUFFIXES):
     """-> (folder that names are relative to, files) of one --source.  ValueError if there is nothing to
     read."""
     if source == "stdlib":
@@ -403,14 +550,14 @@ def find_files(source, downloads):
         raise ValueError(f"source {source} does not exist")
     elif Path(source).is_dir():
         root = Path(source)
-        files = sorted(f for f in root.rglob("*") if f.is_file() and f.name.lower().endswith(SUFFIXES)
+        files = sorted(f for f in root.rglob("*") if f.is_file() and f.name.lower().endswith(suffixes)
                        and not any(part.startswith(".") for part in f.relative_to(root).parts))
     else:
         root, files = Path(source).parent, [Path(source)]
-        if not source.lower().endswith(SUFFIXES):
-            raise ValueError(f"source {source} is none of {', '.join(SUFFIXES)}")
+        if not source.lower().endswith(suffixes):
+            raise ValueError(f"source {source} is none of {', '.join(suffixes)}")
     if not any(f.stat().st_size for f in files):
-        raise ValueError(f"source {source} is empty: no text in files that end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"source {source} is empty: no text in files that end in {', '.join(suffixes)}")
     return root, files
 
 
@@ -594,6 +741,181 @@ def is_json(path):
     return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
+# --- chats ------------------------------------------------------------------------------------------------
+
+def read_chat(record):
+    """A record of a chat file, {"messages": [{"role", "content"}, ..]} or {"instruction", "input", "output"},
+    as [(role, content)].  ValueError says why it is none."""
+    if not isinstance(record, dict) or not ("messages" in record or {"instruction", "output"} <= set(record)):
+        raise ValueError('neither "messages" nor "instruction" and "output" in it')
+    if "messages" in record:
+        try:
+            chat = [(message["role"], message["content"]) for message in record["messages"]]
+        except (TypeError, KeyError):
+            raise ValueError("its messages are no list of objects with role and content") from None
+    else:
+        question = [record["instruction"], record.get("input")]
+        if not all(isinstance(part, str) for part in filter(None, question)):
+            raise ValueError("instruction and input are no texts")
+        chat = [("user", "\n\n".join(filter(None, question))), ("assistant", record["output"])]
+    for number, (role, content) in enumerate(chat, 1):
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"message {number}: role {role!r} is unknown")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {number} ({role}) is no text, or empty")
+        content.encode()                                   # half of a surrogate pair is valid JSON, not text
+    turns = [role for role, _ in chat]
+    turns = turns[turns[:1] == ["system"]:]
+    if not turns:
+        raise ValueError("no messages")
+    if turns != (["user", "assistant"] * len(turns))[:len(turns)]:
+        raise ValueError("roles out of order: a system message, if any, then user and assistant in turn")
+    if "assistant" not in turns:
+        raise ValueError("no assistant message")
+    return chat
+
+
+def encode_chat(encoding, chat, answer=False):
+    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them; with answer=True the beginning of one follows.
+
+    Text that looks like a special token stays text."""
+    tokens = [encoding.encode_single_token("<|endoftext|>")]
+    for role, content in chat:
+        tokens += [encoding.encode_single_token(f"<|{role}|>"), *encode(encoding, content),
+                   encoding.encode_single_token("<|end|>")]
+    return tokens + [encoding.encode_single_token("<|assistant|>")] * answer
+
+
+def chat_records(path):
+    """(where, record) of each conversation of a chat file, or (where, ValueError) if it is not JSON."""
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+            if path.suffix.lower() == ".json":
+                records = json.load(file)
+                if not isinstance(records, list):
+                    raise ValueError("it is no list")
+                yield from ((f"item {number}", record) for number, record in enumerate(records, 1))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {number}", json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        yield f"line {number}", ValueError(f"not JSON ({error})")
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+
+
+def documented_functions():
+    """This Python's own documented functions as records of a chat: the question is the signature, the answer
+    the first paragraph of the docstring.  No answer comes twice."""
+    root, files = standard_library()
+    seen = set()
+
+    def visit(body, name):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from visit(node.body, f"{name}.{node.name}")
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if answer and answer not in seen:
+                    seen.add(answer)
+                    yield f"{name}.{node.name}({ast.unparse(node.args)})", answer
+    for path in files:
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                # of old escapes
+            tree = ast.parse(path.read_bytes())
+        for signature, answer in visit(tree.body, module):
+            yield {"messages": [{"role": "user", "content": f"What does {signature} do?"},
+                                {"role": "assistant", "content": answer}]}
+
+
+def chats_folder(source, encoding):
+    """Where train.py keeps the tokens of a chat file (or of the word functions): the folder's name says what
+    went in, so that a file that has changed is another set.  ValueError if there is no such file."""
+    if source != "functions" and not Path(source).is_file():
+        raise ValueError(f"data {source} does not exist; it would be a file of conversations")
+    content = sys.version if source == "functions" else file_sha256(source)
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    digest = hashlib.sha256(repr((content, encoding._pat_str, ranks)).encode()).hexdigest()
+    return Path("data") / f"{Path(source).name.split('.')[0]}-{digest[:8]}"
+
+
+def is_chat_source(source):
+    """Whether a name is that of conversations that are no tokens yet."""
+    return source == "functions" or source.lower().endswith(CHAT_SUFFIXES)
+
+
+def holds_chats(source):
+    """Whether a file or folder has conversations, or their tokens."""
+    file = Path(source) if Path(source).is_file() else Path(source) / "train.bin"
+    return is_chat_source(source) or bool(source) and file.is_file() and has_chats(file)
+
+
+class Chats:
+    """All sources of a set of conversations, checked.  ValueError if more than 1 % of them are unreadable."""
+
+    def __init__(self, sources, downloads):
+        self.skipped, self.files, self.found, problems, n = Counter(), [], [], [], 0
+        for source in sources:
+            root, files = (None, [None]) if source == "functions" else find_files(source, downloads,
+                                                                                  CHAT_SUFFIXES)
+            self.files += files
+            self.found.append({"source": source, "files": len(files)})
+        self.held = (1.0, None)                            # one is held out of few conversations, too
+        for where, chat in self.read():
+            n += 1
+            if isinstance(chat, ValueError):
+                problems.append(f"{where}: {chat}")
+            else:
+                self.held = min(self.held, (unit(chat_key(chat)), chat_key(chat)))
+        self.skipped["conversations"] = len(problems)
+        if problems and len(problems) == n:
+            raise ValueError(f"{', '.join(sources)} is no set of chats: {problems[0]}")
+        if len(problems) > BAD_CHATS * n:
+            raise ValueError(f"{len(problems):,} of {n:,} conversations cannot be read, more than 1 %: "
+                             f"{'; '.join(problems[:5])}" + "; .." * (len(problems) > 5))
+        for problem in problems[:5]:
+            print(f"skipped: {problem}", file=sys.stderr)
+        if not n:
+            raise ValueError(f"no conversations in {', '.join(sources)}")
+
+    def read(self):
+        """(where, [(role, content)] or ValueError) of every conversation."""
+        for path in self.files:
+            records = chat_records(path) if path else (("", record) for record in documented_functions())
+            for where, record in tqdm(records, f"reading {path.name if path else 'functions'}", leave=False,
+                                      disable=None, unit=" conversations"):
+                try:
+                    if isinstance(record, ValueError):
+                        raise record
+                    yield where, read_chat(record)
+                except ValueError as error:
+                    yield f"{path}, {where}", error
+
+    def conversations(self):
+        """([(role, content)], whether it is held out) of every good one.  Those with the same question are on
+        the same side."""
+        for _, chat in self.read():
+            if not isinstance(chat, ValueError):
+                key = unit(chat_key(chat)), chat_key(chat)
+                yield chat, key[0] < VAL_FRACTION or key == self.held
+
+    def sample(self):
+        """About BPE_BYTES of what is said, for training a tokenizer."""
+        taken = 0
+        for chat, held_out in self.conversations():
+            for _, content in () if held_out or taken > BPE_BYTES else chat:
+                taken += len(content)
+                yield content
+
+
+def chat_key(chat):
+    """The first question of a conversation."""
+    return next(content for role, content in chat if role == "user")
+
+
 # --- preparing a folder -----------------------------------------------------------------------------------
 
 def encode(encoding, text):
@@ -608,32 +930,53 @@ def encode(encoding, text):
 
 def tokenize(corpus, encoding, folder):
     """Write train.bin and val.bin -> {"train": counts, "val": counts}."""
-    end_of_text = encoding.encode_single_token("<|endoftext|>")
-    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab) for split in ("train", "val")}
+    chats = isinstance(corpus, Chats)
+    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats)
+               for split in ("train", "val")}
     counts = {split: Counter(documents=0, bytes=0) for split in writers}
-    for piece in corpus.pieces("writing tokens"):
-        split = "val" if piece.held_out else "train"
-        tokens = [end_of_text] * piece.first + encode(encoding, piece.text)
+    for tokens, held_out, first, n_bytes in (chat_tokens if chats else text_tokens)(corpus, encoding):
+        split = "val" if held_out else "train"
         writers[split].write(tokens)
-        counts[split].update(documents=int(piece.first), bytes=len(piece.text.encode()))
+        counts[split].update(documents=first, bytes=n_bytes)
     for split, writer in writers.items():
         writer.close()
         counts[split].update(tokens=writer.count)
         if not writer.count:
-            raise ValueError(f"the sources are too small: no document fell to {split}.bin "
-                             f"({corpus.skipped['lines']} lines without a \"text\" were skipped)")
+            raise ValueError(f"the sources are too small: nothing fell to {split}.bin" + (
+                f" ({corpus.skipped['lines']} lines without a \"text\" were skipped)" * (not chats)))
         counts[split]["sha256"] = file_sha256(folder / f"{split}.bin")
     return {split: dict(count) for split, count in counts.items()}
 
 
-def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=2048):
-    """Prepare a folder unless it is there, and return what its meta.json says.
+def text_tokens(corpus, encoding):
+    """(tokens, whether held out, 1 for the first piece of a document, bytes) of each piece."""
+    end_of_text = encoding.encode_single_token("<|endoftext|>")
+    for piece in corpus.pieces("writing tokens"):
+        tokens = [end_of_text] * piece.first + encode(encoding, piece.text)
+        yield tokens, piece.held_out, int(piece.first), len(piece.text.encode())
+
+
+def chat_tokens(chats, encoding):
+    """The same of each conversation."""
+    for chat, held_out in chats.conversations():
+        yield encode_chat(encoding, chat), held_out, 1, sum(len(content.encode()) for _, content in chat)
+
+
+def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=2048, chats=False):
+    """Prepare a folder unless it is there, and return what its meta.json says.  tokenizer is a name or an
+    encoding.
 
     Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
     out, weights = Path(out), list(weights or [1.0] * len(sources))
-    request = {"sources": list(sources), "weights": weights, "tokenizer": tokenizer}
+    given = isinstance(tokenizer, tiktoken.Encoding)
+    request = {"sources": list(sources), "weights": weights,
+               "tokenizer": tokenizer.name if given else tokenizer}
     if tokenizer == "bpe":
         request["vocab_size"] = vocab_size
+    if chats:
+        request["chats"] = True
+        if set(weights) != {1.0}:
+            raise ValueError("weights are for text: conversations all go in once")
     if out.exists():
         meta = load_meta(out)
         if meta["request"] != request:
@@ -647,8 +990,9 @@ def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        corpus = Corpus(sources, weights, out.parent / "downloads")
-        encoding = build_encoding(tokenizer, vocab_size, corpus.sample())
+        downloads = out.parent / "downloads"
+        corpus = Chats(sources, downloads) if chats else Corpus(sources, weights, downloads)
+        encoding = tokenizer if given else build_encoding(tokenizer, vocab_size, corpus.sample())
         save_encoding(encoding, aside / "encoding.json")
         splits = tokenize(corpus, encoding, aside)
         meta = {"request": request, "vocab_size": encoding.n_vocab, "sources": corpus.found,
@@ -681,12 +1025,13 @@ def load_meta(folder):
 def describe(out, meta):
     """What a prepared folder holds, in two lines."""
     train, val, skipped = meta["train"], meta["val"], {what: n for what, n in meta["skipped"].items() if n}
-    text = (f"{out}: {meta['files']} files, {meta['documents']} documents; tokenizer "
+    kind = "conversations" if meta["request"].get("chats") else "documents"
+    text = (f"{out}: {meta['files']} files, {meta['documents']} {kind}; tokenizer "
             f"{meta['request']['tokenizer']}, vocabulary {meta['vocab_size']:,}\n"
             f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
             f"{val['tokens']:,}; sha256 {train['sha256'][:12]}")
     if skipped:
-        text += "\n  skipped (not UTF-8, or no \"text\"): "
+        text += "\n  skipped: " if kind == "conversations" else "\n  skipped (not UTF-8, or no \"text\"): "
         text += ", ".join(f"{n} {what}" for what, n in skipped.items())
     return text
 
@@ -694,29 +1039,37 @@ def describe(out, meta):
 def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("--source", nargs="+", action="extend", metavar="PATH|URL",
-                        help="files, folders, URLs, or the word stdlib (the default)")
+                        help="files, folders, URLs, or the word stdlib (the default; with --chats the "
+                             "default is the word functions, Python's own documented ones)")
+    parser.add_argument("--chats", action="store_true",
+                        help="the sources are conversations: .jsonl, .jsonl.gz or .json of {messages: [{role,"
+                             " content}, ..]} or {instruction, input, output}; give a --tokenizer")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
                         help="how often each source goes in; 0.5 is half of its documents (default 1)")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
-    parser.add_argument("--tokenizer", default="bpe", metavar="NAME",
-                        help="bpe (ranks trained on the corpus, the default), bytes, gpt2, o200k_base, or a "
-                             "tokenizer.json of Hugging Face")
+    parser.add_argument("--tokenizer", metavar="NAME",
+                        help="bpe (ranks trained on the corpus, the default for text), bytes, gpt2, "
+                             "o200k_base, a run or folder that has one, or a tokenizer.json of Hugging Face")
     parser.add_argument("--vocab_size", type=int, default=2048, metavar="V",
                         help="vocabulary of bpe, five special tokens included (default 2048, which measured "
                              "best for the laptop preset; take 8192 or more for a larger model)")
     args = parser.parse_args(argv)
     with one_line_errors():
-        if args.tokenizer not in TOKENIZERS and not args.tokenizer.endswith(".json"):
-            raise ValueError(f"tokenizer {args.tokenizer!r} is unknown"
+        if args.chats and not args.tokenizer:
+            raise ValueError("--chats needs a --tokenizer: that of the run whose model is to be tuned, as in "
+                             "--tokenizer out/laptop (or bpe, for a model that begins with these chats)")
+        args.tokenizer = args.tokenizer or "bpe"
+        if args.tokenizer not in TOKENIZERS and not is_tokenizer(args.tokenizer):
+            raise ValueError(f"tokenizer {args.tokenizer!r} is unknown, and no run or folder that has one"
                              f"{did_you_mean(args.tokenizer, TOKENIZERS)}")
-        sources = args.source or ["stdlib"]
+        sources = args.source or ["functions" if args.chats else "stdlib"]
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or (name == "stdlib" and sources != ["stdlib"]):
             raise ValueError(f"data/{name} cannot be the folder's name; give another --name")
         out = Path("data") / name
         if out.exists():
             print(f"{out} is there already; to prepare it anew, delete it or choose another --name")
-        print(describe(out, prepare(out, sources, args.weights, args.tokenizer, args.vocab_size)))
+        print(describe(out, prepare(out, sources, args.weights, args.tokenizer, args.vocab_size, args.chats)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python eval.py loss    --ckpt out/laptop out/dense   held-out loss, beside a uniform model and a trigram
     python eval.py sample  --ckpt out/laptop --prompt 'def '
+    python eval.py chat    --ckpt out/laptop-chat                  a run that was tuned on conversations
     python eval.py routing out/laptop out/other --png pictures     who gets which token, and how evenly
     python eval.py export  --ckpt out/laptop --to folder           for transformers
     python eval.py bench   --ckpt out/laptop --tasks piqa          lm-evaluation-harness
@@ -10,6 +11,7 @@
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
 
+import codecs
 import gzip
 import importlib.metadata
 import itertools
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import parallel
-from model import Model, ModelConfig, from_hf_config, hf_config, pick_device, to_hf
+from model import Model, ModelConfig, context_at, from_hf_config, hf_config, pick_device, to_hf
 from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def load_run(ckpt, device="cpu"):
     layer)."""
     out = run_folder(ckpt)
     saved, path = read_settings(out), newest(ckpt)
-    config = ModelConfig(**saved["model"])
+    config = ModelConfig(**sizes_at(ckpt))
     with torch.device("meta"):
         model = Model(config)
     model = model.to_empty(device=device)
@@ -54,6 +56,19 @@ def load_run(ckpt, device="cpu"):
     top_k = active_experts(max(0, done - 1), settings["steps"], settings["initial_top_k"], config.top_k,
                            settings["switch"], config.n_layer)
     return model.requires_grad_(False), saved, top_k
+
+
+def context_of(ckpt):
+    """The Context (sequence length, rotary base) in which a checkpoint's last step was made."""
+    saved = read_settings(run_folder(ckpt))
+    step = max(0, int(newest(ckpt).name.removeprefix("step-")) - 1)
+    return context_at(step, saved["settings"]["seq_len"], saved["model"]["rope_base"],
+                      saved["settings"].get("stages", []))
+
+
+def sizes_at(ckpt):
+    """The fields of a checkpoint's ModelConfig, with the rotary base of its stage."""
+    return read_settings(run_folder(ckpt))["model"] | {"rope_base": context_of(ckpt).rope_base}
 
 
 def run_folder(ckpt):
@@ -87,14 +102,16 @@ def same_tokenizer(out, folder):
         raise ValueError(f"the tokenizer of {out} is not that of {folder}: their tokens mean other things")
 
 
-def open_data(source):
-    """-> (folder, training tokens, held-out tokens, vocabulary) of a folder or token file of data.py."""
+def open_data(source, seq_len):
+    """-> (folder, training tokens, sampler of the held-out ones, vocabulary) of a folder or token file of
+    data.py."""
     source = Path(source)
     folder = source.parent if source.is_file() else source
     if not (folder / "val.bin").exists():
         raise ValueError(f"{folder} has no held-out text (val.bin); --data FOLDER names one that has")
     file = source if source.is_file() else folder / "train.bin"
-    return folder, data.load_tokens(file), data.load_tokens(folder / "val.bin"), data.vocabulary(file)
+    held_out = data.make_sampler(data.load_tokens(folder / "val.bin"), folder / "val.bin", seq_len)
+    return folder, data.load_tokens(file), held_out, data.vocabulary(file)
 
 
 def load_for(ckpt, folder, vocab_size, device):
@@ -217,23 +234,21 @@ class Weights(Mapping):
 # --- loss -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32, grid=parallel.ALONE):
-    """Cross-entropy alone over windows of held-out tokens, evenly spread if there are more than `limit`
-    tokens; `rows` of them at a time on each rank.
+def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=parallel.ALONE):
+    """Cross-entropy alone over a sampler's windows of held-out tokens, evenly spread if there are more than
+    `limit` tokens; `rows` of them at a time on each rank.
 
-    -> (nats per token, Statistics of all layers, indices of the windows)."""
-    n = (len(tokens) - 1) // seq_len
-    if n < 1:
-        raise ValueError(f"seq_len ({seq_len}) is too long for {len(tokens)} held-out tokens")
-    windows = np.unique(np.linspace(0, n - 1, min(n, max(1, (limit or n * seq_len) // seq_len))).astype(int))
+    -> (nats per target, Statistics of all layers, indices of the windows)."""
+    n = sampler.n_windows
+    most = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
+    windows = np.unique(np.linspace(0, n - 1, most).astype(int))
     loss, n_targets, n_beyond, sums, V = 0.0, 0, 0, None, model.config.vocab_size
     for a in range(0, len(windows), rows * grid.world):
         mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
-        batch = np.stack([tokens[w * seq_len:(w + 1) * seq_len + 1] for w in mine] or [tokens[:seq_len + 1]])
-        batch = torch.from_numpy(batch.astype(np.int64))[:len(mine)]
-        n_beyond += int((batch >= V).sum())
-        batch = batch.clamp(max=V - 1).to(device)
-        out = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), top_k)
+        tokens, targets, *doc = sampler.batch(mine)
+        n_beyond += int((tokens >= V).sum() + (targets >= V).sum())
+        tokens, targets, *doc = (t.clamp(max=V - 1).to(device) for t in (tokens, targets, *doc))
+        out = model(tokens, targets, top_k, *doc)
         loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
         sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
     if grid.world > 1:
@@ -242,7 +257,7 @@ def validate(model, tokens, seq_len, top_k, device="cpu", limit=None, rows=32, g
         (loss, n_targets, n_beyond), sums = totals[0].tolist(), Statistics(*totals[1:])
     if n_beyond:
         raise ValueError(f"{n_beyond:.0f} held-out tokens are beyond the vocabulary ({V})")
-    return loss / n_targets, sums, windows
+    return loss / max(1, n_targets), sums, windows
 
 
 def token_bytes(encoding):
@@ -296,22 +311,24 @@ def lookup(keys, values, asked):
 
 
 def compare_losses(ckpts, source=None, device="cpu"):
-    """Baselines and runs on the same held-out text, cut as the first run was trained.
+    """Baselines and runs on the same held-out text (or answers of conversations), cut as the first run was
+    trained.
 
     -> (rows (name, nats per token, perplexity, bits per byte), number of targets, folder of the text)."""
     settings = read_settings(run_folder(ckpts[0]))["settings"]
-    folder, train, val, vocab_size = open_data(source or settings["data"])
+    folder, train, val, vocab_size = open_data(source or settings["data"], context_of(ckpts[0]).seq_len)
     encoding = data.load_encoding(folder)
     losses = []
     for ckpt in ckpts:
         model, _, top_k = load_for(ckpt, folder, vocab_size, device)
-        loss, _, windows = validate(model, val, settings["seq_len"], top_k, device)
+        loss, _, windows = validate(model, val, top_k, device)
         losses.append((str(ckpt), loss))
-    targets = np.arange(2, len(windows) * settings["seq_len"] + 1)       # a trigram needs two tokens
-    prob = Trigram(train, encoding.n_vocab).prob(val)[targets - 2]
+    targets = val.places(windows)
+    targets = targets[targets > 1]                                # a trigram needs two tokens
+    prob = Trigram(train, encoding.n_vocab).prob(val.tokens)[targets - 2]
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
             ("interpolated trigram", float(-np.log(prob).mean()))] + losses
-    per_byte = len(targets) / token_bytes(encoding)[val[targets]].sum() / math.log(2)
+    per_byte = len(targets) / token_bytes(encoding)[val.tokens[targets]].sum() / math.log(2)
     return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
 
 
@@ -322,7 +339,8 @@ def loss_command(args):
     for name, loss, perplexity, bits in rows:
         print(f"{name[-32:]:32} {loss:10.4f} {perplexity:10.1f} {bits:9.4f}")
     for a, b in zip(args.ckpt, args.ckpt[1:]):
-        print(first_below(a, b))
+        if len({read_settings(run_folder(run))["settings"]["data"] for run in (a, b)}) == 1:
+            print(first_below(a, b))
 
 
 def first_below(a, b):
@@ -378,6 +396,127 @@ def sample_command(args):
             print("-" * 80)
         print(write_text(model, encoding, args.prompt, args.tokens, top_k, args.temperature, args.top_p,
                          args.seed + i))
+
+
+def reply(model, encoding, tokens, max_new_tokens, top_k, temperature=0.8, top_p=0.95, generator=None):
+    """Let the model continue the tokens of a conversation: yields text as it comes, until a special token
+    ends the answer."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")    # a character may take several tokens
+    prompt = torch.tensor([tokens], device=model.embed.weight.device)
+    for new in model.stream(prompt, max_new_tokens, temperature, top_p, top_k, generator=generator):
+        if int(new) >= len(encoding._mergeable_ranks):            # they come last; rows of no token
+            break
+        yield decoder.decode(encoding.decode_single_token_bytes(int(new)))
+    yield decoder.decode(b"", final=True)
+
+
+CHAT_HELP = """/reset forgets the conversation, /save [FILE] appends it to a file as a line of JSON,
+/quit or Ctrl-D ends, Ctrl-C stops an answer"""
+
+
+class Talk:
+    """A conversation with a run, as long as its context has room for: that is the length of the sequences it
+    was trained on."""
+
+    def __init__(self, args):
+        self.args, self.forgot = args, False
+        self.model, saved, self.top_k = load_run(args.ckpt, args.device)
+        self.encoding = data.load_encoding(run_folder(args.ckpt))
+        self.window = context_of(args.ckpt).seq_len
+        self.most = min(args.tokens, self.window // 2)            # tokens of an answer
+        self.generator = torch.Generator(args.device).manual_seed(args.seed)
+        self.chat = []
+        self.reset()
+        if not data.holds_chats(saved["settings"]["data"]):
+            say(f"{args.ckpt} was not tuned on conversations (or they are gone): expect no answers; "
+                f"train.py --init_from {args.ckpt} --data functions tunes it")
+
+    def reset(self):
+        self.chat = [("system", self.args.system)] * bool(self.args.system)
+
+    def prompt(self, question):
+        """The tokens of the conversation and a question.  What does not fit goes, the oldest first, a
+        question with its answer.  ValueError if the question alone is too long."""
+        chat, room = [*self.chat, ("user", question)], self.window - self.most
+        fixed = len(chat) > 1 and chat[0][0] == "system"
+        while len(tokens := data.encode_chat(self.encoding, chat, answer=True)) > room:
+            if len(chat) - fixed == 1:
+                raise ValueError(f"that question is too long: {len(tokens)} tokens, with room for {room}")
+            del chat[fixed:fixed + 2]
+            if not self.forgot:
+                say(f"the beginning of the conversation no longer fits into {self.window} tokens and is "
+                    "forgotten")
+            self.forgot = True
+        self.chat = chat
+        return tokens
+
+    def ask(self, question):
+        """Print the answer as it comes, and remember both.  Ctrl-C ends the answer."""
+        pieces, tokens = [], self.prompt(question)
+        try:
+            for piece in reply(self.model, self.encoding, tokens, self.most, self.top_k,
+                               self.args.temperature, self.args.top_p, self.generator):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            say("\nstopped")
+        print(flush=True)
+        answer = "".join(pieces)
+        if answer.strip():
+            self.chat.append(("assistant", answer))
+        else:
+            self.chat.pop()                                       # a question without an answer is no chat
+            say("no answer")
+
+    def save(self, file):
+        """Append the conversation to a file, in the format that data.py reads."""
+        path = Path(file) if file else free_name(run_folder(self.args.ckpt), "chat", ".jsonl")
+        if not any(role == "assistant" for role, _ in self.chat):
+            raise ValueError("there is nothing to save yet")
+        messages = [{"role": role, "content": text} for role, text in self.chat]
+        with open(path, "a") as out:
+            print(json.dumps({"messages": messages}), file=out)
+        say(f"saved: {path}")
+
+
+def say(text):
+    """To the person, not into what a pipe takes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def chat_command(args):
+    """A conversation: a line is a question, or one of the commands of CHAT_HELP."""
+    if args.tokens < 1:
+        raise ValueError(f"tokens ({args.tokens}) must be at least 1")
+    talk, person = Talk(args), sys.stdin.isatty()
+    if person:
+        with suppress(ImportError):
+            importlib.import_module("readline")                   # line editing
+        say(CHAT_HELP)
+    while True:
+        try:
+            line = input("> " if person else "").strip()
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                break
+            elif command == "/reset":
+                talk.reset()
+                talk.forgot = False
+            elif command == "/save":
+                talk.save(rest.strip())
+            elif re.fullmatch(r"/\w+", line):
+                say(CHAT_HELP)
+            elif line:
+                talk.ask(line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            say("\n/quit or Ctrl-D ends")
+        except BrokenPipeError:                                   # nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            break
+        except (ValueError, OSError) as error:
+            say(f"error: {error}")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------
@@ -603,7 +742,7 @@ def bench_command(args):
             raise ValueError(f"task {name!r} is unknown{where}{data.did_you_mean(name, known)}")
     if args.limit is not None and args.limit < 1 or args.shots is not None and args.shots < 0:
         raise ValueError(f"limit ({args.limit}) must be at least 1 and shots ({args.shots}) 0 or more")
-    out = Path(args.json or free_name(run_folder(args.ckpt)))
+    out = Path(args.json or free_name(run_folder(args.ckpt), "bench", ".json"))
     try:
         out.open("x").close()                                     # ours from here on
     except FileExistsError:
@@ -639,9 +778,9 @@ def bench_command(args):
         raise ValueError("; ".join(failed))
 
 
-def free_name(folder):
-    """The first of FOLDER/bench-1.json, bench-2.json .. that is not there."""
-    return next(path for i in range(1, 10 ** 6) if not (path := folder / f"bench-{i}.json").exists())
+def free_name(folder, name, suffix):
+    """The first of FOLDER/NAME-1.json, NAME-2.json .. that is not there."""
+    return next(path for i in range(1, 10 ** 6) if not (path := folder / f"{name}-{i}{suffix}").exists())
 
 
 def evaluate_task(harness, lm, name, shots, args, where):
@@ -777,15 +916,16 @@ class Look(NamedTuple):
 def look(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder -> Look."""
     s = read_settings(run_folder(ckpt))["settings"]
-    folder, train, val, vocab_size = open_data(source or s["data"])
+    folder, train, val, vocab_size = open_data(source or s["data"], context_of(ckpt).seq_len)
     model, _, top_k = load_for(ckpt, folder, vocab_size, device)
     chosen = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, chosen):
         block.moe.router.register_forward_hook(
             lambda m, x, routing, seen=seen: seen.append(routing.experts[:, 0].cpu()))
-    length, done = s["seq_len"], int(newest(ckpt).name.removeprefix("step-"))
-    loss, sums, windows = validate(model, val, length, top_k, device, limit)
-    tokens = torch.from_numpy(np.concatenate([val[w * length:(w + 1) * length] for w in windows]).astype(int))
+    done = int(newest(ckpt).name.removeprefix("step-"))
+    loss, sums, windows = validate(model, val, top_k, device, limit)
+    tokens, _, *doc = val.batch(windows)
+    tokens = tokens[doc[0] >= 0] if doc else tokens.flatten()     # as the routers saw them
     first = active_experts(0, s["steps"], s["initial_top_k"], model.config.top_k, s["switch"],
                            model.config.n_layer)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
@@ -1084,7 +1224,7 @@ def draw_co_activation(pyplot, runs):
 def main(argv=None):
     parser = data.Parser(prog="eval.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="loss | sample | routing | export | bench | choices")
+                                     metavar="loss | sample | chat | routing | export | bench | choices")
 
     def command(name, function, help, runs="--ckpt", **options):
         sub = commands.add_parser(name, help=help, description=help)
@@ -1105,6 +1245,13 @@ def main(argv=None):
     sub.add_argument("--prompt", default="", help="text to continue (default: the beginning of a document)")
     sub.add_argument("--tokens", type=int, default=200, help="at most this many new tokens (default 200)")
     sub.add_argument("--n", type=int, default=1, help="how many texts (default 1)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    sub.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this (0.95)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub = command("chat", chat_command, "talk with a run that was tuned on conversations; in a pipe, one "
+                  "question a line", required=True)
+    sub.add_argument("--system", default="", metavar="TEXT", help="a message that comes before all others")
+    sub.add_argument("--tokens", type=int, default=200, help="of an answer, at most (default 200)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     sub.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this (0.95)")
     sub.add_argument("--seed", type=int, default=0)

@@ -550,6 +550,7 @@ class Model(nn.Module):
     def __init__(self, config, seed=None):
         super().__init__()
         self.config = config
+        self.rope_base = config.rope_base                         # train.py sets it where a new stage begins
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, config.token_router and i == 0)
                                     for i in range(config.n_layer))
@@ -632,7 +633,7 @@ class Model(nn.Module):
             raise ValueError(f"{past + T} tokens are longer than max_seq_len ({self.config.max_seq_len})")
         x = self.embed(tokens)
         positions = torch.arange(past, past + T, device=tokens.device)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        cos, sin = rotary(positions, self.config.head_dim, self.rope_base, x.dtype)
         mask = attention_mask(doc, T, past, tokens.device, cache.padding if cache is not None else None)
         padded = doc is not None and bool((doc < 0).any())
         keep = (doc.flatten() >= 0).nonzero().squeeze(1) if padded else None
@@ -685,6 +686,26 @@ class Model(nn.Module):
             yield new
             if stop is not None and done.all():
                 break
+
+
+class Context(NamedTuple):
+    """What a step sees of the text."""
+
+    stage: int          # from 0
+    seq_len: int        # tokens per sequence
+    rope_base: float    # of the rotary positions
+    first: int          # step of the stage
+
+
+def context_at(step, seq_len, rope_base, stages):
+    """Progressive context: the Context of a step, from stages [(seq_len, rope_base, steps), ..] that follow
+    one another; the last one goes on.  Without stages the first two numbers hold throughout."""
+    first = 0
+    for stage, (seq_len, rope_base, steps) in enumerate(stages):
+        if step < first + steps or stage == len(stages) - 1:
+            return Context(stage, seq_len, rope_base, first)
+        first += steps
+    return Context(0, seq_len, rope_base, 0)
 
 
 def attention_mask(doc, T, past, device, padding=None):

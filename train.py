@@ -3,6 +3,7 @@
     python train.py                                   the laptop preset on Python's standard library
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
+    python train.py --init_from out/laptop --data chats.jsonl         tune the run's model on conversations
     torchrun --standalone --nproc-per-node 8 train.py --ep 8     eight processes, which share the experts
 
 A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
@@ -11,9 +12,11 @@ it; so a checkpoint need hold only weights, optimizer state and the step, and a 
 uninterrupted one.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -48,6 +51,7 @@ from model import (
     PRESETS,
     Model,
     ModelConfig,
+    context_at,
     count_parameters,
     flops_per_token,
     from_hf,
@@ -82,7 +86,9 @@ class Settings:
 
     preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
     out: str = setting("", "run", "the run's directory (default: out/PRESET)")
-    data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing)")
+    data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing); "
+                        "or conversations for the model of --init_from: a .jsonl, .jsonl.gz or .json, or the "
+                        "word functions, which are Python's own documented ones")
     init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it),"
                              " or from a folder of Hugging Face: Qwen3-MoE, or Qwen3, which is upcycled")
     upcycle_noise: float = setting(0.0, "run", "by how much upcycled experts differ at the start, in "
@@ -97,6 +103,10 @@ class Settings:
     ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
     accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule", "tokens per sequence")
+    stages: list = setting([], "schedule", "SEQ_LEN:ROPE_BASE:STEPS,.. one after the other, instead of "
+                           "--seq_len, --rope_base and --steps: 128:10000:200,512:40000:100")
+    pack: bool = setting(True, "schedule", "true: several conversations in a sequence, which do not see each "
+                         "other; false: one, and padding")
     lr: float = setting(6e-3, "schedule", "learning rate after warm-up")
     warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
@@ -168,6 +178,10 @@ class Settings:
                              f"({self.accumulate})")
         if self.ramp_from > self.batch_size:
             raise ValueError(f"ramp_from ({self.ramp_from}) must not be above batch_size ({self.batch_size})")
+        for number, (seq_len, rope_base, steps) in enumerate(self.stages, 1):
+            if not (seq_len >= 1 and 0 < rope_base < math.inf and steps >= 1):
+                raise ValueError(f"stages: stage {number} ({seq_len}:{rope_base:g}:{steps}) must have a "
+                                 "length and steps of at least 1, and a rotary base above 0")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
         possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)
@@ -182,6 +196,11 @@ TRAINING = {                                                  # what a preset se
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            dtype="bfloat16", lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
+# what tuning on conversations sets, and what it takes over from the run whose model it tunes
+CHAT = dict(steps=300, initial_top_k=[])
+CHAT_LR = 0.3                                                 # of that run's
+TAKEN_OVER = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
+              "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "eps", "clip")
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
               "sample_tokens", "wandb", "spike", "bad_steps", "check_every", "ep", "replicate", "backend",
@@ -199,7 +218,7 @@ def parse(argv):
             groups[group] = parser.add_argument_group(group)
         if isinstance(field.default, (int, float)) and field.default and "default" not in help + group:
             help += f" ({field.default})"
-        read = READ.get(field.type, field.type)
+        read = READ.get(field.name, READ.get(field.type, field.type))
         groups[group].add_argument(f"--{field.name}", type=read, metavar="", help=help)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
@@ -214,7 +233,16 @@ def numbers(text):
     return [int(n) for n in text.split(",") if n]
 
 
-READ = {bool: truth, list: numbers}
+def stages(text):
+    try:
+        return [[int(seq_len), float(rope_base), int(steps)] for seq_len, rope_base, steps in
+                (stage.split(":") for stage in text.split(","))]
+    except ValueError:
+        form = "SEQ_LEN:ROPE_BASE:STEPS,SEQ_LEN:ROPE_BASE:STEPS,.."
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from None
+
+
+READ = {bool: truth, list: numbers, "stages": stages}
 SIZES = {
     "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
     "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads",
@@ -232,14 +260,23 @@ def resolve(typed):
     """Typed settings -> (Settings, ModelConfig, whether the run exists).
 
     What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
-    preset = typed.get("preset", "laptop")
     typed |= {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from") if name in typed}
+    source, chats = typed.get("init_from", ""), data.holds_chats(typed.get("data", ""))
+    tuned = chats and source and not evaluation.is_hf(source)
+    base = evaluation.read_settings(evaluation.run_folder(source))["settings"] if tuned else {}
+    preset = typed.get("preset", base.get("preset", "laptop"))
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
-    out = Path(typed.get("out", f"out/{preset}"))
+    out = Path(typed.get("out") or (f"out/{evaluation.run_folder(source).name}-chat" if chats and source
+                                    else f"out/{preset}"))
     if out.name.startswith("step-"):
         raise ValueError(f"out ({out}) must not begin with step-, which is the name of a checkpoint")
     exists = (out / "settings.json").exists()
+    if data.is_chat_source(typed.get("data", "")):
+        if not (exists or source):
+            raise ValueError(f"data {typed['data']} are conversations: --init_from names the run (or the "
+                             "folder of Hugging Face) whose model they tune, and whose tokenizer they need")
+        typed["data"] = str(data.chats_folder(typed["data"], data.read_tokenizer(out if exists else source)))
     if exists:
         saved = evaluation.read_settings(out)
         given, sizes = saved["settings"], saved["model"]
@@ -252,13 +289,17 @@ def resolve(typed):
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
-        given = dataclasses.asdict(Settings()) | {"out": str(out)} | TRAINING[preset]
+        given = dataclasses.asdict(Settings()) | {"out": str(out), "preset": preset} | TRAINING[preset]
+        if chats:
+            given |= {name: base[name] for name in TAKEN_OVER if name in base} | CHAT
+            given["lr"] = CHAT_LR * base.get("lr", given["lr"])
         sizes = dataclasses.asdict(PRESETS[preset])
-        source = typed.get("init_from", "")
         if source and evaluation.is_hf(source):
             sizes |= evaluation.read_hf_config(source)
         elif source:
-            sizes = evaluation.read_settings(evaluation.run_folder(source))["model"]
+            sizes = evaluation.sizes_at(source)
+        if "stages" in typed:
+            sizes["max_seq_len"] = max(sizes["max_seq_len"], *(stage[0] for stage in typed["stages"]))
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
         settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
@@ -267,8 +308,24 @@ def resolve(typed):
         raise ValueError(f"{out / 'settings.json'} is of another version of train.py ({error})") from None
     if "initial_top_k" not in typed:                          # a preset's list is cut to the layers there are
         settings.initial_top_k = settings.initial_top_k[:config.n_layer]
+    set_stages(settings, config, typed, exists)
     settings.check(config)
     return settings, config, exists
+
+
+def set_stages(s, config, typed, exists):
+    """With stages, the number of steps is their sum, and seq_len the longest.  ValueError for what they do
+    not go with."""
+    if not s.stages:
+        return
+    total = sum(steps for _, _, steps in s.stages)
+    wrong = [] if exists else [name for name in ("seq_len", "rope_base", "ramp_from") if name in typed]
+    if typed.get("steps", total) != total:
+        wrong.append("steps")
+    if wrong:
+        raise ValueError(f"stages have lengths, rotary bases and steps ({total} in all) of their own: leave "
+                         f"out --{wrong[0]}")
+    s.steps, s.seq_len, config.rope_base = total, max(stage[0] for stage in s.stages), s.stages[0][1]
 
 
 # --- schedules: pure functions of the step ----------------------------------------------------------------
@@ -310,7 +367,7 @@ class Guard:
 
     def objection(self, loss, norm, step, s, config):
         """-> why this step may not change the weights, or None."""
-        if step and stage(step, s, config) != stage(step - 1, s, config):
+        if step and phase(step, s, config) != phase(step - 1, s, config):
             self.counts[0] = 0
         seen, _, spikes, _, _ = self.counts.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -320,7 +377,7 @@ class Guard:
         value = torch.tensor([loss, norm], dtype=torch.float64)
         mean, spread = self.recent.mean(0), self.recent.std(0, correction=0)
         limit = mean + s.spike * torch.maximum(spread, 1e-6 * mean.abs())
-        ready = s.spike and seen >= self.SIZE and spikes < self.IN_A_ROW and stage(step, s, config)[0] > 0
+        ready = s.spike and seen >= self.SIZE and spikes < self.IN_A_ROW and phase(step, s, config)[0] > 0
         above = [name for name, high in zip(("loss", "gradient norm"), value > limit) if ready and high]
         self.recent[seen % self.SIZE] = value
         self.counts[0] += 1
@@ -330,10 +387,16 @@ class Guard:
             return f"its {' and '.join(above)} ({loss:.4g}, {norm:.4g}) is a spike"
 
 
-def stage(step, s, config):
-    """Which part of the schedules a step is in: warm-up, constant or falling learning rate (0, 1, 2); K."""
+def phase(step, s, config):
+    """Which part of the schedules a step is in: warm-up, constant or falling learning rate (0, 1, 2); K; the
+    stage of the context."""
     rate = 0 if step + 1 < s.warmup * s.steps else 1 if s.steps - step > s.decay * s.steps else 2
-    return rate, top_k_at(step, s, config)
+    return rate, top_k_at(step, s, config), context(step, s, config).stage
+
+
+def stage_ends(s):
+    """The steps after which a stage, or the run, is over."""
+    return set(itertools.accumulate(steps for _, _, steps in s.stages)) | {s.steps}
 
 
 def top_k_at(step, s, config):
@@ -341,23 +404,36 @@ def top_k_at(step, s, config):
     return active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
 
 
+def context(step, s, config):
+    """The Context of a step: stage, sequence length, rotary base."""
+    return context_at(step, s.seq_len, config.rope_base, s.stages)
+
+
+def consumed(step, s, config):
+    """Sequences that the steps of this step's stage took before it."""
+    return sum(sequences(before, s) for before in range(context(step, s, config).first, step))
+
+
 # --- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Corpus:
-    """The text of a run."""
+    """The text of a run, as each stage cuts it."""
 
-    train: data.Sampler
+    train: list                 # of data.Sampler
     vocab_size: int = 0
     top_share: float = 0.0      # of the most frequent token
-    val: np.ndarray = None      # held-out tokens, if there are any
+    val: list = None            # of the held-out tokens, if there are any
     encoding: tiktoken.Encoding = None      # if there is one beside the token file
     folder: Path = None
     file: Path = None
     sha256: str = None          # of the file; known to rank 0
 
     def sizes(self):
-        return [len(self.train.tokens), self.vocab_size, 0 if self.val is None else len(self.val)]
+        return [self.vocab_size, *(len(part[0].tokens) for part in (self.train, self.val) if part)]
+
+    def has_chats(self):
+        return isinstance(self.train[0], data.ChatSampler)
 
     def check(self):
         """ValueError if a token file is not the one that data.py wrote beside this meta.json."""
@@ -404,13 +480,17 @@ def open_corpus(s):
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
                          "python data.py --source PATH --name NAME makes data/NAME")
-    val = data.load_tokens(folder / "val.bin") if (folder / "val.bin").exists() else None
-    if val is not None and len(val) <= s.seq_len:
-        raise ValueError(f"seq_len ({s.seq_len}) is too long for {folder / 'val.bin'} ({len(val)} tokens)")
+    lengths = [stage[0] for stage in s.stages] or [s.seq_len]
+
+    def cut(path):
+        tokens = data.load_tokens(path)                       # numpy takes a seed as 32-bit words
+        return [data.make_sampler(tokens, path, seq_len, s.seed + (stage << 32), s.pack)
+                for stage, seq_len in enumerate(lengths)]
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    tokens, vocab_size = data.load_tokens(file), data.vocabulary(file)
-    share = data.largest_share(tokens, vocab_size)
-    return Corpus(data.Sampler(tokens, s.seq_len, s.seed), vocab_size, share, val, encoding, folder, file)
+    train, val = cut(file), cut(folder / "val.bin") if (folder / "val.bin").exists() else None
+    vocab_size = data.vocabulary(file)
+    share = data.largest_share(train[0].tokens, vocab_size)
+    return Corpus(train, vocab_size, share, val, encoding, folder, file)
 
 
 def decide(argv, world):
@@ -418,12 +498,17 @@ def decide(argv, world):
 
     Prepares the corpus if need be.  ValueError for what the user has to change."""
     typed = parse(argv)
+    asked = typed.get("data", "")
     s, config, exists = resolve(typed)
     device = pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, s.backend)
     if not Path(s.data).exists() and s.data == Settings.data:
         print("preparing the corpus, once:")
         print(data.describe(s.data, data.prepare(Path(s.data))))
+    if data.is_chat_source(asked) and not Path(s.data).exists():
+        print(f"preparing the conversations of {asked}, once:")
+        encoding = data.read_tokenizer(s.out if exists else s.init_from)
+        print(data.describe(s.data, data.prepare(Path(s.data), [asked], tokenizer=encoding, chats=True)))
     corpus = open_corpus(s)
     corpus.check()
     if not exists and "vocab_size" not in typed and not s.init_from:
@@ -639,9 +724,10 @@ def train_step(run, step, first, asked=lambda: False):
     loss only if there is one.
     """
     s, model, grid = run.settings, run.model, run.grid
-    top_k = top_k_at(step, s, run.config)
+    top_k, seen_as = top_k_at(step, s, run.config), context(step, s, run.config)
+    model.rope_base = seen_as.rope_base
     count = sequences(step, s)
-    micro, rows = count // s.accumulate, run.corpus.train.rows
+    micro, rows = count // s.accumulate, run.corpus.train[seen_as.stage].rows
     batches = [rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
     counts = torch.tensor([count_tokens(run.config.vocab_size, *batch) for batch in batches])
     counts = parallel.all_sum(grid, [counts])[0].tolist()
@@ -738,7 +824,8 @@ def describe(run, step, did):
     window_steps, window_tokens, skipped = run.window.counts.tolist()
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
-           "skipped": skipped, "top_k": did.top_k, "sequences": did.sequences}
+           "skipped": skipped, "top_k": did.top_k, "sequences": did.sequences, "tokens": n_tokens}
+    row |= context(step, s, run.config)._asdict()
     row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
     row |= deviation(run.window.load, "window") | chance(run, did.top_k, window_tokens, "window_noise")
     if s.balance == "top1":
@@ -779,11 +866,11 @@ PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe
         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def utilisation(run, top_k, tokens_per_s):
+def utilisation(run, top_k, seq_len, tokens_per_s):
     """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
     name = device_name(run.device) if run.dtype == torch.bfloat16 else ""
     peak = next((peak for known, peak in PEAK.items() if known in name), None)
-    flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
+    flops = flops_per_token(run.config, seq_len, top_k) * tokens_per_s
     return peak and flops / (peak * run.grid.world)
 
 
@@ -835,7 +922,7 @@ def train(run):
     s, done = run.settings, run.done
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
-    first = sum(sequences(step, s) for step in range(done))       # sequences consumed before
+    first, ends = consumed(done, s, run.config), stage_ends(s)
     clock, since = time.perf_counter(), 0
     saver, stopping = parallel.Saver(s.out, s.keep, run.grid, s.background), False
     bar = tqdm(total=s.steps, initial=done, disable=True if run.grid.rank else None, dynamic_ncols=True,
@@ -846,18 +933,20 @@ def train(run):
             # all ranks after the same step: an asked one waits for the sum that tells the others
             stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
             run.done = done = done + 1
-            first, since = first + did.sequences, since + did.sequences * s.seq_len
+            first = 0 if done in ends else first + did.sequences
+            since += did.n_tokens
             run.window.add(did)
             bar.update()
             if did.skipped and run.log:
                 bar.write(f"step {done} changed nothing: {did.skipped}", file=sys.stderr)
             due = done % save_every == 0 or done == s.steps or stopping
             end_if_hopeless(run, did, due)
-            evaluate = run.corpus.val is not None and (done % eval_every == 0 or done == s.steps)
+            evaluate = run.corpus.val is not None and (done % eval_every == 0 or done in ends)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
                 row = {"step": done, **describe(run, done - 1, did),
-                       "tokens_per_s": rate, "mfu": utilisation(run, did.top_k, rate)}
+                       "tokens_per_s": rate}
+                row["mfu"] = utilisation(run, did.top_k, row["seq_len"], rate)
                 if done % s.log_every == 0:
                     run.window.clear()
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
@@ -950,9 +1039,11 @@ def end(run, why, code):
 
 
 def validation(run, top_k):
-    s = run.settings
+    """On held-out text, or conversations, in the context of the step just made."""
+    s, seen_as = run.settings, context(max(0, run.done - 1), run.settings, run.config)
+    run.model.rope_base = seen_as.rope_base
     try:
-        return evaluation.validate(run.model, run.corpus.val, s.seq_len, top_k, run.device, s.eval_tokens,
+        return evaluation.validate(run.model, run.corpus.val[seen_as.stage], top_k, run.device, s.eval_tokens,
                                    grid=run.grid)
     except ValueError as error:                               # on all ranks: the file has changed
         end(run, f"{error}; what was saved before is whole", 2)
@@ -972,21 +1063,45 @@ def report(run, seconds):
         if not math.isfinite(loss):
             print("the weights are no numbers any more; a new run with a lower --lr may help")
             return
+    chats = run.corpus.has_chats()
+    for line in stage_losses(run) if len(s.stages) > 1 else ():
+        print(line)
     if encoding and s.sample_tokens and run.grid.world == 1:
-        print("\nit writes:")
-        print(evaluation.write_text(run.model, encoding, "", s.sample_tokens, top_k))
+        if chats and run.corpus.val:
+            prompt = run.corpus.val[-1].first_question()
+            print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
+                  *evaluation.reply(run.model, encoding, prompt, s.sample_tokens, top_k), sep="")
+        elif not chats:
+            print("\nit writes:")
+            print(evaluation.write_text(run.model, encoding, "", s.sample_tokens, top_k))
     same = "".join(f" --{name} {getattr(s, name)}" for name in ("preset", "data")
                    if getattr(s, name) != getattr(Settings, name))
     print(f"""
 {run.done} steps, {seconds / 60:.1f} minutes
 log         {s.out}/log.jsonl
 checkpoint  {s.out}/step-{run.done}
-try next
+try next""")
+    print(f"""\
+  python eval.py chat --ckpt {s.out}
+  python eval.py loss --ckpt {s.out} {s.init_from}     # on its held-out conversations, before and after
+  python eval.py routing {s.out}         # which expert takes which token
+  python train.py --help""" if chats else f"""\
   python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram
   python eval.py sample --ckpt {s.out} --prompt "def "
   python eval.py routing {s.out}         # which expert takes which token
   python train.py{same} --n_expert 1 --out out/dense     # the dense control
+  python train.py --init_from {s.out} --data functions   # tune it on conversations
   python train.py --help""")
+
+
+def stage_losses(run):
+    """In words: the held-out loss at the end of each stage, as the log has it."""
+    rows = {row["step"]: row for row in evaluation.read_log(run.settings.out)[1:]}
+    for step in sorted(stage_ends(run.settings) & set(rows)):
+        row = rows[step]
+        loss = "no number" if row.get("val_loss") is None else f"{row['val_loss']:.4f}"
+        yield (f"stage {row['stage'] + 1}, to step {step}: sequences of {row['seq_len']}, rotary base "
+               f"{row['rope_base']:g}, held out {loss}")
 
 
 class Console:
@@ -1053,12 +1168,32 @@ def layout(grid):
     return f"; {grid.world} processes: ep {grid.ep}, replicate {grid.replicate}" if grid.world > 1 else ""
 
 
+def introduction(run):
+    """What the steps will see: a line for each stage, and what is to be known of conversations."""
+    s, before = run.settings, 0
+    for number, (seq_len, base, steps) in enumerate(s.stages or [(s.seq_len, 0, s.steps)]):
+        sampler = run.corpus.train[number]
+        rows, what = s.batch_size * seq_len, "tokens"
+        if run.corpus.has_chats():
+            what += f", {len(sampler.spans):,} conversations in {sampler.n_windows:,} sequences"
+        yield (f"stage {number + 1}: rotary base {base:g}, " * bool(s.stages) +
+               f"{steps:,} steps of {rows:,} {what}, an epoch is "
+               f"{max(1, sampler.n_windows / s.batch_size):,.0f} steps")
+        if seq_len < before:
+            yield f"stage {number + 1} has shorter sequences ({seq_len}) than the one before it ({before})"
+        if run.corpus.has_chats() and sampler.n_cut + sampler.n_left_out:
+            yield (f"longer than {seq_len} tokens: {sampler.n_cut:,} conversations end with the last answer "
+                   f"that fits; {sampler.n_left_out:,}, whose first does not, are left out")
+        before = seq_len
+    yield "Ctrl-C saves and ends; the same command resumes"
+
+
 def go(run, exists, began):
     """Introduce the run, train, and show what came of it."""
     s, config = run.settings, run.config
     if run.done >= s.steps:
-        print(f"{s.out} is complete: {run.done} steps.  --steps {2 * run.done} goes on; --out NAME is a new "
-              "run")
+        more = f"--steps {2 * run.done}" if not s.stages else f"--init_from {s.out} --out NEW"
+        print(f"{s.out} is complete: {run.done} steps.  {more} goes on; --out NAME is a new run")
         return
     total, active, _ = count_parameters(config)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
@@ -1067,9 +1202,8 @@ def go(run, exists, began):
     if s.batch_size // s.accumulate < run.grid.world:
         print(f"micro-batches of {s.batch_size // s.accumulate} sequences leave some processes without any: "
               "a larger --batch_size or a smaller --accumulate gives them work")
-    epoch = run.corpus.train.n_windows / s.batch_size
-    print(f"from step {run.done}" if exists else f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, "
-          f"an epoch is {epoch:,.0f} steps; Ctrl-C saves and ends")
+    for line in [f"from step {run.done}"] if exists else introduction(run):
+        print(line)
     if not exists and run.corpus.val is not None:
         print(f"step 0: held out {validation(run, top_k_at(0, s, config))[0]:.4f}")
     try:

@@ -154,7 +154,7 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE):
     model = parallel.build_model(config, grid, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
+    corpus = train.Corpus([Tokens(config.vocab_size, seq_len)])
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
 
 
@@ -390,7 +390,7 @@ def kept_by_autograd(run, batch):
         kept[t.untyped_storage().data_ptr()] = t                  # held, so that no other gets its address
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run.model(*(t.to(run.device) for t in run.corpus.train.rows(0, batch)))
+        run.model(*(t.to(run.device) for t in run.corpus.train[0].rows(0, batch)))
     own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
 

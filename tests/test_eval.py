@@ -21,13 +21,13 @@ from model import Model
 def test_validation_is_cross_entropy_over_all_windows():
     model = Model(small(vocab_size=300)).double()
     tokens = np.random.default_rng(0).integers(0, 300, 16 * 10 + 5).astype(np.uint16)
-    loss, sums, windows = evaluation.validate(model, tokens, 16, 1, rows=3)
+    loss, sums, windows = evaluation.validate(model, data.Sampler(tokens, 16, 0), 1, rows=3)
     want = [F.cross_entropy(model(torch.from_numpy(tokens[i:i + 16].astype(np.int64))[None])[0],
                             torch.from_numpy(tokens[i + 1:i + 17].astype(np.int64)))
             for i in range(0, 160, 16)]
     assert loss == pytest.approx(torch.stack(want).mean().item(), rel=1e-10)
     assert windows.tolist() == list(range(10)) and sums.load.sum(-1).tolist() == [160, 160]
-    assert evaluation.validate(model, tokens, 16, 1, limit=50)[2].tolist() == [0, 4, 9]
+    assert evaluation.validate(model, data.Sampler(tokens, 16, 0), 1, limit=50)[2].tolist() == [0, 4, 9]
 
 
 def slow_kneser_ney(tokens, V):

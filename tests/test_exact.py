@@ -76,7 +76,7 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
         block.moe.router.temperature = s.temperature
         block.moe.router.bias[list(chosen)] = 100.0
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    return Run(s, config, model, masters, optimizer, Corpus(Rows(documents)), "cpu", dtype, grid)
+    return Run(s, config, model, masters, optimizer, Corpus([Rows(documents)]), "cpu", dtype, grid)
 
 
 def two_steps(grid, dtype, case):

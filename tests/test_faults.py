@@ -387,8 +387,8 @@ def steps_with_nan(grid, bad):
     """
     run = make_run(grid, torch.float32, balance="loss-free", bias_rate=0.01, accumulate=3)
     real, found, sequences = run.model.forward, [], []
-    rows = run.corpus.train.rows
-    run.corpus.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
+    rows = run.corpus.train[0].rows
+    run.corpus.train[0].rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
     for step in range(4):
         if step == 2 and grid.rank == bad:
             run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
@@ -681,8 +681,9 @@ def change_a_token(argv):
     """train.main on two ranks, in whose third step a token of every sequence of rank 1 is 9999."""
     def changed(real, run, step, *rest):
         if step == 2 and run.grid.rank == 1:
-            rows, third = run.corpus.train.rows, torch.tensor([3])
-            run.corpus.train.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
+            sampler, third = run.corpus.train[0], torch.tensor([3])
+            rows = sampler.rows
+            sampler.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
         return real(run, step, *rest)
     train_with(argv, changed)
 

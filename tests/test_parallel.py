@@ -438,7 +438,7 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
 def count_syncs(grid):
     """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
     run, calls = make_run(grid, torch.float32, n_expert=12), []
-    tokens, targets = run.corpus.train.rows(0, 4)
+    tokens, targets = run.corpus.train[0].rows(0, 4)
     real = torch.Tensor.tolist
     torch.Tensor.tolist = lambda t: calls.append("tolist") or real(t)
     try:
@@ -500,8 +500,8 @@ def test_bf16_is_of_the_matrices_alone(ranks):
 def bf16_norm(grid, accumulate):
     """Norms of the gradient of the same tokens again and again."""
     run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
-    rows = run.corpus.train.rows
-    run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
+    rows = run.corpus.train[0].rows
+    run.corpus.train[0].rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
     return train.train_step(run, 0, 0).norm.item()
 
 
