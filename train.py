@@ -151,6 +151,10 @@ class Settings:
     background: bool = setting(False, "processes", "true: train on while a checkpoint is written")
 
     def check(self, config):
+        for number, (seq_len, rope_base, steps) in enumerate(self.stages, 1):
+            if not (seq_len >= 1 and 0 < rope_base < math.inf and steps >= 1):
+                raise ValueError(f"stages: stage {number} ({seq_len}:{rope_base:g}:{steps}) must have a "
+                                 "length and steps of at least 1, and a rotary base above 0")
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every", "ep", "replicate",
                      "timeout", "bad_steps"):
             if getattr(self, name) < 1:
@@ -178,10 +182,6 @@ class Settings:
                              f"({self.accumulate})")
         if self.ramp_from > self.batch_size:
             raise ValueError(f"ramp_from ({self.ramp_from}) must not be above batch_size ({self.batch_size})")
-        for number, (seq_len, rope_base, steps) in enumerate(self.stages, 1):
-            if not (seq_len >= 1 and 0 < rope_base < math.inf and steps >= 1):
-                raise ValueError(f"stages: stage {number} ({seq_len}:{rope_base:g}:{steps}) must have a "
-                                 "length and steps of at least 1, and a rotary base above 0")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
         possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)

@@ -510,6 +510,61 @@ def test_stages_work_on_text_too(corpus, in_folder):
     train.main(argv)                                              # complete
 
 
+MISTAKES = [
+    (["--data", "nowhere.jsonl"], "data nowhere.jsonl does not exist; it would be a file of conversations"),
+    (["--data", "text.jsonl"], "text.jsonl is no set of chats: text.jsonl, line 1: neither"),
+    (["--data", "empty.jsonl"], "empty.jsonl is empty"),
+    (["--data", "damaged.jsonl.gz"], "damaged.jsonl.gz cannot be read"),
+    (["--data", "object.json"], "object.json cannot be read (it is no list)"),
+    (["--data", "one.jsonl"], "the sources are too small: nothing fell to train.bin"),
+    (["--data", "chats.jsonl", "--seq_len", "4"], "seq_len (4) is too short: none of "),
+    (["--data", "chats.jsonl", "--stages", "64:10000"], "'64:10000' is not SEQ_LEN:ROPE_BASE:STEPS,SEQ_LEN"),
+    (["--data", "chats.jsonl", "--stages", "64:10000:0"], "stage 1 (64:10000:0) must have a length"),
+    (["--data", "chats.jsonl", "--stages", "64:1e4:2,64:0:2"], "stage 2 (64:0:2) must have a length"),
+    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--steps", "3"], "leave out --steps"),
+    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--seq_len", "8"], "leave out --seq_len"),
+    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--max_seq_len", "32"], "seq_len (64) must not be"),
+    (["--data", "chats.jsonl", "--pack", "maybe"], "--pack"),
+]
+
+
+@pytest.mark.parametrize("args, message", MISTAKES, ids=[" ".join(args) for args, _ in MISTAKES])
+def test_a_mistake_is_one_line(args, message, base, in_folder, capsys):
+    write(Path("chats.jsonl"), made_up(60))
+    write(Path("one.jsonl"), made_up(1))
+    Path("text.jsonl").write_text('{"text": "a"}\n')
+    Path("empty.jsonl").touch()
+    Path("damaged.jsonl.gz").write_bytes(b"\x1f\x8bnothing")
+    Path("object.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--init_from", str(base), "--out", "run", *args])
+    line, = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in line
+    assert not Path("run").exists() and not list(Path().glob("data/*.tmp"))
+
+
+def test_conversations_need_a_model_and_a_tokenizer(in_folder, capsys):
+    write(Path("chats.jsonl"), made_up(60))
+    for main, argv, message in ((train.main, ["--data", "chats.jsonl"], "--init_from names the run"),
+                                (data.main, ["--chats", "--source", "chats.jsonl"], "--chats needs a "),
+                                (data.main, ["--chats", "--source", "chats.jsonl", "--tokenizer", "bytes",
+                                             "--weights", "2"], "conversations all go in once")):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        line, = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and message in line
+
+
+def test_stages_are_the_runs_own(staged, base, chats, in_folder, capsys, monkeypatch):
+    monkeypatch.chdir(staged.parent)
+    for stages in ("48:10000:3,64:50000:9", "48:10000:7"):
+        with pytest.raises(SystemExit):
+            train.main(["--out", str(staged), "--stages", stages])
+        assert "was made with stages [[48, 10000.0, 3], [64, 50000.0, 4]], not" in capsys.readouterr().err
+    train.main(["--out", str(staged), *STAGES])
+    assert "is complete: 7 steps.  --init_from" in capsys.readouterr().out
+
+
 # --- talking ----------------------------------------------------------------------------------------------
 
 def pipe(tuned, lines, *args):

@@ -120,6 +120,7 @@ def test_the_chat_template(tokenizers):
     assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == want
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == ours.encode(want, allowed_special="all")
+    assert ids == data.encode_chat(ours, data.read_chat({"messages": chat}), answer=True)
 
 
 @pytest.mark.parametrize("more, message", [
