@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import parallel
-from model import Model, ModelConfig, context_at, from_hf_config, hf_config, pick_device, to_hf
+from model import Model, ModelConfig, context_at, from_hf_config, hf_config, pick_device, sample, to_hf
 from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=para
     for a in range(0, len(windows), rows * grid.world):
         mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
         tokens, targets, *doc = sampler.batch(mine)
-        n_beyond += int((tokens >= V).sum() + (targets >= V).sum())
+        n_beyond += max(int((each >= V).sum()) for each in (tokens, targets))
         tokens, targets, *doc = (t.clamp(max=V - 1).to(device) for t in (tokens, targets, *doc))
         out = model(tokens, targets, top_k, *doc)
         loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
@@ -419,23 +419,23 @@ class Talk:
     was trained on."""
 
     def __init__(self, args):
-        self.args, self.forgot = args, False
+        self.args = args
         self.model, saved, self.top_k = load_run(args.ckpt, args.device)
         self.encoding = data.load_encoding(run_folder(args.ckpt))
         self.window = context_of(args.ckpt).seq_len
         self.most = min(args.tokens, self.window // 2)            # tokens of an answer
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
-        self.chat = []
         self.reset()
         if not data.holds_chats(saved["settings"]["data"]):
             say(f"{args.ckpt} was not tuned on conversations (or they are gone): expect no answers; "
                 f"train.py --init_from {args.ckpt} --data functions tunes it")
 
     def reset(self):
-        self.chat = [("system", self.args.system)] * bool(self.args.system)
+        """Begin anew."""
+        self.chat, self.forgot = [("system", self.args.system)] * bool(self.args.system), False
 
-    def prompt(self, question):
-        """The tokens of the conversation and a question.  What does not fit goes, the oldest first, a
+    def fitted(self, question):
+        """-> (the conversation with a question, its tokens).  What does not fit goes, the oldest first, a
         question with its answer.  ValueError if the question alone is too long."""
         chat, room = [*self.chat, ("user", question)], self.window - self.most
         fixed = len(chat) > 1 and chat[0][0] == "system"
@@ -447,12 +447,11 @@ class Talk:
                 say(f"the beginning of the conversation no longer fits into {self.window} tokens and is "
                     "forgotten")
             self.forgot = True
-        self.chat = chat
-        return tokens
+        return chat, tokens
 
     def ask(self, question):
         """Print the answer as it comes, and remember both.  Ctrl-C ends the answer."""
-        pieces, tokens = [], self.prompt(question)
+        (chat, tokens), pieces = self.fitted(question), []
         try:
             for piece in reply(self.model, self.encoding, tokens, self.most, self.top_k,
                                self.args.temperature, self.args.top_p, self.generator):
@@ -463,9 +462,8 @@ class Talk:
         print(flush=True)
         answer = "".join(pieces)
         if answer.strip():
-            self.chat.append(("assistant", answer))
-        else:
-            self.chat.pop()                                       # a question without an answer is no chat
+            self.chat = [*chat, ("assistant", answer)]
+        else:                                                     # a question alone is no conversation
             say("no answer")
 
     def save(self, file):
@@ -488,6 +486,7 @@ def chat_command(args):
     """A conversation: a line is a question, or one of the commands of CHAT_HELP."""
     if args.tokens < 1:
         raise ValueError(f"tokens ({args.tokens}) must be at least 1")
+    sample(torch.zeros(1, 1), args.temperature, args.top_p)       # are they possible?
     talk, person = Talk(args), sys.stdin.isatty()
     if person:
         with suppress(ImportError):
@@ -501,7 +500,6 @@ def chat_command(args):
                 break
             elif command == "/reset":
                 talk.reset()
-                talk.forgot = False
             elif command == "/save":
                 talk.save(rest.strip())
             elif re.fullmatch(r"/\w+", line):
