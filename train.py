@@ -85,7 +85,8 @@ class Settings:
     """Everything about a run but the model's sizes.  check() raises ValueError, naming the field."""
 
     preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
-    out: str = setting("", "run", "the run's directory (default: out/PRESET)")
+    out: str = setting("", "run", "the run's directory (default: out/PRESET, or out/RUN-chat for the run "
+                       "that conversations tune)")
     data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing); "
                         "or conversations for the model of --init_from: a .jsonl, .jsonl.gz or .json, or the "
                         "word functions, which are Python's own documented ones")
@@ -97,7 +98,7 @@ class Settings:
     dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
 
-    steps: int = setting(1600, "schedule", "updates of the weights")
+    steps: int = setting(1600, "schedule", "updates of the weights; of tuning: four epochs")
     batch_size: int = setting(32, "schedule", "sequences per step")
     ramp_from: int = setting(0, "schedule", "sequences of the first step, if the batch is to grow; 0 is off")
     ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
@@ -107,7 +108,7 @@ class Settings:
                            "--seq_len, --rope_base and --steps: 128:10000:200,512:40000:100")
     pack: bool = setting(True, "schedule", "true: several conversations in a sequence, which do not see each "
                          "other; false: one, and padding")
-    lr: float = setting(6e-3, "schedule", "learning rate after warm-up")
+    lr: float = setting(6e-3, "schedule", "learning rate after warm-up; of tuning: 0.3 of that of the run")
     warmup: float = setting(0.03, "schedule", "fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule", "fraction of the steps, the last ones, in which it falls to 0")
 
@@ -196,9 +197,10 @@ TRAINING = {                                                  # what a preset se
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            dtype="bfloat16", lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
-# what tuning on conversations sets, and what it takes over from the run whose model it tunes
-CHAT = dict(steps=300, initial_top_k=[])
-CHAT_LR = 0.3                                                 # of that run's
+# tuning on conversations: how long, its learning rate as a part of that of the run whose model it tunes, and
+# what else it takes over from that run
+CHAT_EPOCHS = 4
+CHAT_LR = 0.3
 TAKEN_OVER = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
               "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "eps", "clip")
 # what may differ when a run is resumed; everything else must be the run's own
@@ -291,7 +293,7 @@ def resolve(typed):
     else:
         given = dataclasses.asdict(Settings()) | {"out": str(out), "preset": preset} | TRAINING[preset]
         if chats:
-            given |= {name: base[name] for name in TAKEN_OVER if name in base} | CHAT
+            given |= {name: base[name] for name in TAKEN_OVER if name in base} | {"initial_top_k": []}
             given["lr"] = CHAT_LR * base.get("lr", given["lr"])
         sizes = dataclasses.asdict(PRESETS[preset])
         if source and evaluation.is_hf(source):
@@ -511,6 +513,8 @@ def decide(argv, world):
         print(data.describe(s.data, data.prepare(Path(s.data), [asked], tokenizer=encoding, chats=True)))
     corpus = open_corpus(s)
     corpus.check()
+    if corpus.has_chats() and not (exists or s.stages or "steps" in typed):
+        s.steps = -(-CHAT_EPOCHS * corpus.train[0].n_windows // s.batch_size)
     if not exists and "vocab_size" not in typed and not s.init_from:
         config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
     if corpus.vocab_size > config.vocab_size:

@@ -358,16 +358,21 @@ def test_a_changed_file_is_another_set(in_folder, base):
 
 
 def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats, corpus):
-    """And by itself gets a directory of its own, a lower learning rate and fewer steps."""
+    """And by itself gets a directory of its own, a lower learning rate, and four epochs."""
     typed = train.parse(["--init_from", str(base), "--data", str(chats)])
     settings, config, exists = train.resolve(typed)
     first = evaluation.read_settings(base)["settings"]
     assert not exists and settings.out == "out/finished-chat"
-    assert (settings.steps, settings.lr) == (300, pytest.approx(0.3 * first["lr"]))
+    assert settings.lr == pytest.approx(0.3 * first["lr"])
     assert (settings.batch_size, settings.seq_len) == (first["batch_size"], first["seq_len"]) == (8, 16)
     typed = train.parse(["--init_from", str(base), "--data", str(corpus), "--seq_len", "16"])
     again = train.resolve(typed)[0]
     assert again.out == "out/laptop" and again.lr == train.Settings.lr         # text: as ever
+    argv = ["--init_from", str(base), "--data", str(chats), "--seq_len", "64"]
+    decided = train.decide(list(argv), 1)
+    n = decided["corpus"].train[0].n_windows
+    assert 4 * n <= 8 * decided["settings"]["steps"] < 4 * n + 8
+    assert train.decide([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
 
 
 # --- training ---------------------------------------------------------------------------------------------
