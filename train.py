@@ -1044,11 +1044,10 @@ def end(run, why, code):
 
 def validation(run, top_k):
     """On held-out text, or conversations, in the context of the step just made."""
-    s, seen_as = run.settings, context(max(0, run.done - 1), run.settings, run.config)
-    run.model.rope_base = seen_as.rope_base
+    s = run.settings
+    held_out = run.corpus.val[context(max(0, run.done - 1), s, run.config).stage]
     try:
-        return evaluation.validate(run.model, run.corpus.val[seen_as.stage], top_k, run.device, s.eval_tokens,
-                                   grid=run.grid)
+        return evaluation.validate(run.model, held_out, top_k, run.device, s.eval_tokens, grid=run.grid)
     except ValueError as error:                               # on all ranks: the file has changed
         end(run, f"{error}; what was saved before is whole", 2)
 

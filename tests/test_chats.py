@@ -73,6 +73,7 @@ def tune(base, chats, out, *args):
 
 
 STAGES = ("--stages", "48:10000:3,64:50000:4")
+EVERY = ("--save_every", "1", "--keep", "9", "--eval_every", "99")
 
 
 @pytest.fixture(scope="session")
@@ -396,6 +397,26 @@ def test_the_log_is_of_the_answers(tuned):
     assert look.experts.shape[1] == len(look.tokens) == int(look.statistics.load[0].sum())
 
 
+def test_padding_is_no_speed(base, chats, in_folder, monkeypatch):
+    """By a clock that training steps alone move, two seconds each."""
+    clock, real = [0.0], train.train_step
+
+    def step(*args):
+        clock[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    train.main(tune(base, chats, "run", "--steps", "3", "--pack", "false"))
+    assert all(row["tokens_per_s"] == row["tokens"] / 2 < 8 * 64 / 2 for row in rows("run"))
+
+
+def test_unpacked_is_a_setting_of_training(base, chats, in_folder):
+    for pack, full in (("true", False), ("false", True)):
+        corpus = train.decide(tune(base, chats, "run", "--pack", pack), 1)["corpus"]
+        for sampler in (corpus.train[0], corpus.val[0]):
+            assert (sampler.n_windows == len(sampler.spans)) == full
+
+
 def test_tuning_lowers_the_loss_of_held_out_answers(in_folder, base, chats):
     train.main(tune(base, chats, "run", "--lr", "1e-2", "--eval_every", "20", "--steps", "60"))
     table = evaluation.compare_losses(["run", str(base)])[0]
@@ -428,7 +449,7 @@ def staged(base, chats, tmp_path_factory):
     """Two stages, one after the other, without a pause."""
     folder, before = tmp_path_factory.mktemp("staged"), os.getcwd()
     os.chdir(folder)
-    train.main(tune(base, chats, folder / "run", *STAGES, "--save_every", "1", "--keep", "9"))
+    train.main(tune(base, chats, folder / "run", *STAGES, *EVERY))
     os.chdir(before)
     return folder / "run"
 
@@ -436,7 +457,7 @@ def staged(base, chats, tmp_path_factory):
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_stages_across_resume(staged, base, chats, in_folder, stop, capsys):
     """Interrupted before, at and behind the border of the stages, a run repeats the uninterrupted one."""
-    argv = tune(base, chats, "run", *STAGES, "--save_every", "1", "--keep", "9")
+    argv = tune(base, chats, "run", *STAGES, *EVERY)
 
     def interrupted(real, run, step, *rest):
         if step + 1 == stop:
@@ -456,7 +477,7 @@ def test_each_stage_has_its_length_its_base_and_its_loss(staged, tuned):
     found = rows(staged)
     assert [(row["stage"], row["seq_len"], row["rope_base"]) for row in found] \
         == [(0, 48, 1e4)] * 3 + [(1, 64, 5e4)] * 4
-    assert all("val_loss" in row for row in (found[2], found[6]))
+    assert [row["step"] for row in found if "val_loss" in row] == [3, 7]
     for step, base_of, seq_len in ((3, 1e4, 48), (4, 5e4, 64), (7, 5e4, 64)):
         ckpt = str(staged / f"step-{step}")
         model = evaluation.load_run(ckpt)[0]
@@ -619,8 +640,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys,
                 os.kill(os.getpid(), signal.SIGINT)
             yield piece
     monkeypatch.setattr(evaluation, "reply", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)         # background jobs ignore it
     file = tmp_path / "saved.jsonl"
-    talk(tuned, monkeypatch, ["red", "sea", f"/save {file}"], "--tokens", "16")
+    try:
+        talk(tuned, monkeypatch, ["red", "sea", f"/save {file}"], "--tokens", "16")
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     answers = [text for role, text in data.read_chat(json.loads(file.read_text())) if role == "assistant"]
     assert err.count("stopped") == 2 and out == "".join(f"{answer}\n" for answer in answers)
