@@ -391,6 +391,14 @@ def test_the_log_is_of_the_answers(tuned):
     sampler = data.make_sampler(data.load_tokens(val), val, 64)
     tokens, targets, doc = sampler.batch(range(sampler.n_windows))
     assert n == int((targets >= 0).sum()) > 50
+    model, _, top_k = evaluation.load_run(str(tuned))
+    logits = model(tokens, top_k=top_k, doc=doc)
+    slow = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert last["val_loss"] == pytest.approx(slow.item(), rel=1e-5)
+    written, encoding = 0, data.load_encoding(tuned)
+    for t in targets[targets >= 0].tolist():
+        written += len(encoding.decode_single_token_bytes(t)) if t < encoding.n_vocab - 5 else 0
+    assert table[-1][3] == pytest.approx(slow.item() * n / written / np.log(2), rel=1e-5)
     assert all(row["tokens"] < 8 * 64 for row in rows(tuned))
     look = evaluation.look(str(tuned))
     assert look.tokens.tolist() == tokens[doc >= 0].tolist()
@@ -670,6 +678,13 @@ def test_history_is_cut_at_a_message_once(tuned, monkeypatch, capsys):
     assert all(f"<|user|>{line}<|end|><|assistant|>" == start[-len(f"<|user|>{line}<|end|><|assistant|>"):]
                for line, start in zip([*lines, "last"], starts))
     assert starts[1].count("<|user|>") == 2 and "<|user|>0 red" not in starts[-1]
+
+
+def test_the_context_is_that_of_the_tuning(staged, monkeypatch, capsys):
+    """48 tokens in the first stage, 64 in the second; the model could take 64 in both."""
+    for step, length in ((3, 48), (7, 64)):
+        talk(staged / f"step-{step}", monkeypatch, ["x " * 100], "--tokens", "8")
+        assert f"with room for {length - 8}" in capsys.readouterr().err
 
 
 def test_a_run_on_text_says_that_it_cannot_answer(base, monkeypatch, capsys):
