@@ -353,8 +353,9 @@ def vocabulary(path):
 
 
 def has_chats(path):
-    """Whether a token file holds conversations."""
-    return bool(np.fromfile(path, "<i8", 6)[5])
+    """Whether a token file holds conversations; a file that is none does not."""
+    header = np.fromfile(path, "<i8", 6).tolist()
+    return header[:1] == [MAGIC] and header[5:] == [1]
 
 
 def file_sha256(path):

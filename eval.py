@@ -437,12 +437,13 @@ class Talk:
     def fitted(self, question):
         """-> (the conversation with a question, its tokens).  What does not fit goes, the oldest first, a
         question with its answer.  ValueError if the question alone is too long."""
+        first = [message for message in self.chat if message[0] == "system"]
         chat, room = [*self.chat, ("user", question)], self.window - self.most
-        fixed = len(chat) > 1 and chat[0][0] == "system"
+        least = len(data.encode_chat(self.encoding, [*first, chat[-1]], answer=True))
+        if least > room:
+            raise ValueError(f"that question is too long: {least} tokens, with room for {room}")
         while len(tokens := data.encode_chat(self.encoding, chat, answer=True)) > room:
-            if len(chat) - fixed == 1:
-                raise ValueError(f"that question is too long: {len(tokens)} tokens, with room for {room}")
-            del chat[fixed:fixed + 2]
+            del chat[len(first):len(first) + 2]
             if not self.forgot:
                 say(f"the beginning of the conversation no longer fits into {self.window} tokens and is "
                     "forgotten")

@@ -485,7 +485,8 @@ def open_corpus(s):
     lengths = [stage[0] for stage in s.stages] or [s.seq_len]
 
     def cut(path):
-        tokens = data.load_tokens(path)                       # numpy takes a seed as 32-bit words
+        tokens = data.load_tokens(path)
+        # each stage in an order of its own: its number is the second 32-bit word of the seed
         return [data.make_sampler(tokens, path, seq_len, s.seed + (stage << 32), s.pack)
                 for stage, seq_len in enumerate(lengths)]
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
@@ -829,7 +830,8 @@ def describe(run, step, did):
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
            "skipped": skipped, "top_k": did.top_k, "sequences": did.sequences, "tokens": n_tokens}
-    row |= context(step, s, run.config)._asdict()
+    seen_as = context(step, s, run.config)
+    row |= {"stage": seen_as.stage, "seq_len": seen_as.seq_len, "rope_base": seen_as.rope_base}
     row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
     row |= deviation(run.window.load, "window") | chance(run, did.top_k, window_tokens, "window_noise")
     if s.balance == "top1":
@@ -948,8 +950,7 @@ def train(run):
             evaluate = run.corpus.val is not None and (done % eval_every == 0 or done in ends)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
-                row = {"step": done, **describe(run, done - 1, did),
-                       "tokens_per_s": rate}
+                row = {"step": done, **describe(run, done - 1, did), "tokens_per_s": rate}
                 row["mfu"] = utilisation(run, did.top_k, row["seq_len"], rate)
                 if done % s.log_every == 0:
                     run.window.clear()

@@ -577,6 +577,16 @@ def test_a_mistake_is_one_line(args, message, base, in_folder, capsys):
     assert not Path("run").exists() and not list(Path().glob("data/*.tmp"))
 
 
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 4000])
+def test_a_foreign_token_file_is_no_chat(content, in_folder, capsys):
+    Path("f").mkdir()
+    Path("f/train.bin").write_bytes(content)
+    assert not data.holds_chats("f")
+    with pytest.raises(SystemExit):
+        train.main(["--data", "f"])
+    assert "train.bin is not a token file" in capsys.readouterr().err
+
+
 def test_conversations_need_a_model_and_a_tokenizer(in_folder, capsys):
     write(Path("chats.jsonl"), made_up(60))
     for main, argv, message in ((train.main, ["--data", "chats.jsonl"], "--init_from names the run"),
@@ -671,6 +681,7 @@ def test_history_is_cut_at_a_message_once(tuned, monkeypatch, capsys):
     lines = [f"{i} red sea" for i in range(8)]
     talk(tuned, monkeypatch, [*lines, "x " * 100, "last"], "--tokens", "8", "--system", "of")
     out, err = capsys.readouterr()
+    assert err.index("no longer fits into 64 tokens") < err.index("that question is too long")
     assert err.count("no longer fits into 64 tokens") == 1 and err.count("that question is too long") == 1
     assert len(seen) == 9 and all(len(tokens) + most <= 64 and most == 8 for tokens, most in seen)
     starts = [encoding.decode(tokens) for tokens, _ in seen]
@@ -678,6 +689,13 @@ def test_history_is_cut_at_a_message_once(tuned, monkeypatch, capsys):
     assert all(f"<|user|>{line}<|end|><|assistant|>" == start[-len(f"<|user|>{line}<|end|><|assistant|>"):]
                for line, start in zip([*lines, "last"], starts))
     assert starts[1].count("<|user|>") == 2 and "<|user|>0 red" not in starts[-1]
+
+
+def test_a_question_that_is_too_long_forgets_nothing(tuned, monkeypatch, capsys, tmp_path):
+    talk(tuned, monkeypatch, ["red", "x " * 100, f"/save {tmp_path / 's'}"], "--tokens", "8")
+    err = capsys.readouterr().err
+    assert "that question is too long" in err and "no longer fits" not in err
+    assert data.read_chat(json.loads((tmp_path / "s").read_text()))[0] == ("user", "red")
 
 
 def test_the_context_is_that_of_the_tuning(staged, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from torch.distributed.run import get_args_parser
 
 import parallel
 import train
+from model import PRESETS, count_parameters, flops_per_token, state_bytes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,3 +62,37 @@ def test_there_are_commands_and_files():
     assert len(COMMANDS) > 8
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def number(cell):
+    """The last number of a cell, with its unit."""
+    digits, unit = re.findall(r"([\d.]+) ?([KMGB]?)", cell)[-1]
+    return float(digits) * {"": 1, "K": 1024, "M": 1e6, "G": 1e9, "B": 1e9}[unit]
+
+
+@pytest.mark.parametrize("column, preset", list(enumerate(PRESETS)))
+def test_numbers_to_know_are_those_of_the_code(column, preset):
+    table = README.split("## Numbers to know")[1].split("\n* ")[0]
+    cells = {row.split("|")[1].strip().split(":")[0].split(",")[0]: row.split("|")[2 + column] for row in
+             table.splitlines() if row.count("|") == 5}
+    config, T = PRESETS[preset], train.TRAINING[preset].get("seq_len", train.Settings.seq_len)
+    total, active, core = count_parameters(config)
+    expert = 3 * config.d_model * config.d_expert
+    sent = 4 * config.d_model * 2
+    want = {"parameters": total, "one expert": expert, "tokens in a sequence": T,
+            "a token makes use of": active, ".. without embedding and output tables": core,
+            "FLOPs per token": flops_per_token(config, T),
+            "state of training": state_bytes(config, bf16=preset != "laptop"), "a checkpoint": 12 * total,
+            "an exported model": 4 * total, "to experts on other GPUs and back": sent,
+            ".. per token in all layers": sent * config.n_layer}
+    for name, value in want.items():
+        found = cells[name].replace(",", "").split("=")[-1]
+        assert number(found) == pytest.approx(value, rel=0.035), (name, found, value)
+    share = cells["all experts"].replace(",", "")
+    assert int(share.split()[-2]) == round(100 * expert * config.n_expert * config.n_layer / total)
+    parts = [config.n_layer * expert,
+             config.n_layer * (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim * config.d_model
+             + config.n_layer * config.n_head * config.head_dim * T,
+             config.vocab_size * config.d_model, config.n_layer * config.n_expert * config.d_model]
+    shares = next(cell for name, cell in cells.items() if name.startswith(".. of which experts"))
+    assert [int(n) for n in shares.split("/")] == [round(600 * n / want["FLOPs per token"]) for n in parts]
