@@ -1001,11 +1001,14 @@ def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=
                 "skipped": dict(corpus.skipped), "python": sys.version.split()[0],
                 "encoding_sha256": file_sha256(aside / "encoding.json"), **splits}
         (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-        os.rename(aside, out)
-    except BaseException:                                  # Ctrl-C too: leave nothing half done
+        try:
+            os.rename(aside, out)
+        except OSError:
+            if not out.exists():                           # else another program was faster
+                raise
+    finally:                                               # after Ctrl-C, too: leave nothing half done
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return meta
+    return prepare(out, sources, weights, tokenizer, vocab_size, chats)       # what is there now
 
 
 def load_meta(folder):

@@ -488,6 +488,8 @@ def chat_command(args):
     if args.tokens < 1:
         raise ValueError(f"tokens ({args.tokens}) must be at least 1")
     sample(torch.zeros(1, 1), args.temperature, args.top_p)       # are they possible?
+    if sys.stdin is None:
+        raise ValueError("chat reads questions from a terminal or a pipe, and its input is closed")
     talk, person = Talk(args), sys.stdin.isatty()
     if person:
         with suppress(ImportError):

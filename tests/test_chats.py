@@ -292,6 +292,20 @@ def test_a_json_list_and_a_gz_file_are_the_same_set(in_folder):
     assert metas[0]["documents"] == 60
 
 
+def test_another_program_may_prepare_the_same_set_meanwhile(in_folder, monkeypatch):
+    """The one that is done first stays; the other one uses it, and leaves nothing behind."""
+    argv = ["--chats", "--source", str(write(Path("c.jsonl"), made_up(60))), "--tokenizer", "bytes"]
+    real, inode = data.tokenize, []
+
+    def overtaken(*args):
+        subprocess.run([sys.executable, str(ROOT / "data.py"), *argv], check=True, timeout=100)
+        inode.append(Path("data/c/train.bin").stat().st_ino)
+        return real(*args)
+    monkeypatch.setattr(data, "tokenize", overtaken)
+    data.main(argv)
+    assert Path("data/c/train.bin").stat().st_ino == inode[0] and os.listdir("data") == ["c"]
+
+
 def test_conversations_with_one_question_are_on_one_side(in_folder):
     """So a held-out question was never trained on; and of few conversations one is held out."""
     rng = random.Random(0)
@@ -689,6 +703,13 @@ def test_history_is_cut_at_a_message_once(tuned, monkeypatch, capsys):
     assert all(f"<|user|>{line}<|end|><|assistant|>" == start[-len(f"<|user|>{line}<|end|><|assistant|>"):]
                for line, start in zip([*lines, "last"], starts))
     assert starts[1].count("<|user|>") == 2 and "<|user|>0 red" not in starts[-1]
+
+
+def test_a_closed_input_is_one_line(tuned, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)                       # python eval.py chat .. <&-
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(["chat", "--ckpt", str(tuned), "--device", "cpu"])
+    assert ended.value.code == 2 and "its input is closed" in capsys.readouterr().err
 
 
 def test_a_question_that_is_too_long_forgets_nothing(tuned, monkeypatch, capsys, tmp_path):
