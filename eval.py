@@ -510,6 +510,8 @@ def chat_command(args):
             elif line:
                 talk.ask(line)
         except EOFError:
+            if person:
+                say("")                                           # Ctrl-D leaves the cursor behind the prompt
             break
         except KeyboardInterrupt:
             say("\n/quit or Ctrl-D ends")
