@@ -291,17 +291,8 @@ def resolve(typed):
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
-        given = dataclasses.asdict(Settings()) | {"out": str(out), "preset": preset} | TRAINING[preset]
-        if chats:
-            given |= {name: base[name] for name in TAKEN_OVER if name in base} | {"initial_top_k": []}
-            given["lr"] = CHAT_LR * base.get("lr", given["lr"])
-        sizes = dataclasses.asdict(PRESETS[preset])
-        if source and evaluation.is_hf(source):
-            sizes |= evaluation.read_hf_config(source)
-        elif source:
-            sizes = evaluation.sizes_at(source)
-        if "stages" in typed:
-            sizes["max_seq_len"] = max(sizes["max_seq_len"], *(stage[0] for stage in typed["stages"]))
+        given = given_by(preset, base, chats) | {"out": str(out), "preset": preset}
+        sizes = sizes_of(preset, typed)
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
         settings = Settings(**given | {k: v for k, v in typed.items() if k not in names})
@@ -313,6 +304,26 @@ def resolve(typed):
     set_stages(settings, config, typed, exists)
     settings.check(config)
     return settings, config, exists
+
+
+def given_by(preset, base, chats):
+    """Settings of a new run that the preset gives, and if it is to be tuned, the run it starts from."""
+    given = dataclasses.asdict(Settings()) | TRAINING[preset]
+    if chats:
+        given |= {name: base[name] for name in TAKEN_OVER if name in base} | {"initial_top_k": []}
+        given["lr"] = CHAT_LR * base.get("lr", given["lr"])
+    return given
+
+
+def sizes_of(preset, typed):
+    """The model's sizes that a new run gets from --init_from or the preset: {field of ModelConfig: value}."""
+    source, sizes = typed.get("init_from", ""), dataclasses.asdict(PRESETS[preset])
+    if source and evaluation.is_hf(source):
+        sizes |= evaluation.read_hf_config(source)
+    elif source:
+        sizes = evaluation.sizes_at(source)
+    longest = max((stage[0] for stage in typed.get("stages", [])), default=0)
+    return sizes | {"max_seq_len": max(longest, sizes["max_seq_len"])}
 
 
 def set_stages(s, config, typed, exists):

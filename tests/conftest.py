@@ -87,6 +87,17 @@ def train_with(argv, step):
         train.train_step = real
 
 
+def two_second_steps(monkeypatch):
+    """A clock that training steps alone move, two seconds each."""
+    clock, real = [0.0], train.train_step
+
+    def step(*args):
+        clock[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+
 # --- many processes ---------------------------------------------------------------------------------------
 
 class Answer(NamedTuple):

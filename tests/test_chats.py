@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, small, train_with
+from conftest import SIZES, small, train_with, two_second_steps
 
 import data
 import eval as evaluation
@@ -420,14 +420,7 @@ def test_the_log_is_of_the_answers(tuned):
 
 
 def test_padding_is_no_speed(base, chats, in_folder, monkeypatch):
-    """By a clock that training steps alone move, two seconds each."""
-    clock, real = [0.0], train.train_step
-
-    def step(*args):
-        clock[0] += 2.0
-        return real(*args)
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    two_second_steps(monkeypatch)
     train.main(tune(base, chats, "run", "--steps", "3", "--pack", "false"))
     assert all(row["tokens_per_s"] == row["tokens"] / 2 < 8 * 64 / 2 for row in rows("run"))
 

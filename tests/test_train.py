@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, small
+from conftest import SIZES, small, two_second_steps
 
 import data
 import eval as evaluation
@@ -436,14 +436,8 @@ def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
 
 
 def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
-    """By a clock that only training steps move, two seconds each: validations and saves do not count."""
-    clock, real = [0.0], train.train_step
-
-    def step(*args):
-        clock[0] += 2.0
-        return real(*args)
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    """Validations and saves do not count."""
+    two_second_steps(monkeypatch)
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "4", *SIZES])
     assert [r["tokens_per_s"] for r in rows(tmp_path / "run")] == [8 * 16 / 2.0] * 4
 
