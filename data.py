@@ -326,11 +326,12 @@ def load_tokens(path):
     path = path / "train.bin" if path.is_dir() else path
     header = np.fromfile(path, "<i8", 5)
     if len(header) < 5 or header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(f"{path} is not a token file written by data.py")
+        raise ValueError(f"{path} is not a token file written by data.py, which makes one of text")
     itemsize, vocab_size, count = (int(n) for n in header[2:])
     size, expected = path.stat().st_size, HEADER + count * itemsize
     if itemsize not in (2, 4) or count < 1 or size != expected:
-        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
+        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}; prepare it "
+                         "anew under another --name")
     tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
     for a in range(0, count, 1 << 24):                     # one pass, about a second for 1 GB
         if (top := int(tokens[a:a + (1 << 24)].max())) >= vocab_size:
@@ -417,7 +418,7 @@ class ChatSampler(Sampler):
         self.spans, self.n_cut, self.n_left_out = find_conversations(tokens, vocab_size, seq_len)
         if not len(self.spans):
             raise ValueError(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
-                             "has an answer that ends within it")
+                             "has an answer that ends within it; a longer --seq_len has room")
         sizes = (self.spans[:, 1] - self.spans[:, 0] - 1).tolist()
         self.windows = pack_best_fit(sizes, seq_len) if pack else [[i] for i in range(len(sizes))]
         self.n_windows = len(self.windows)
@@ -748,7 +749,8 @@ def read_chat(record):
     """A record of a chat file, {"messages": [{"role", "content"}, ..]} or {"instruction", "input", "output"},
     as [(role, content)].  ValueError says why it is none."""
     if not isinstance(record, dict) or not ("messages" in record or {"instruction", "output"} <= set(record)):
-        raise ValueError('neither "messages" nor "instruction" and "output" in it')
+        raise ValueError('neither "messages" nor "instruction" and "output" in it (plain text is for data.py '
+                         "without --chats)")
     if "messages" in record:
         try:
             chat = [(message["role"], message["content"]) for message in record["messages"]]
@@ -943,7 +945,7 @@ def tokenize(corpus, encoding, folder):
         writer.close()
         counts[split].update(tokens=writer.count)
         if not writer.count:
-            raise ValueError(f"the sources are too small: nothing fell to {split}.bin" + (
+            raise ValueError(f"the sources are too small: nothing fell to {split}.bin, add some" + (
                 f" ({corpus.skipped['lines']} lines without a \"text\" were skipped)" * (not chats)))
         counts[split]["sha256"] = file_sha256(folder / f"{split}.bin")
     return {split: dict(count) for split, count in counts.items()}
