@@ -426,13 +426,15 @@ class Talk:
         self.most = min(args.tokens, self.window // 2)            # tokens of an answer
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         self.reset()
+        self.fitted("")                                           # ValueError for too long a system message
         if not data.holds_chats(saved["settings"]["data"]):
             say(f"{args.ckpt} was not tuned on conversations (or they are gone): expect no answers; "
                 f"train.py --init_from {args.ckpt} --data functions tunes it")
 
     def reset(self):
         """Begin anew."""
-        self.chat, self.forgot = [("system", self.args.system)] * bool(self.args.system), False
+        system = readable(self.args.system)
+        self.chat, self.forgot = [("system", system)] * bool(system.strip()), False
 
     def fitted(self, question):
         """-> (the conversation with a question, its tokens).  What does not fit goes, the oldest first, a
@@ -441,7 +443,8 @@ class Talk:
         chat, room = [*self.chat, ("user", question)], self.window - self.most
         least = len(data.encode_chat(self.encoding, [*first, chat[-1]], answer=True))
         if least > room:
-            raise ValueError(f"that question is too long: {least} tokens, with room for {room}")
+            what = "question" if question else "system message"
+            raise ValueError(f"that {what} is too long: {least} tokens, with room for {room}")
         while len(tokens := data.encode_chat(self.encoding, chat, answer=True)) > room:
             del chat[len(first):len(first) + 2]
             if not self.forgot:
@@ -473,9 +476,19 @@ class Talk:
         if not any(role == "assistant" for role, _ in self.chat):
             raise ValueError("there is nothing to save yet")
         messages = [{"role": role, "content": text} for role, text in self.chat]
-        with open(path, "a") as out:
-            print(json.dumps({"messages": messages}), file=out)
+        try:
+            with open(path, "ab+") as out:
+                if out.tell() and os.pread(out.fileno(), 1, out.tell() - 1) != b"\n":
+                    out.write(b"\n")
+                out.write(json.dumps({"messages": messages}).encode() + b"\n")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error})") from None
         say(f"saved: {path}")
+
+
+def readable(text):
+    """Text with a mark in place of bytes that are no UTF-8, which a terminal may pass on."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def say(text):
@@ -488,8 +501,8 @@ def chat_command(args):
     if args.tokens < 1:
         raise ValueError(f"tokens ({args.tokens}) must be at least 1")
     sample(torch.zeros(1, 1), args.temperature, args.top_p)       # are they possible?
-    if sys.stdin is None:
-        raise ValueError("chat reads questions from a terminal or a pipe, and its input is closed")
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("chat reads questions from a terminal or a pipe and answers there; one is closed")
     talk, person = Talk(args), sys.stdin.isatty()
     if person:
         with suppress(ImportError):
@@ -497,7 +510,7 @@ def chat_command(args):
         say(CHAT_HELP)
     while True:
         try:
-            line = input("> " if person else "").strip()
+            line = readable(input("> " if person else "")).strip()
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 break
@@ -518,7 +531,7 @@ def chat_command(args):
         except BrokenPipeError:                                   # nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             break
-        except (ValueError, OSError) as error:
+        except ValueError as error:                               # a full disk, an OSError, ends it
             say(f"error: {error}")
 
 

@@ -278,7 +278,7 @@ def resolve(typed):
         if not (exists or source):
             raise ValueError(f"data {typed['data']} are conversations: --init_from names the run (or the "
                              "folder of Hugging Face) whose model they tune, and whose tokenizer they need")
-        typed["data"] = str(data.chats_folder(typed["data"], data.read_tokenizer(out if exists else source)))
+        typed["data"] = str(data.chats_folder(typed["data"], tokenizer_of(out, exists, source)))
     if exists:
         saved = evaluation.read_settings(out)
         given, sizes = saved["settings"], saved["model"]
@@ -304,6 +304,11 @@ def resolve(typed):
     set_stages(settings, config, typed, exists)
     settings.check(config)
     return settings, config, exists
+
+
+def tokenizer_of(out, exists, source):
+    """The tokenizer of a run, or of what it starts from (a run, a step-N in it, a folder of Hugging Face)."""
+    return data.read_tokenizer(out if exists else evaluation.run_folder(source))
 
 
 def given_by(preset, base, chats):
@@ -521,7 +526,7 @@ def decide(argv, world):
         print(data.describe(s.data, data.prepare(Path(s.data))))
     if data.is_chat_source(asked) and not Path(s.data).exists():
         print(f"preparing the conversations of {asked}, once:")
-        encoding = data.read_tokenizer(s.out if exists else s.init_from)
+        encoding = tokenizer_of(s.out, exists, s.init_from)
         print(data.describe(s.data, data.prepare(Path(s.data), [asked], tokenizer=encoding, chats=True)))
     corpus = open_corpus(s)
     corpus.check()

@@ -702,7 +702,7 @@ def test_a_closed_input_is_one_line(tuned, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)                       # python eval.py chat .. <&-
     with pytest.raises(SystemExit) as ended:
         evaluation.main(["chat", "--ckpt", str(tuned), "--device", "cpu"])
-    assert ended.value.code == 2 and "its input is closed" in capsys.readouterr().err
+    assert ended.value.code == 2 and "one is closed" in capsys.readouterr().err
 
 
 def test_a_question_that_is_too_long_forgets_nothing(tuned, monkeypatch, capsys, tmp_path):
@@ -732,3 +732,71 @@ def test_pieces_of_characters_are_put_together():
         def stream(self, tokens, *args, **kwargs):
             yield from (torch.tensor([t]) for t in [*"é🙂".encode(), 0xE2, END, 65])
     assert list(evaluation.reply(Fixed(), BYTES, [EOT], 9, 1)) == ["", "é", "", "", "", "🙂", "", "\ufffd"]
+
+
+@pytest.mark.parametrize("args", [["--tokens", "0"], ["--temperature", "-1"], ["--top_p", "0"],
+                                  ["--system", "x " * 100]])
+def test_impossible_settings_of_a_chat(tuned, monkeypatch, capsys, args):
+    with pytest.raises(SystemExit) as ended:
+        talk(tuned, monkeypatch, ["red"], *args)
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_saved_can_be_read(tuned, monkeypatch, capsys, in_folder):
+    """Behind a line that has no end, without bytes that are no text, without an empty system message."""
+    Path("s").write_text(json.dumps(GOOD))
+    talk(tuned, monkeypatch, ["red \udcff sea", "/save s"], "--tokens", "8", "--system", " ")
+    first, second = (data.read_chat(json.loads(line)) for line in Path("s").read_text().splitlines())
+    assert first == data.read_chat(GOOD) and second[0] == ("user", "red \ufffd sea")
+
+
+def test_a_full_disk_ends_a_chat(tuned):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "eval.py"), "chat", "--ckpt", str(tuned), "--tokens", "4"]
+        done = subprocess.run(command, input="red\nsea\n", stdout=full, stderr=subprocess.PIPE, text=True,
+                              timeout=100)
+    assert done.returncode and done.stderr.count("No space left") <= 2 and len(done.stderr) < 1000
+
+
+def test_a_step_of_a_run_can_be_tuned(base, chats, in_folder):
+    step = evaluation.newest(base)
+    train.main(tune(step, chats, "run", "--steps", "1", "--sample_tokens", "0"))
+    assert [row["step"] for row in rows("run")] == [1]
+
+
+def test_rows_of_no_token_end_an_answer():
+    class Fixed:
+        embed = torch.nn.Embedding(1, 1)
+
+        def stream(self, tokens, *args, **kwargs):
+            yield from (torch.tensor([t]) for t in [65, BYTES.n_vocab + 3, 66])
+    assert list(evaluation.reply(Fixed(), BYTES, [EOT], 9, 1)) == ["A", ""]
+
+
+def test_a_step_on_conversations_is_the_mean_over_the_answers(base, chats, in_folder):
+    train.main(tune(base, chats, "run", "--steps", "1", "--lbl_coef", "0", "--sample_tokens", "0"))
+    row, = rows("run")
+    file = Path(evaluation.read_settings("run")["settings"]["data"]) / "train.bin"
+    x, y, doc = data.make_sampler(data.load_tokens(file), file, 64).rows(0, 8)
+    model, _, top_k = evaluation.load_run(str(base))
+    out = model.requires_grad_(True)(x, y, top_k, doc)
+    (out.loss / out.n_targets).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert row["loss"] == pytest.approx(out.loss.item() / out.n_targets, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and row["tokens"] == out.n_tokens
+
+
+def test_held_out_conversations_train_no_tokenizer(in_folder):
+    write(Path("c.jsonl"), made_up(60))
+    found = data.Chats(["c.jsonl"], Path("d"))
+    sides = {side: {text for chat, held in found.conversations() if held == side
+                    for role, text in chat if role == "user"} for side in (True, False)}
+    sample = set(found.sample())
+    assert sides[True] and sides[False] <= sample and not sides[True] & sample
+
+
+def test_bytes_of_conversations_are_bytes(in_folder):
+    write(Path("c.jsonl"), made_up(60))
+    meta = data.prepare(Path("data/c"), ["c.jsonl"], tokenizer="bytes", chats=True)
+    want = sum(len(m["content"].encode()) for chat in made_up(60) for m in chat)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == want
