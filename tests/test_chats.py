@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -800,3 +801,39 @@ def test_bytes_of_conversations_are_bytes(in_folder):
     meta = data.prepare(Path("data/c"), ["c.jsonl"], tokenizer="bytes", chats=True)
     want = sum(len(m["content"].encode()) for chat in made_up(60) for m in chat)
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == want
+
+
+def test_everything_taken_over_is(in_folder, base, chats):
+    shutil.copytree(base, "base")
+    saved = json.loads(Path("base/settings.json").read_text())
+    other = dict(preset="sigma-moe-tiny", dtype="bfloat16", batch_size=4, accumulate=2, seq_len=32,
+                 balance="top1", lbl_coef=0.5, lbl_scope="micro", temperature=0.7, bias_rate=0.01,
+                 z_coef=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-7, clip=0.4)
+    assert set(other) == set(train.TAKEN_OVER)
+    saved["settings"] |= other
+    Path("base/settings.json").write_text(json.dumps(saved))
+    settings = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))[0]
+    assert {name: getattr(settings, name) for name in other} == other
+    assert settings.initial_top_k == []                           # which that preset sets
+
+
+def test_an_export_has_the_base_of_its_stage(staged, in_folder):
+    pytest.importorskip("transformers")
+    for ckpt, base_of in ((staged / "step-3", 1e4), (staged, 5e4)):
+        evaluation.main(["export", "--ckpt", str(ckpt), "--to", ckpt.name])
+        assert json.loads(Path(ckpt.name, "config.json").read_text())["rope_theta"] == base_of
+
+
+def test_baselines_are_of_the_answers(tuned):
+    table, n, folder = evaluation.compare_losses([str(tuned)])
+    encoding, val = data.load_encoding(folder), data.load_tokens(folder / "val.bin")
+    special, where, speaker = encoding.n_vocab - 5, [], None
+    for start, end in data.make_sampler(val, folder / "val.bin", 64).spans:
+        for i in range(start, end):
+            if special <= int(val[i]) < encoding.n_vocab - 1:
+                speaker = int(val[i]) - encoding.n_vocab
+            elif speaker == data.ASSISTANT:
+                where.append(i)
+    prob = evaluation.Trigram(data.load_tokens(folder), encoding.n_vocab).prob(val)
+    want = -np.mean([np.log(prob[i - 2]) for i in where])
+    assert n == len(where) and table[1][1] == pytest.approx(want, rel=1e-9)
