@@ -462,7 +462,7 @@ class Talk:
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            say("\nstopped")
+            say("\nstopped; what was said so far is remembered")
         print(flush=True)
         answer = "".join(pieces)
         if answer.strip():
@@ -1267,7 +1267,8 @@ def main(argv=None):
     sub = command("chat", chat_command, "talk with a run that was tuned on conversations; in a pipe, one "
                   "question a line", required=True)
     sub.add_argument("--system", default="", metavar="TEXT", help="a message that comes before all others")
-    sub.add_argument("--tokens", type=int, default=200, help="of an answer, at most (default 200)")
+    sub.add_argument("--tokens", type=int, default=200, help="of an answer, at most (default 200; "
+                     "never more than half of the sequences that the run was tuned on)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     sub.add_argument("--top_p", type=float, default=0.95, help="keep the likeliest tokens up to this (0.95)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
