@@ -105,6 +105,9 @@ def same_tokenizer(out, folder):
 def open_data(source, seq_len):
     """-> (folder, training tokens, sampler of the held-out ones, vocabulary) of a folder or token file of
     data.py."""
+    if data.is_chat_source(str(source)):
+        raise ValueError(f"{source} has no tokens yet: --data takes the folder that train.py made of it, "
+                         "data/NAME-HASH")
     source = Path(source)
     folder = source.parent if source.is_file() else source
     if not (folder / "val.bin").exists():

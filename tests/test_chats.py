@@ -751,6 +751,13 @@ def test_what_is_saved_can_be_read(tuned, monkeypatch, capsys, in_folder):
     assert first == data.read_chat(GOOD) and second[0] == ("user", "red \ufffd sea")
 
 
+def test_evaluation_wants_the_tokens_of_conversations(tuned, chats, capsys):
+    for source in ("functions", str(chats)):
+        with pytest.raises(SystemExit) as ended:
+            evaluation.main(["loss", "--ckpt", str(tuned), "--device", "cpu", "--data", source])
+        assert ended.value.code == 2 and f"{source} has no tokens yet" in capsys.readouterr().err
+
+
 def test_a_full_disk_ends_a_chat(tuned):
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(ROOT / "eval.py"), "chat", "--ckpt", str(tuned), "--tokens", "4"]
