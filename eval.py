@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import parallel
-from model import Model, ModelConfig, context_at, from_hf_config, hf_config, pick_device, sample, to_hf
+from model import Model, ModelConfig, from_hf_config, hf_config, sample, to_hf
 from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def load_run(ckpt, device="cpu"):
     layer)."""
     out = run_folder(ckpt)
     saved, path = read_settings(out), newest(ckpt)
-    config = ModelConfig(**sizes_at(ckpt))
+    config = ModelConfig(**saved["model"])
     with torch.device("meta"):
         model = Model(config)
     model = model.to_empty(device=device)
@@ -56,19 +56,6 @@ def load_run(ckpt, device="cpu"):
     top_k = active_experts(max(0, done - 1), settings["steps"], settings["initial_top_k"], config.top_k,
                            settings["switch"], config.n_layer)
     return model.requires_grad_(False), saved, top_k
-
-
-def context_of(ckpt):
-    """The Context (sequence length, rotary base) in which a checkpoint's last step was made."""
-    saved = read_settings(run_folder(ckpt))
-    step = max(0, int(newest(ckpt).name.removeprefix("step-")) - 1)
-    return context_at(step, saved["settings"]["seq_len"], saved["model"]["rope_base"],
-                      saved["settings"].get("stages", []))
-
-
-def sizes_at(ckpt):
-    """The fields of a checkpoint's ModelConfig, with the rotary base of its stage."""
-    return read_settings(run_folder(ckpt))["model"] | {"rope_base": context_of(ckpt).rope_base}
 
 
 def run_folder(ckpt):
@@ -242,25 +229,24 @@ def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=para
     `limit` tokens; `rows` of them at a time on each rank.
 
     -> (nats per target, Statistics of all layers, indices of the windows)."""
-    n = sampler.n_windows
-    most = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
-    windows = np.unique(np.linspace(0, n - 1, most).astype(int))
-    loss, n_targets, n_beyond, sums, V = 0.0, 0, 0, None, model.config.vocab_size
+    n, V = sampler.n_windows, model.config.vocab_size
+    many = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
+    if rows < many < n:
+        many -= many % rows                                       # full batches: another shape compiles anew
+    windows, sums, statistics = np.unique(np.linspace(0, n - 1, many).astype(int)), 0, None
     for a in range(0, len(windows), rows * grid.world):
         mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
         tokens, targets, *doc = sampler.batch(mine)
-        n_beyond += max(int((each >= V).sum()) for each in (tokens, targets))
+        n_beyond = max((tokens >= V).sum(), (targets >= V).sum())         # a GPU would end without a word
         tokens, targets, *doc = (t.clamp(max=V - 1).to(device) for t in (tokens, targets, *doc))
         out = model(tokens, targets, top_k, *doc)
-        loss, n_targets = loss + out.loss.item(), n_targets + out.n_targets
-        sums = Statistics(*map(torch.add, sums, out.statistics)) if sums else out.statistics
-    if grid.world > 1:
-        mine = out.loss.new_tensor([loss, n_targets, n_beyond], dtype=torch.float64)
-        totals = parallel.all_sum(grid, [mine, *sums])
-        (loss, n_targets, n_beyond), sums = totals[0].tolist(), Statistics(*totals[1:])
+        sums = sums + torch.stack([out.loss.double(), out.counts[0].double(), n_beyond.to(out.loss).double()])
+        statistics = Statistics(*map(torch.add, statistics, out.statistics)) if statistics else out.statistics
+    sums, *statistics = parallel.all_sum(grid, [sums, *statistics])
+    loss, n_targets, n_beyond = sums.tolist()
     if n_beyond:
         raise ValueError(f"{n_beyond:.0f} held-out tokens are beyond the vocabulary ({V})")
-    return loss / max(1, n_targets), sums, windows
+    return loss / max(1, n_targets), Statistics(*statistics), windows
 
 
 def token_bytes(encoding):
@@ -319,7 +305,7 @@ def compare_losses(ckpts, source=None, device="cpu"):
 
     -> (rows (name, nats per token, perplexity, bits per byte), number of targets, folder of the text)."""
     settings = read_settings(run_folder(ckpts[0]))["settings"]
-    folder, train, val, vocab_size = open_data(source or settings["data"], context_of(ckpts[0]).seq_len)
+    folder, train, val, vocab_size = open_data(source or settings["data"], settings["seq_len"])
     encoding = data.load_encoding(folder)
     losses = []
     for ckpt in ckpts:
@@ -425,7 +411,7 @@ class Talk:
         self.args = args
         self.model, saved, self.top_k = load_run(args.ckpt, args.device)
         self.encoding = data.load_encoding(run_folder(args.ckpt))
-        self.window = context_of(args.ckpt).seq_len
+        self.window = saved["settings"]["seq_len"]
         self.most = min(args.tokens, self.window // 2)            # tokens of an answer
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         self.reset()
@@ -723,8 +709,8 @@ def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
     """Continue rows of tokens together, by at most `new` of them each -> their texts."""
     device, end = model.embed.weight.device, encoding.encode_single_token("<|endoftext|>")
     until, width = list(filter(None, [until] if isinstance(until, str) else until)), max(map(len, rows))
-    padding = torch.tensor([width - len(row) for row in rows], device=device)
-    tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    tokens = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=device)
     grown = [[] for _ in rows]
 
     def text(tokens):
@@ -736,8 +722,7 @@ def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
 
     def over(tokens):
         return end in tokens or any(stop in encoding.decode([t for t in tokens if t < end]) for stop in until)
-    padding = padding if padding.any() else None
-    stream = model.stream(tokens, new, temperature, top_p, top_k, end, padding=padding)
+    stream = model.stream(tokens, new, temperature, top_p, top_k, end, lengths=lengths)
     for step, column in enumerate(stream, 1):
         for row, token in zip(grown, column.tolist()):
             row.append(token)
@@ -935,7 +920,7 @@ class Look(NamedTuple):
 def look(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder -> Look."""
     s = read_settings(run_folder(ckpt))["settings"]
-    folder, train, val, vocab_size = open_data(source or s["data"], context_of(ckpt).seq_len)
+    folder, train, val, vocab_size = open_data(source or s["data"], s["seq_len"])
     model, _, top_k = load_for(ckpt, folder, vocab_size, device)
     chosen = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, chosen):
@@ -944,15 +929,15 @@ def look(ckpt, source=None, device="cpu", limit=1 << 20):
     done = int(newest(ckpt).name.removeprefix("step-"))
     loss, sums, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
-    tokens = tokens[doc[0] >= 0] if doc else tokens.flatten()     # as the routers saw them
+    text = (doc[0] if doc else tokens).flatten() >= 0             # the routers saw padding, too
     first = active_experts(0, s["steps"], s["initial_top_k"], model.config.top_k, s["switch"],
                            model.config.n_layer)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Look(str(ckpt), [row for row in read_log(ckpt)[1:] if row["step"] <= done], s["steps"],
                 math.ceil(round(s["switch"] * s["steps"], 6)) if first != top_k else None, top_k, str(folder),
-                loss, Statistics(*(t.cpu() for t in sums)), tokens,
-                torch.stack([torch.cat(seen) for seen in chosen]), data.largest_share(train, vocab_size),
-                encoding)
+                loss, Statistics(*(t.cpu() for t in sums)), tokens.flatten()[text],
+                torch.stack([torch.cat(seen)[text] for seen in chosen]),
+                data.largest_share(train, vocab_size), encoding)
 
 
 def token_experts(tokens, experts, n_expert):
@@ -1296,7 +1281,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with data.one_line_errors():
         if "device" in args:
-            args.device = pick_device(args.device)
+            args.device = parallel.pick_device(args.device)
         args.run(args)
 
 

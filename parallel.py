@@ -51,7 +51,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Dispatch, Model, sort_by_expert
+from model import Model, Permute, cross_entropy, sort_by_expert
 
 # --- the grid of processes --------------------------------------------------------------------------------
 
@@ -177,6 +177,16 @@ def join(grid, ep, replicate, device, timeout):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)      # a mesh takes none
 
 
+def pick_device(name="auto"):
+    """cuda, mps or cpu: the first there is, or the one named.  ValueError if that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"device {name!r} is not there; there is {', '.join(d for d in there if there[d])}")
+    return name
+
+
 def leave(grid):
     if grid.world > 1:
         dist.destroy_process_group()
@@ -234,13 +244,12 @@ def expert_parallel(experts, mesh):
         # they come sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
         expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
-        source, place, sizes = sort_by_expert(expert[:, None], theirs.sum(0), 1)
-        rows = experts.compute(Dispatch.call(rows, source, place), sizes,
+        order, inverse = sort_by_expert(expert)
+        rows = experts.compute(Permute.apply(rows, order, inverse), theirs.sum(0),
                                experts.w_in.to_local(), experts.w_out.to_local())
-        return Exchange.apply(Dispatch.call(rows, place.flatten(), source[:, None]), recvs, sends, group)
+        return Exchange.apply(Permute.apply(rows, inverse, order), recvs, sends, group)
 
     experts.forward = forward
-    experts.filled_up_to = lambda *_: 1                           # what fills up groups does not travel
 
 
 # --- sharding ---------------------------------------------------------------------------------------------
@@ -323,6 +332,19 @@ def own_part(whole, p):
     return whole
 
 
+def compile_blocks(model, masters, backend="inductor"):
+    """Compile every block, the loss of a chunk of rows, and the addition of gradients.  Blocks share compiled
+    code, one for each K, shape and grad mode: the switch of K and validation need more than dynamo's 8.
+
+    For one process: FSDP's hooks would cut the graph of a block at every module that is sharded in it."""
+    torch._dynamo.config.recompile_limit = 64
+    compiled = partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
+    for block in model.blocks:
+        block.forward = compiled(block.forward)
+    model.head.chunk_loss = compiled(cross_entropy)
+    masters.add = compiled(add_in_place)
+
+
 def recompute_blocks(model):
     """Activation checkpointing (arXiv 1604.06174): of each block only the input is kept, and the rest
     computed again in the backward pass."""
@@ -361,6 +383,7 @@ class Masters:
     def __init__(self, model, dtype=torch.float32):
         self.named, self.copies = {}, []
         self.buffers = dict(model.named_buffers())                # selection biases: state, but not optimized
+        self.add = add_in_place                                   # compiled, it is one kernel
         for name, p in model.named_parameters():
             self.named[name] = p
             sharded = isinstance(p, DTensor)
@@ -371,8 +394,16 @@ class Masters:
         """From now on p computes in dtype, and its fp32 master is the optimizer's."""
         self.named[name] = master = nn.Parameter(p.detach().clone())
         p.data = p.data.to(dtype)
-        p.register_post_accumulate_grad_hook(accumulate_into(master))
+        p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
         self.copies.append((p, master))
+
+    def accumulate(self, master, copy):
+        """Move the gradient of a copy to its master, in fp32."""
+        if master.grad is None:
+            master.grad = copy.grad.float()
+        else:
+            self.add(master.grad, copy.grad)
+        copy.grad = None
 
     @torch.no_grad()
     def refresh(self):
@@ -381,19 +412,8 @@ class Masters:
             torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
 
 
-def accumulate_into(master):
-    """-> a hook that moves the gradient of a copy to its master; on a CPU in memory taken once, since fresh
-    memory costs more there than what is written to it."""
-    memory = torch.empty_like(master) if master.device.type == "cpu" else None
-
-    def hook(copy):
-        if master.grad is None:
-            master.grad = copy.grad.float() if memory is None else memory.copy_(copy.grad)
-        else:
-            master.grad += copy.grad
-        copy.grad = None
-
-    return hook
+def add_in_place(total, part):
+    total += part
 
 
 def adamw(masters, lr, betas, eps, weight_decay):
@@ -410,7 +430,7 @@ def adamw(masters, lr, betas, eps, weight_decay):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm, grid=ALONE):
+def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
     """Scale the gradients so that the norm of all together is at most max_norm.  One reduction, for every
     rank has a part of each, in `replicate` copies.
 
@@ -419,7 +439,11 @@ def clip_gradients(masters, max_norm, grid=ALONE):
     squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
     squares = all_sum(grid, [squares])[0] / grid.replicate
     total = squares.sum().sqrt()
-    torch._foreach_mul_(list(named.values()), (max_norm / (total + 1e-6)).clamp(max=1.0))
+    excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
+    if grid.world == 1 and total.device.type in ("cpu", "cuda") and total.dtype == torch.float32:
+        optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
+    else:
+        torch._foreach_div_(list(named.values()), excess)
     return total, dict(zip(named, squares.sqrt()))
 
 

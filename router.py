@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     The gate's probability p is the softmax over all experts, whatever the gate.  The block fills in the last
     two."""
 
-    load: torch.Tensor                  # [E] int64, rows that each expert gets; sums to N*K
+    load: torch.Tensor                  # [E] int64, rows that each expert gets; sums to N*K without padding
     prob_sum: torch.Tensor = None       # [E] p of each expert, with gradient
     sharp_sum: torch.Tensor = None      # [E] the same at the router's temperature, with gradient
     sharp_top_sum: torch.Tensor = None  # [] the largest of those of each token, with gradient
@@ -44,9 +44,10 @@ class Statistics(NamedTuple):
 class Routing(NamedTuple):
     """Where the N tokens of one layer go."""
 
-    weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient
+    weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient; 0 for padding
     experts: torch.Tensor       # [N, K] int64, the chosen experts, the best one first
-    statistics: Statistics
+    rows: torch.Tensor          # [E] int64, rows that each expert computes, padding too
+    statistics: Statistics      # of the tokens that are not padding; None if not asked for
 
 
 class Router(nn.Module):
@@ -74,8 +75,8 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(n_expert))
         self.temperature = 1.0                                    # of sharp_sum; train.py sets it
 
-    def forward(self, h, top_k, counted=True):
-        """h [N, D] -> Routing with K = top_k, and with all statistics or the load alone."""
+    def forward(self, h, top_k, mask=None, with_stats=True):
+        """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
@@ -86,23 +87,34 @@ class Router(nn.Module):
         weights = score.gather(-1, experts)
         if self.gate == "normalized":
             weights = weights / weights.sum(-1, keepdim=True).detach()
-        rows = experts.flatten()
-        load = rows.new_zeros(prob.shape[-1]).scatter_add_(0, rows, torch.ones_like(rows))  # no device sync
-        return Routing(weights, experts, self.statistics(logits, prob, load) if counted else Statistics(load))
+        rows = count_rows(experts, prob.shape[-1])
+        if mask is not None:
+            weights = weights * mask[:, None]
+        statistics = self.statistics(logits, prob, experts, rows, mask) if with_stats else None
+        return Routing(weights, experts, rows, statistics)
 
-    def statistics(self, logits, prob, load):
-        """logits, prob [N, E], load [E] -> Statistics."""
-        prob_sum, top = prob.sum(0), prob.amax(-1)
-        sharp_sum, sharp_top_sum = prob_sum, top.sum()
+    def statistics(self, logits, prob, experts, rows, mask):
+        """logits, prob [N, E], experts [N, K], rows [E], mask [N] or None -> Statistics."""
+        def total(x):                                             # over tokens, without padding
+            return x.sum(0) if mask is None else (x * mask.view(-1, *[1] * (x.dim() - 1))).sum(0)
+        load = rows if mask is None else count_rows(experts, prob.shape[-1], mask)
+        prob_sum, top = total(prob), prob.amax(-1)
+        sharp_sum, sharp_top_sum = prob_sum, total(top)
         if self.temperature != 1:
             sharp = (logits / self.temperature).softmax(-1)
-            sharp_sum, sharp_top_sum = sharp.sum(0), sharp.amax(-1).sum()
-        log_total = logits.amax(-1) - top.log()                   # logsumexp, without exponentiating twice
+            sharp_sum, sharp_top_sum = total(sharp), total(sharp.amax(-1))
+        log_total = logits.logsumexp(-1)
         with torch.no_grad():
-            top_sum = top.sum()
-            entropy_sum = log_total.sum() - torch.dot(prob.flatten(), logits.flatten())
-        return Statistics(load, prob_sum, sharp_sum, sharp_top_sum, log_total.square().sum(), top_sum,
-                          entropy_sum)
+            entropy_sum = total(log_total - torch.linalg.vecdot(prob, logits))
+        return Statistics(load, prob_sum, sharp_sum, sharp_top_sum, total(log_total.square()),
+                          total(top.detach()), entropy_sum)
+
+
+def count_rows(experts, n_expert, mask=None):
+    """experts [N, K] -> how often each comes [E] int64, without the tokens that mask [N] leaves out.  Never
+    bincount, which waits for the device."""
+    ones = torch.ones_like(experts) if mask is None else mask[:, None].expand_as(experts).long()
+    return experts.new_zeros(n_expert).scatter_add_(0, experts.flatten(), ones.flatten())
 
 
 # --- losses: functions of sums ----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Train a sparse language model, or resume the run in --out.
 
-    python train.py                                   the laptop preset on Python's standard library
+    python train.py                                   what fits: the laptop preset, or gpu on a GPU
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
-    python train.py --preset gpu --data data/mine     one GPU, a corpus made by data.py
+    python train.py --preset gpu-1b --data data/mine  a larger model, a corpus made by data.py
     python train.py --init_from out/laptop --data chats.jsonl         tune the run's model on conversations
     torchrun --standalone --nproc-per-node 8 train.py --ep 8     eight processes, which share the experts
 
@@ -12,11 +12,9 @@ it; so a checkpoint need hold only weights, optimizer state and the step, and a 
 uninterrupted one.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import math
 import os
@@ -29,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -51,13 +48,10 @@ from model import (
     PRESETS,
     Model,
     ModelConfig,
-    context_at,
     count_parameters,
     flops_per_token,
     from_hf,
-    pick_device,
-    refused,
-    upcycled,
+    grouped_mm_limitation,
 )
 from router import (
     BALANCE,
@@ -84,18 +78,21 @@ def setting(default, group, help):
 class Settings:
     """Everything about a run but the model's sizes.  check() raises ValueError, naming the field."""
 
-    preset: str = setting("laptop", "run", f"sizes and schedule to start from: {', '.join(PRESETS)}")
+    preset: str = setting("", "run", f"sizes and schedule to start from: {', '.join(PRESETS)} (default: gpu "
+                          "on a GPU, else laptop)")
     out: str = setting("", "run", "the run's directory (default: out/PRESET, or out/RUN-chat for the run "
                        "that conversations tune)")
-    data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: made if missing); "
+    data: str = setting("data/stdlib", "run", "folder or token file of data.py (default: data/stdlib, or for "
+                        "gpu and gpu-1b data/installed, made if missing); "
                         "or conversations for the model of --init_from: a .jsonl, .jsonl.gz or .json, or the "
                         "word functions, which are Python's own documented ones")
     init_from: str = setting("", "run", "start from the weights of another run (or of a step-N folder in it),"
-                             " or from a folder of Hugging Face: Qwen3-MoE, or Qwen3, which is upcycled")
-    upcycle_noise: float = setting(0.0, "run", "by how much upcycled experts differ at the start, in "
-                                   "standard deviations of their weights")
+                             " or from a folder of Hugging Face's Qwen3-MoE")
     device: str = setting("auto", "run", "cpu, cuda or mps (default: the best there is)")
-    dtype: str = setting("float32", "run", "float32 or bfloat16: of the matrix products; weights stay fp32")
+    dtype: str = setting("auto", "run", "float32 or bfloat16: of the matrix products; weights stay fp32 "
+                         "(default: bfloat16 on CUDA)")
+    compile: str = setting("auto", "run", "true or false: compile the blocks, for one process in bfloat16 "
+                           "(default: on CUDA)")
     seed: int = setting(0, "run", "of the initial weights and the order of the data")
 
     steps: int = setting(1600, "schedule", "updates of the weights; of tuning: four epochs")
@@ -104,8 +101,6 @@ class Settings:
     ramp: float = setting(0.1, "schedule", "fraction of the steps in which it grows to batch_size")
     accumulate: int = setting(1, "schedule", "micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule", "tokens per sequence")
-    stages: list = setting([], "schedule", "SEQ_LEN:ROPE_BASE:STEPS,.. one after the other, instead of "
-                           "--seq_len, --rope_base and --steps: 128:10000:200,512:40000:100")
     pack: bool = setting(True, "schedule", "true: several conversations in a sequence, which do not see each "
                          "other; false: one, and padding")
     lr: float = setting(6e-3, "schedule", "learning rate after warm-up; of tuning: 0.3 of that of the run")
@@ -152,10 +147,6 @@ class Settings:
     background: bool = setting(False, "processes", "true: train on while a checkpoint is written")
 
     def check(self, config):
-        for number, (seq_len, rope_base, steps) in enumerate(self.stages, 1):
-            if not (seq_len >= 1 and 0 < rope_base < math.inf and steps >= 1):
-                raise ValueError(f"stages: stage {number} ({seq_len}:{rope_base:g}:{steps}) must have a "
-                                 "length and steps of at least 1, and a rotary base above 0")
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every", "ep", "replicate",
                      "timeout", "bad_steps"):
             if getattr(self, name) < 1:
@@ -164,14 +155,15 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("seed", "ramp_from", "eval_every", "save_every", "eval_tokens", "sample_tokens",
-                     "weight_decay", "upcycle_noise", "lbl_coef", "z_coef", "bias_rate", "spike",
+                     "weight_decay", "lbl_coef", "z_coef", "bias_rate", "spike",
                      "check_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "decay", "ramp", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        choices = {"dtype": ("float32", "bfloat16"), "balance": BALANCE, "lbl_scope": ("global", "micro"),
+        choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
+                   "balance": BALANCE, "lbl_scope": ("global", "micro"),
                    "backend": ("auto", "gloo", "nccl")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -193,10 +185,13 @@ class Settings:
 
 TRAINING = {                                                  # what a preset sets beside the model's sizes
     "laptop": {},
-    "gpu": dict(steps=20000, batch_size=64, seq_len=1024, accumulate=4, lr=6e-4, dtype="bfloat16"),
+    "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
+    "gpu-1b": dict(steps=20000, batch_size=64, seq_len=1024, lr=6e-4, data="data/installed"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
-                           dtype="bfloat16", lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
+                           lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
+# prepared if it is missing: {folder: (sources, vocabulary)}
+CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 8192)}
 # tuning on conversations: how long, its learning rate as a part of that of the run whose model it tunes, and
 # what else it takes over from that run
 CHAT_EPOCHS = 4
@@ -204,9 +199,9 @@ CHAT_LR = 0.3
 TAKEN_OVER = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
               "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "eps", "clip")
 # what may differ when a run is resumed; everything else must be the run's own
-MAY_CHANGE = {"out", "steps", "device", "log_every", "eval_every", "eval_tokens", "save_every", "keep",
-              "sample_tokens", "wandb", "spike", "bad_steps", "check_every", "ep", "replicate", "backend",
-              "timeout", "activation_checkpointing", "no_sync", "background"}
+MAY_CHANGE = {"out", "steps", "device", "compile", "log_every", "eval_every", "eval_tokens", "save_every",
+              "keep", "sample_tokens", "wandb", "spike", "bad_steps", "check_every", "ep", "replicate",
+              "backend", "timeout", "activation_checkpointing", "no_sync", "background"}
 
 
 def parse(argv):
@@ -235,16 +230,7 @@ def numbers(text):
     return [int(n) for n in text.split(",") if n]
 
 
-def stages(text):
-    try:
-        return [[int(seq_len), float(rope_base), int(steps)] for seq_len, rope_base, steps in
-                (stage.split(":") for stage in text.split(","))]
-    except ValueError:
-        form = "SEQ_LEN:ROPE_BASE:STEPS,SEQ_LEN:ROPE_BASE:STEPS,.."
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from None
-
-
-READ = {bool: truth, list: numbers, "stages": stages}
+READ = {bool: truth, list: numbers}
 SIZES = {
     "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
     "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads",
@@ -266,7 +252,8 @@ def resolve(typed):
     source, chats = typed.get("init_from", ""), data.holds_chats(typed.get("data", ""))
     tuned = chats and source and not evaluation.is_hf(source)
     base = evaluation.read_settings(evaluation.run_folder(source))["settings"] if tuned else {}
-    preset = typed.get("preset", base.get("preset", "laptop"))
+    device = parallel.pick_device(typed.get("device", "auto"))
+    preset = typed.get("preset", base.get("preset", "gpu" if device.startswith("cuda") else "laptop"))
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
     out = Path(typed.get("out") or (f"out/{evaluation.run_folder(source).name}-chat" if chats and source
@@ -301,7 +288,6 @@ def resolve(typed):
         raise ValueError(f"{out / 'settings.json'} is of another version of train.py ({error})") from None
     if "initial_top_k" not in typed:                          # a preset's list is cut to the layers there are
         settings.initial_top_k = settings.initial_top_k[:config.n_layer]
-    set_stages(settings, config, typed, exists)
     settings.check(config)
     return settings, config, exists
 
@@ -326,24 +312,9 @@ def sizes_of(preset, typed):
     if source and evaluation.is_hf(source):
         sizes |= evaluation.read_hf_config(source)
     elif source:
-        sizes = evaluation.sizes_at(source)
-    longest = max((stage[0] for stage in typed.get("stages", [])), default=0)
-    return sizes | {"max_seq_len": max(longest, sizes["max_seq_len"])}
-
-
-def set_stages(s, config, typed, exists):
-    """With stages, the number of steps is their sum, and seq_len the longest.  ValueError for what they do
-    not go with."""
-    if not s.stages:
-        return
-    total = sum(steps for _, _, steps in s.stages)
-    wrong = [] if exists else [name for name in ("seq_len", "rope_base", "ramp_from") if name in typed]
-    if typed.get("steps", total) != total:
-        wrong.append("steps")
-    if wrong:
-        raise ValueError(f"stages have lengths, rotary bases and steps ({total} in all) of their own: leave "
-                         f"out --{wrong[0]}")
-    s.steps, s.seq_len, config.rope_base = total, max(stage[0] for stage in s.stages), s.stages[0][1]
+        sizes = evaluation.read_settings(evaluation.run_folder(source))["model"]
+    longest = max(typed.get("seq_len", 0), sizes["max_seq_len"]) if source else sizes["max_seq_len"]
+    return sizes | {"max_seq_len": longest}
 
 
 # --- schedules: pure functions of the step ----------------------------------------------------------------
@@ -406,15 +377,9 @@ class Guard:
 
 
 def phase(step, s, config):
-    """Which part of the schedules a step is in: warm-up, constant or falling learning rate (0, 1, 2); K; the
-    stage of the context."""
+    """Which part of the schedules a step is in: warm-up, constant or falling learning rate (0, 1, 2); K."""
     rate = 0 if step + 1 < s.warmup * s.steps else 1 if s.steps - step > s.decay * s.steps else 2
-    return rate, top_k_at(step, s, config), context(step, s, config).stage
-
-
-def stage_ends(s):
-    """The steps after which a stage, or the run, is over."""
-    return set(itertools.accumulate(steps for _, _, steps in s.stages)) | {s.steps}
+    return rate, top_k_at(step, s, config)
 
 
 def top_k_at(step, s, config):
@@ -422,36 +387,31 @@ def top_k_at(step, s, config):
     return active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
 
 
-def context(step, s, config):
-    """The Context of a step: stage, sequence length, rotary base."""
-    return context_at(step, s.seq_len, config.rope_base, s.stages)
-
-
-def consumed(step, s, config):
-    """Sequences that the steps of this step's stage took before it."""
-    return sum(sequences(before, s) for before in range(context(step, s, config).first, step))
+def consumed(step, s):
+    """Sequences of the steps before this one."""
+    return sum(sequences(before, s) for before in range(step))
 
 
 # --- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Corpus:
-    """The text of a run, as each stage cuts it."""
+    """The text of a run."""
 
-    train: list                 # of data.Sampler
+    train: data.Sampler
     vocab_size: int = 0
     top_share: float = 0.0      # of the most frequent token
-    val: list = None            # of the held-out tokens, if there are any
+    val: data.Sampler = None    # of the held-out tokens, if there are any
     encoding: tiktoken.Encoding = None      # if there is one beside the token file
     folder: Path = None
     file: Path = None
     sha256: str = None          # of the file; known to rank 0
 
     def sizes(self):
-        return [self.vocab_size, *(len(part[0].tokens) for part in (self.train, self.val) if part)]
+        return [self.vocab_size, *(len(part.tokens) for part in (self.train, self.val) if part)]
 
     def has_chats(self):
-        return isinstance(self.train[0], data.ChatSampler)
+        return isinstance(self.train, data.ChatSampler)
 
     def check(self):
         """ValueError if a token file is not the one that data.py wrote beside this meta.json."""
@@ -483,12 +443,13 @@ class Run:
     grid: parallel.Grid = parallel.ALONE
     guard: Guard = dataclasses.field(default_factory=Guard)
     done: int = 0               # steps
+    ahead: tuple = None         # the Batch of the next step
     lost: int = 0               # lines of the log and checkpoints that could not be written
     log: TextIO = None          # log.jsonl, open and locked; rank 0's alone
     shown: object = None        # the run at Weights & Biases
 
     def __post_init__(self):
-        self.window = Window(self.config)
+        self.window = Window(self.config, self.device)
 
 
 def open_corpus(s):
@@ -498,17 +459,13 @@ def open_corpus(s):
     if not file.exists():
         raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
                          "python data.py --source PATH --name NAME makes data/NAME")
-    lengths = [stage[0] for stage in s.stages] or [s.seq_len]
 
     def cut(path):
-        tokens = data.load_tokens(path)
-        # each stage in an order of its own: its number is the second 32-bit word of the seed
-        return [data.make_sampler(tokens, path, seq_len, s.seed + (stage << 32), s.pack)
-                for stage, seq_len in enumerate(lengths)]
+        return data.make_sampler(data.load_tokens(path), path, s.seq_len, s.seed, s.pack)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     train, val = cut(file), cut(folder / "val.bin") if (folder / "val.bin").exists() else None
     vocab_size = data.vocabulary(file)
-    share = data.largest_share(train[0].tokens, vocab_size)
+    share = data.largest_share(train.tokens, vocab_size)
     return Corpus(train, vocab_size, share, val, encoding, folder, file)
 
 
@@ -519,19 +476,20 @@ def decide(argv, world):
     typed = parse(argv)
     asked = typed.get("data", "")
     s, config, exists = resolve(typed)
-    device = pick_device(s.device)
+    device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, s.backend)
-    if not Path(s.data).exists() and s.data == Settings.data:
+    if not Path(s.data).exists() and s.data in CORPORA:
+        sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
-        print(data.describe(s.data, data.prepare(Path(s.data))))
+        print(data.describe(s.data, data.prepare(Path(s.data), sources, vocab_size=vocab_size)))
     if data.is_chat_source(asked) and not Path(s.data).exists():
         print(f"preparing the conversations of {asked}, once:")
         encoding = tokenizer_of(s.out, exists, s.init_from)
         print(data.describe(s.data, data.prepare(Path(s.data), [asked], tokenizer=encoding, chats=True)))
     corpus = open_corpus(s)
     corpus.check()
-    if corpus.has_chats() and not (exists or s.stages or "steps" in typed):
-        s.steps = -(-CHAT_EPOCHS * corpus.train[0].n_windows // s.batch_size)
+    if corpus.has_chats() and not (exists or "steps" in typed):
+        s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not exists and "vocab_size" not in typed and not s.init_from:
         config.vocab_size = -(-corpus.vocab_size // 64) * 64  # the data's, rounded up for the matrix products
     if corpus.vocab_size > config.vocab_size:
@@ -565,9 +523,11 @@ def start(decided, grid):
     parallel.join(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s.dtype, config, device)
     model = parallel.build_model(config, grid, device, dtype, s.seed)
+    masters = parallel.Masters(model, dtype)
+    if compiles(s, device, dtype, grid):
+        parallel.compile_blocks(model, masters)
     if s.activation_checkpointing:
         parallel.recompute_blocks(model)
-    masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     if decided["exists"]:                                     # nobody else may touch it from here on
@@ -588,23 +548,11 @@ def start(decided, grid):
 
 
 def load_foreign(run):
-    """Fill the weights from a folder of Hugging Face; a dense model is upcycled."""
-    s, named = run.settings, run.masters.named
-
-    def put(name, p, whole):
-        if dense and "experts" in name and s.upcycle_noise:
-            generator = torch.Generator().manual_seed((s.seed + zlib.crc32(name.encode())) % 2**63)
-            whole = whole.float() + s.upcycle_noise * whole.float().std() * torch.randn(
-                whole.shape, generator=generator)
-        parallel.put_part(p, whole)
-    routers = [parallel.whole(block.moe.router.weight) for block in run.model.blocks]
-    problem, weights, dense = None, {}, False
+    """Fill the weights from a folder of Hugging Face."""
+    s, problem = run.settings, None
     try:
-        weights = evaluation.Weights(s.init_from)
-        dense = not any(".mlp.experts." in name for name in weights)
-        if dense:
-            weights = upcycled(weights, run.config, routers)
-        from_hf(weights, run.model, named, put)
+        from_hf(evaluation.Weights(s.init_from), run.model, lambda name, p, whole: parallel.put_part(
+            run.masters.named[name], whole))
     except (ValueError, OSError) as error:
         problem = f"rank {run.grid.rank}: " * bool(run.grid.rank) + f"{s.init_from}: {error}"
     problem = next(filter(None, parallel.gather(run.grid, problem)), None)
@@ -643,14 +591,25 @@ def show_elsewhere(run, out):
 
 def compute_dtype(asked, config, device):
     """The dtype of the matrix products.  What the device cannot do is said, and what is done instead."""
+    if asked == "auto":
+        asked = "bfloat16" if device.startswith("cuda") and computes_bf16(device) else "float32"
     dtype = getattr(torch, asked)
     if dtype == torch.bfloat16 and not computes_bf16(device):
         print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
         dtype = torch.float32
-    why = refused(dtype, device.split(":")[0], (config.d_model, config.d_expert))
+    why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
     return dtype
+
+
+def compiles(s, device, dtype, grid):
+    """Whether blocks are compiled.  ValueError if they cannot be and were asked to."""
+    possible = dtype == torch.bfloat16 and grid.world == 1
+    if s.compile == "true" and not possible:
+        raise ValueError("compile (true) is for one process with --dtype bfloat16: torch compiles no grouped "
+                         "product in fp32, and FSDP cuts a block at every module that it shards")
+    return possible and (s.compile == "true" or s.compile == "auto" and device.startswith("cuda"))
 
 
 def computes_bf16(device):
@@ -722,6 +681,30 @@ def device_name(device):
     return f"{device}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+class Batch(NamedTuple):
+    """This rank's part of a step, cut into micro-batches."""
+
+    step: int
+    first: int          # sequence of the step
+    parts: list         # of (tokens, targets) or (tokens, targets, doc) [B, T], on the device
+    counts: list        # of [targets, tokens routed] of each part, of all ranks
+    n_beyond: int       # tokens and targets beyond the vocabulary, of all ranks
+
+
+def load_batch(run, step, first):
+    """Cut sequences first, first + 1, .. -> Batch, on its way to the device: nothing waits for it."""
+    s, grid = run.settings, run.grid
+    micro = sequences(step, s) // s.accumulate
+    parts = [run.corpus.train.rows(first + m * micro, micro, grid.rank, grid.world)
+             for m in range(s.accumulate)]
+    counts = torch.tensor([count_tokens(run.config.vocab_size, *part) for part in parts])
+    counts = parallel.all_sum(grid, [counts])[0].tolist()
+    if run.device.startswith("cuda"):
+        parts = [[t.pin_memory() for t in part] for part in parts]
+    parts = [[t.to(run.device, non_blocking=True) for t in part] for part in parts]
+    return Batch(step, first, parts, [count[:2] for count in counts], sum(count[2] for count in counts))
+
+
 class Step(NamedTuple):
     """What came of one step.  The same on every rank."""
 
@@ -733,7 +716,7 @@ class Step(NamedTuple):
     norm: torch.Tensor          # [] of the gradient, before clipping
     norms: dict                 # {name: []}
     skipped: str                # why nothing was changed, or None
-    asked: torch.Tensor         # [] ranks that were asked to stop
+    asked: bool                 # whether a rank was asked to stop
 
 
 def train_step(run, step, first, asked=lambda: False):
@@ -743,40 +726,39 @@ def train_step(run, step, first, asked=lambda: False):
     of micro-batches) only ever add up.  A balance loss is that of the step's tokens so far, of all ranks:
     with several micro-batches the first ones see few of them, and its gradient is that of the whole step's
     loss only if there is one.
+
+    The device is waited for once, by the guard; the next batch is cut while it computes.
     """
     s, model, grid = run.settings, run.model, run.grid
-    top_k, seen_as = top_k_at(step, s, run.config), context(step, s, run.config)
-    model.rope_base = seen_as.rope_base
-    count = sequences(step, s)
-    micro, rows = count // s.accumulate, run.corpus.train[seen_as.stage].rows
-    batches = [rows(first + m * micro, micro, grid.rank, grid.world) for m in range(s.accumulate)]
-    counts = torch.tensor([count_tokens(run.config.vocab_size, *batch) for batch in batches])
-    counts = parallel.all_sum(grid, [counts])[0].tolist()
-    n_targets, n_tokens, n_beyond = map(sum, zip(*counts))
-    if n_beyond:                                              # a GPU's embedding would end without a word
-        end(run, f"data {s.data} has changed since the start: {n_beyond} tokens of step {step + 1} are "
+    top_k, count = top_k_at(step, s, run.config), sequences(step, s)
+    ready = run.ahead and run.ahead[:2] == (step, first)
+    batch = run.ahead if ready else load_batch(run, step, first)
+    n_targets, n_tokens = map(sum, zip(*batch.counts))
+    if batch.n_beyond:                                        # a GPU's embedding would end without a word
+        end(run, f"data {s.data} has changed since the start: {batch.n_beyond} tokens of step {step + 1} are "
             f"beyond the vocabulary ({run.config.vocab_size}); what was saved before is whole", 2)
     loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
-    for m, batch in enumerate(batches):
+    for m, (tokens, targets, *doc) in enumerate(batch.parts):
         parallel.synchronize(model, grid, m == s.accumulate - 1 or not s.no_sync)
-        tokens, targets, *doc = (t.to(run.device) for t in batch)
         out = model(tokens, targets, top_k, *doc)
         flag, mark = out.loss.new_full((), asked()), out.loss.new_zeros(grid.world)
         mark[grid.rank] = ~out.loss.isfinite()
         part_loss, flag, mark, *part = parallel.all_sum(grid, [out.loss, flag, mark, *out.statistics])
         part = Statistics(*part)
         total = Statistics(*map(torch.add, total, part)) if m else part
-        loss, seen, bad = loss + part_loss, seen + counts[m][1], bad + mark
+        loss, seen, bad = loss + part_loss, seen + batch.counts[m][1], bad + mark
         objective = out.loss * (n_tokens / max(1, n_targets))
         if BALANCE[s.balance] and s.lbl_coef:
-            at, n = (total, seen) if s.lbl_scope == "global" else (part, counts[m][1])
+            at, n = (total, seen) if s.lbl_scope == "global" else (part, batch.counts[m][1])
             objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
         (objective / max(1, n_tokens)).backward()
-    norm, norms = parallel.clip_gradients(run.masters, s.clip, grid)
+    norm, norms = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
-    skipped = run.guard.objection(float(loss), float(norm), step, s, run.config)
+    run.ahead = load_batch(run, step + 1, first + count) if step + 1 < s.steps else None
+    loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
+    skipped = run.guard.objection(loss_now, norm_now, step, s, run.config)
     if skipped and grid.world > 1 and bad.any():
         ranks = ", ".join(str(rank) for rank, n in enumerate(bad.tolist()) if n)
         skipped = f"the loss of rank {ranks} is not finite"
@@ -785,7 +767,7 @@ def train_step(run, step, first, asked=lambda: False):
     # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
     in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
     run.optimizer.zero_grad(set_to_none=not in_place)
-    return Step(top_k, count, n_tokens, loss, total, norm, norms, skipped, flag)
+    return Step(top_k, count, n_tokens, loss, total, norm, norms, skipped, bool(flag))
 
 
 def count_tokens(vocab_size, tokens, targets, doc=None):
@@ -818,8 +800,8 @@ class Window:
     """The steps since the last line of the log; load, steps and tokens as far as these activated the same
     numbers of experts.  Its tensors are part of a checkpoint."""
 
-    def __init__(self, config):
-        self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64)
+    def __init__(self, config, device):
+        self.load = torch.zeros(config.n_layer, config.n_expert, dtype=torch.int64, device=device)
         self.top_k = torch.zeros(config.n_layer, dtype=torch.int64)
         self.counts = torch.zeros(3, dtype=torch.int64)           # steps, tokens, skipped
 
@@ -831,7 +813,7 @@ class Window:
             self.load.zero_()
             self.counts[:2] = 0
             self.top_k.copy_(torch.tensor(did.top_k))
-        self.load += did.statistics.load.cpu()
+        self.load += did.statistics.load
         self.counts += torch.tensor([1, did.n_tokens, bool(did.skipped)])
 
     def clear(self):
@@ -846,8 +828,6 @@ def describe(run, step, did):
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(step, s), "grad_norm": did.norm,
            "skipped": skipped, "top_k": did.top_k, "sequences": did.sequences, "tokens": n_tokens}
-    seen_as = context(step, s, run.config)
-    row |= {"stage": seen_as.stage, "seq_len": seen_as.seq_len, "rope_base": seen_as.rope_base}
     row |= deviation(sums.load, "load") | chance(run, did.top_k, n_tokens, "noise")
     row |= deviation(run.window.load, "window") | chance(run, did.top_k, window_tokens, "window_noise")
     if s.balance == "top1":
@@ -888,11 +868,11 @@ PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe
         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def utilisation(run, top_k, seq_len, tokens_per_s):
+def utilisation(run, top_k, tokens_per_s):
     """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
     name = device_name(run.device) if run.dtype == torch.bfloat16 else ""
     peak = next((peak for known, peak in PEAK.items() if known in name), None)
-    flops = flops_per_token(run.config, seq_len, top_k) * tokens_per_s
+    flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
     return peak and flops / (peak * run.grid.world)
 
 
@@ -944,7 +924,7 @@ def train(run):
     s, done = run.settings, run.done
     quarter = max(1, s.steps // 4)
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
-    first, ends = consumed(done, s, run.config), stage_ends(s)
+    first = consumed(done, s)
     clock, since = time.perf_counter(), 0
     saver, stopping = parallel.Saver(s.out, s.keep, run.grid, s.background), False
     bar = tqdm(total=s.steps, initial=done, disable=True if run.grid.rank else None, dynamic_ncols=True,
@@ -953,9 +933,9 @@ def train(run):
         while done < s.steps and not stopping:
             did = train_step(run, done, first, lambda: stop.asked)
             # all ranks after the same step: an asked one waits for the sum that tells the others
-            stopping = bool(did.asked) or run.grid.world == 1 and stop.asked
+            stopping = did.asked or run.grid.world == 1 and stop.asked
             run.done = done = done + 1
-            first = 0 if done in ends else first + did.sequences
+            first += did.sequences
             since += did.n_tokens
             run.window.add(did)
             bar.update()
@@ -963,11 +943,11 @@ def train(run):
                 bar.write(f"step {done} changed nothing: {did.skipped}", file=sys.stderr)
             due = done % save_every == 0 or done == s.steps or stopping
             end_if_hopeless(run, did, due)
-            evaluate = run.corpus.val is not None and (done % eval_every == 0 or done in ends)
+            evaluate = run.corpus.val is not None and (done % eval_every == 0 or done == s.steps)
             if done % s.log_every == 0 or evaluate:
                 rate = since / (time.perf_counter() - clock)
                 row = {"step": done, **describe(run, done - 1, did), "tokens_per_s": rate}
-                row["mfu"] = utilisation(run, did.top_k, row["seq_len"], rate)
+                row["mfu"] = utilisation(run, did.top_k, rate)
                 if done % s.log_every == 0:
                     run.window.clear()
                 worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
@@ -1060,11 +1040,10 @@ def end(run, why, code):
 
 
 def validation(run, top_k):
-    """On held-out text, or conversations, in the context of the step just made."""
+    """On held-out text, or conversations."""
     s = run.settings
-    held_out = run.corpus.val[context(max(0, run.done - 1), s, run.config).stage]
     try:
-        return evaluation.validate(run.model, held_out, top_k, run.device, s.eval_tokens, grid=run.grid)
+        return evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens, grid=run.grid)
     except ValueError as error:                               # on all ranks: the file has changed
         end(run, f"{error}; what was saved before is whole", 2)
 
@@ -1084,11 +1063,9 @@ def report(run, seconds):
             print("the weights are no numbers any more; a new run with a lower --lr may help")
             return
     chats = run.corpus.has_chats()
-    for line in stage_losses(run) if len(s.stages) > 1 else ():
-        print(line)
     if encoding and s.sample_tokens and run.grid.world == 1:
         if chats and run.corpus.val:
-            prompt = run.corpus.val[-1].first_question()
+            prompt = run.corpus.val.first_question()
             print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
                   *evaluation.reply(run.model, encoding, prompt, s.sample_tokens, top_k), sep="")
         elif not chats:
@@ -1112,16 +1089,6 @@ try next""")
   python train.py{same} --n_expert 1 --out out/dense     # the dense control
   python train.py --init_from {s.out} --data functions   # tune it on conversations
   python train.py --help""")
-
-
-def stage_losses(run):
-    """In words: the held-out loss at the end of each stage, as the log has it."""
-    rows = {row["step"]: row for row in evaluation.read_log(run.settings.out)[1:]}
-    for step in sorted(stage_ends(run.settings) & set(rows)):
-        row = rows[step]
-        loss = "no number" if row.get("val_loss") is None else f"{row['val_loss']:.4f}"
-        yield (f"stage {row['stage'] + 1}, to step {step}: sequences of {row['seq_len']}, rotary base "
-               f"{row['rope_base']:g}, held out {loss}")
 
 
 class Console:
@@ -1189,22 +1156,16 @@ def layout(grid):
 
 
 def introduction(run):
-    """What the steps will see: a line for each stage, and what is to be known of conversations."""
-    s, before = run.settings, 0
-    for number, (seq_len, base, steps) in enumerate(s.stages or [(s.seq_len, 0, s.steps)]):
-        sampler = run.corpus.train[number]
-        rows, what = s.batch_size * seq_len, "tokens"
-        if run.corpus.has_chats():
-            what += f", {len(sampler.spans):,} conversations in {sampler.n_windows:,} sequences"
-        yield (f"stage {number + 1}: rotary base {base:g}, " * bool(s.stages) +
-               f"{steps:,} steps of {rows:,} {what}, an epoch is "
-               f"{max(1, sampler.n_windows / s.batch_size):,.0f} steps")
-        if seq_len < before:
-            yield f"stage {number + 1} has shorter sequences ({seq_len}) than the one before it ({before})"
-        if run.corpus.has_chats() and sampler.n_cut + sampler.n_left_out:
-            yield (f"longer than {seq_len} tokens: {sampler.n_cut:,} conversations end with the last answer "
-                   f"that fits; {sampler.n_left_out:,}, whose first does not, are left out")
-        before = seq_len
+    """What the steps will see, and what is to be known of conversations."""
+    s, sampler = run.settings, run.corpus.train
+    what = "tokens"
+    if run.corpus.has_chats():
+        what += f", {len(sampler.spans):,} conversations in {sampler.n_windows:,} sequences"
+    yield (f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} {what}, an epoch is "
+           f"{max(1, sampler.n_windows / s.batch_size):,.0f} steps")
+    if run.corpus.has_chats() and sampler.n_cut + sampler.n_left_out:
+        yield (f"longer than {s.seq_len} tokens: {sampler.n_cut:,} conversations end with the last answer "
+               f"that fits; {sampler.n_left_out:,}, whose first does not, are left out")
     yield "Ctrl-C saves and ends; the same command resumes"
 
 
@@ -1212,8 +1173,8 @@ def go(run, exists, began):
     """Introduce the run, train, and show what came of it."""
     s, config = run.settings, run.config
     if run.done >= s.steps:
-        more = f"--steps {2 * run.done}" if not s.stages else f"--init_from {s.out} --out NEW"
-        print(f"{s.out} is complete: {run.done} steps.  {more} goes on; --out NAME is a new run")
+        print(f"{s.out} is complete: {run.done} steps.  --steps {2 * run.done} goes on; --out NAME is a new "
+              "run")
         return
     total, active, _ = count_parameters(config)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"

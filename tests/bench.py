@@ -47,7 +47,6 @@ from model import (
     MoE,
     count_parameters,
     flops_per_token,
-    pick_device,
     state_bytes,
 )
 
@@ -154,7 +153,7 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE):
     model = parallel.build_model(config, grid, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    corpus = train.Corpus([Tokens(config.vocab_size, seq_len)])
+    corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
 
 
@@ -203,7 +202,7 @@ def their_step(model, config, batch, seq_len, dtype, device):
         tokens = sampler.rows(done * batch, batch)[0].to(device)
         done += 1
         model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=True).loss.backward()
-        parallel.clip_gradients(masters, 1.0)
+        parallel.clip_gradients(masters, 1.0, optimizer)
         optimizer.step()
         masters.refresh()
         optimizer.zero_grad(set_to_none=True)
@@ -265,7 +264,7 @@ def optimizer_share(run, steps=5):
             p.grad = torch.zeros_like(p)
 
         def update():
-            parallel.clip_gradients(run.masters, 1.0)
+            parallel.clip_gradients(run.masters, 1.0, run.optimizer)
             run.optimizer.step()
             run.masters.refresh()
         shares.append(seconds(update, run.device) / whole)
@@ -390,7 +389,7 @@ def kept_by_autograd(run, batch):
         kept[t.untyped_storage().data_ptr()] = t                  # held, so that no other gets its address
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run.model(*(t.to(run.device) for t in run.corpus.train[0].rows(0, batch)))
+        run.model(*(t.to(run.device) for t in run.corpus.train.rows(0, batch)))
     own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
 
@@ -623,7 +622,7 @@ def parse(argv):
                 parser.error(f"{name!r} is none of {', '.join(known)}")
     if min(args.rounds, args.threads, *args.top_k) < 1 or args.warm < 0:
         parser.error("--rounds, --threads and --top_k must be at least 1, and --warm 0")
-    args.device = pick_device(args.device)
+    args.device = parallel.pick_device(args.device)
     if args.device not in SIDE:
         parser.error(f"--device must be one of {', '.join(SIDE)}, not {args.device}")
     return args

@@ -1,4 +1,4 @@
-"""Conversations: from files to tokens, which of them are targets, packing, stages of context, and talking."""
+"""Conversations: from files to tokens, which of them are targets, packing, longer context, and talking."""
 
 import io
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, small, train_with, two_second_steps
+from conftest import small, two_second_steps
 
 import data
 import eval as evaluation
 import train
-from model import Model, context_at
+from model import Model
 
 ROOT = Path(train.__file__).parent
 BYTES = data.build_encoding("bytes", 0, ())
@@ -68,12 +68,11 @@ def chats(tmp_path_factory):
 
 def tune(base, chats, out, *args):
     """train.py's settings, for 8 steps of 64 tokens if not for others."""
-    length = [] if "--stages" in args else ["--seq_len", "64", "--steps", "8"]
+    length = ["--seq_len", "64", "--steps", "8"]
     return ["--init_from", str(base), "--data", str(chats), "--out", str(out), *length, "--log_every", "1",
             "--device", "cpu", *args]
 
 
-STAGES = ("--stages", "48:10000:3,64:50000:4")
 EVERY = ("--save_every", "1", "--keep", "9", "--eval_every", "99")
 
 
@@ -386,7 +385,7 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats,
     assert again.out == "out/laptop" and again.lr == train.Settings.lr         # text: as ever
     argv = ["--init_from", str(base), "--data", str(chats), "--seq_len", "64"]
     decided = train.decide(list(argv), 1)
-    n = decided["corpus"].train[0].n_windows
+    n = decided["corpus"].train.n_windows
     assert 4 * n <= 8 * decided["settings"]["steps"] < 4 * n + 8
     assert train.decide([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
 
@@ -429,7 +428,7 @@ def test_padding_is_no_speed(base, chats, in_folder, monkeypatch):
 def test_unpacked_is_a_setting_of_training(base, chats, in_folder):
     for pack, full in (("true", False), ("false", True)):
         corpus = train.decide(tune(base, chats, "run", "--pack", pack), 1)["corpus"]
-        for sampler in (corpus.train[0], corpus.val[0]):
+        for sampler in (corpus.train, corpus.val):
             assert (sampler.n_windows == len(sampler.spans)) == full
 
 
@@ -442,114 +441,34 @@ def test_tuning_lowers_the_loss_of_held_out_answers(in_folder, base, chats):
 
 def test_two_processes_learn_what_one_does(ranks, in_folder, base, chats):
     argv = ["--eval_every", "2", "--sample_tokens", "0"]
-    train.main(tune(base, chats, "one", *argv, *STAGES))
-    assert not any(a.code for a in ranks(2, train.main, tune(base, chats, in_folder / "two", *argv, *STAGES,
-                                                             "--ep", "2")))
+    train.main(tune(base, chats, "one", *argv))
+    assert not any(a.code for a in ranks(2, train.main, tune(base, chats, in_folder / "two", *argv, "--ep",
+                                                             "2")))
     for a, b in zip(rows("one"), rows(in_folder / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["tokens"] == b["tokens"]
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-5)
-        assert a["seq_len"] == b["seq_len"]
 
 
-# --- stages -----------------------------------------------------------------------------------------------
+# --- longer context ---------------------------------------------------------------------------------------
 
-def test_context_of_a_step():
-    stages = [[8, 1e4, 3], [32, 5e5, 2]]
-    assert [tuple(context_at(i, 99, 1.0, stages)) for i in (0, 2, 3, 4, 9)] == [
-        (0, 8, 1e4, 0), (0, 8, 1e4, 0), (1, 32, 5e5, 3), (1, 32, 5e5, 3), (1, 32, 5e5, 3)]
-    assert tuple(context_at(7, 99, 1.0, [])) == (0, 99, 1.0, 0)
-
-
-@pytest.fixture(scope="session")
-def staged(base, chats, tmp_path_factory):
-    """Two stages, one after the other, without a pause."""
-    folder, before = tmp_path_factory.mktemp("staged"), os.getcwd()
-    os.chdir(folder)
-    train.main(tune(base, chats, folder / "run", *STAGES, *EVERY))
-    os.chdir(before)
-    return folder / "run"
-
-
-@pytest.mark.parametrize("stop", [2, 3, 5])
-def test_stages_across_resume(staged, base, chats, in_folder, stop, capsys):
-    """Interrupted before, at and behind the border of the stages, a run repeats the uninterrupted one."""
-    argv = tune(base, chats, "run", *STAGES, *EVERY)
-
-    def interrupted(real, run, step, *rest):
-        if step + 1 == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(run, step, *rest)
-    train_with(argv, interrupted)
-    assert len(rows("run")) == stop and f"stopped and saved after step {stop}" in capsys.readouterr().out
-    train.main(argv)
-    timeless = [[{name: v for name, v in row.items() if name != "tokens_per_s"} for row in rows(out)]
-                for out in ("run", staged)]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 7
-    ours, theirs = (evaluation.load_run(str(out))[0].state_dict() for out in ("run", staged))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_each_stage_has_its_length_its_base_and_its_loss(staged, tuned):
-    found = rows(staged)
-    assert [(row["stage"], row["seq_len"], row["rope_base"]) for row in found] \
-        == [(0, 48, 1e4)] * 3 + [(1, 64, 5e4)] * 4
-    assert [row["step"] for row in found if "val_loss" in row] == [3, 7]
-    for step, base_of, seq_len in ((3, 1e4, 48), (4, 5e4, 64), (7, 5e4, 64)):
-        ckpt = str(staged / f"step-{step}")
-        model = evaluation.load_run(ckpt)[0]
-        assert model.rope_base == model.config.rope_base == base_of
-        assert evaluation.context_of(ckpt).seq_len == seq_len
-        val = found[step - 1].get("val_loss")
-        loss = evaluation.compare_losses([ckpt], str(folder_of(staged)))[0][-1][1]
-        assert val is None or loss == pytest.approx(val, rel=1e-6)
-    for source, base_of in ((staged, 5e4), (staged / "step-2", 1e4)):
-        typed = train.parse(["--init_from", str(source), "--out", "new", "--seq_len", "16"])
-        config = train.resolve(typed)[1]
-        assert config.rope_base == base_of
+def test_longer_context_is_another_run(base, chats, in_folder):
+    """--init_from with a longer --seq_len and another rotary base, as training and eval.py use them."""
+    train.main(tune(base, chats, "a", "--steps", "3"))
+    losses = []
+    for out, rope_base in (("b", 50000), ("c", 77)):
+        train.main(["--init_from", "a", "--data", str(chats), "--out", out, "--seq_len", "128", "--steps",
+                    "2", "--rope_base", str(rope_base), *EVERY])
+        losses.append([row["loss"] for row in rows(out)])
+        model, saved, _ = evaluation.load_run(out)
+        assert model.config.max_seq_len == saved["settings"]["seq_len"] == 128
+        loss = evaluation.compare_losses([out])[0][-1][1]
+        assert loss == pytest.approx(rows(out)[-1]["val_loss"], rel=1e-6)
+        assert model.config.rope_base == rope_base
+    assert losses[0][0] != losses[1][0]
 
 
 def folder_of(run):
     return run.parent / evaluation.read_settings(run)["settings"]["data"]
-
-
-def test_the_rotary_base_of_a_stage_is_what_training_uses(base, chats, in_folder):
-    """The same run but for the base of its second stage parts from it there."""
-    losses = []
-    for out, rope_base in (("a", 50000), ("b", 77)):
-        train.main(tune(base, chats, out, "--stages", f"64:10000:3,64:{rope_base}:2", "--sample_tokens", "0"))
-        losses.append([row["loss"] for row in rows(out)])
-    assert losses[0][:3] == losses[1][:3] and losses[0][3] != losses[1][3]
-
-
-def test_a_stage_draws_an_order_of_its_own(base, chats, in_folder):
-    """A second stage of the same length does not show the first one's batches again."""
-    seen = []
-
-    def look(real, run, step, first, *rest):
-        stage = train.context(step, run.settings, run.config).stage
-        seen.append(run.corpus.train[stage].rows(first, 8)[0])
-        return real(run, step, first, *rest)
-    train_with(tune(base, chats, "run", "--stages", "64:10000:2,64:10000:2"), look)
-    assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
-
-
-def test_stages_may_get_shorter_and_longer_than_the_model_was(base, chats, in_folder, capsys):
-    train.main(tune(base, chats, "run", "--stages", "128:10000:2,48:10000:1"))
-    out = capsys.readouterr().out
-    assert "stage 2 has shorter sequences (48) than the one before it (128)" in out
-    assert "longer than 48 tokens: " in out
-    assert "stage 1, to step 2: sequences of 128, rotary base 10000, held out " in out
-    assert "stage 2, to step 3: sequences of 48, rotary base 10000, held out " in out
-    assert evaluation.load_run("run")[0].config.max_seq_len == 128
-
-
-def test_stages_work_on_text_too(corpus, in_folder):
-    at = SIZES.index("--seq_len")
-    args = SIZES[:at] + SIZES[at + 2:]
-    argv = ["--data", str(corpus), "--out", "run", *args, "--stages", "16:10000:2,32:20000:2"]
-    train.main(argv)
-    assert [row["tokens"] for row in rows("run")] == [128, 128, 256, 256]
-    train.main(argv)                                              # complete
 
 
 MISTAKES = [
@@ -560,12 +479,6 @@ MISTAKES = [
     (["--data", "object.json"], "object.json cannot be read (it is no list)"),
     (["--data", "one.jsonl"], "the sources are too small: nothing fell to train.bin"),
     (["--data", "chats.jsonl", "--seq_len", "4"], "seq_len (4) is too short: none of "),
-    (["--data", "chats.jsonl", "--stages", "64:10000"], "'64:10000' is not SEQ_LEN:ROPE_BASE:STEPS,SEQ_LEN"),
-    (["--data", "chats.jsonl", "--stages", "64:10000:0"], "stage 1 (64:10000:0) must have a length"),
-    (["--data", "chats.jsonl", "--stages", "64:1e4:2,64:0:2"], "stage 2 (64:0:2) must have a length"),
-    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--steps", "3"], "leave out --steps"),
-    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--seq_len", "8"], "leave out --seq_len"),
-    (["--data", "chats.jsonl", "--stages", "64:10000:2", "--max_seq_len", "32"], "seq_len (64) must not be"),
     (["--data", "chats.jsonl", "--pack", "maybe"], "--pack"),
 ]
 
@@ -607,16 +520,6 @@ def test_conversations_need_a_model_and_a_tokenizer(in_folder, capsys):
         assert ended.value.code == 2 and message in line
 
 
-def test_stages_are_the_runs_own(staged, base, chats, in_folder, capsys, monkeypatch):
-    monkeypatch.chdir(staged.parent)
-    for stages in ("48:10000:3,64:50000:9", "48:10000:7"):
-        with pytest.raises(SystemExit):
-            train.main(["--out", str(staged), "--stages", stages])
-        assert "was made with stages [[48, 10000.0, 3], [64, 50000.0, 4]], not" in capsys.readouterr().err
-    train.main(["--out", str(staged), *STAGES])
-    assert "is complete: 7 steps.  --init_from" in capsys.readouterr().out
-
-
 # --- talking ----------------------------------------------------------------------------------------------
 
 def pipe(tuned, lines, *args):
@@ -651,7 +554,7 @@ def test_an_answer_is_what_the_model_continues_with(tuned, monkeypatch, capsys):
     model, _, top_k = evaluation.load_run(str(tuned))
     encoding = data.load_encoding(tuned)
     tokens = torch.tensor([data.encode_chat(encoding, [("user", "red sea?")], answer=True)])
-    new = model.generate(tokens, 20, 0, top_k=top_k, use_cache=False)[0, tokens.shape[1]:].tolist()
+    new = model.generate(tokens, 20, 0, top_k=top_k)[0, tokens.shape[1]:].tolist()
     stop = next((i for i, t in enumerate(new) if t >= encoding.n_vocab - 5), len(new))
     assert capsys.readouterr().out == encoding.decode(new[:stop]) + "\n"
 
@@ -713,11 +616,9 @@ def test_a_question_that_is_too_long_forgets_nothing(tuned, monkeypatch, capsys,
     assert data.read_chat(json.loads((tmp_path / "s").read_text()))[0] == ("user", "red")
 
 
-def test_the_context_is_that_of_the_tuning(staged, monkeypatch, capsys):
-    """48 tokens in the first stage, 64 in the second; the model could take 64 in both."""
-    for step, length in ((3, 48), (7, 64)):
-        talk(staged / f"step-{step}", monkeypatch, ["x " * 100], "--tokens", "8")
-        assert f"with room for {length - 8}" in capsys.readouterr().err
+def test_the_context_is_that_of_the_tuning(tuned, monkeypatch, capsys):
+    talk(tuned, monkeypatch, ["x " * 100], "--tokens", "8")
+    assert f"with room for {64 - 8}" in capsys.readouterr().err
 
 
 def test_a_run_on_text_says_that_it_cannot_answer(base, monkeypatch, capsys):
@@ -822,13 +723,6 @@ def test_everything_taken_over_is(in_folder, base, chats):
     settings = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))[0]
     assert {name: getattr(settings, name) for name in other} == other
     assert settings.initial_top_k == []                           # which that preset sets
-
-
-def test_an_export_has_the_base_of_its_stage(staged, in_folder):
-    pytest.importorskip("transformers")
-    for ckpt, base_of in ((staged / "step-3", 1e4), (staged, 5e4)):
-        evaluation.main(["export", "--ckpt", str(ckpt), "--to", ckpt.name])
-        assert json.loads(Path(ckpt.name, "config.json").read_text())["rope_theta"] == base_of
 
 
 def test_baselines_are_of_the_answers(tuned):

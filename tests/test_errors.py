@@ -78,7 +78,7 @@ CASES = [
     ("directory that looks like a checkpoint", None, T("--out", "step-1"), "step-1"),
     ("impossible sampling", lambda: T()(), E("sample", "--ckpt", "run", "--top_p", "0"), "top_p"),
     ("unknown setting of a command", None, E("loss", "--dta", "x", "--ckpt", "run"), "did you mean --data"),
-    ("impossible grid", None, lambda: model.main(["--ranks", "8", "--replicate", "3"]), "replicate (3)"),
+    ("impossible top_k", None, lambda: model.main(["--top_k", "97"]), "top_k must be"),
     ("missing source", None, D("--source", "nowhere"), "nowhere"),
     ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
     ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),

@@ -2,14 +2,14 @@
 
 In float64 to 1e-12, where only a difference in logic shows; in float32 to rounding."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from conftest import SMALL, small
 
 import parallel
-from model import refused
+from model import grouped_mm_limitation
 from router import load_balancing_loss, router_z_loss, top1_balancing_loss
 from train import Corpus, Run, Settings, train_step
 
@@ -76,7 +76,7 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
         block.moe.router.temperature = s.temperature
         block.moe.router.bias[list(chosen)] = 100.0
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
-    return Run(s, config, model, masters, optimizer, Corpus([Rows(documents)]), "cpu", dtype, grid)
+    return Run(s, config, model, masters, optimizer, Corpus(Rows(documents)), "cpu", dtype, grid)
 
 
 def two_steps(grid, dtype, case):
@@ -125,8 +125,9 @@ def compare(found, want):
 
 def test_float32_is_grouped_and_float64_looped():
     """.. and odd widths looped in both."""
-    assert refused(torch.float32, "cpu", (16, 12)) is None and refused(torch.float64, "cpu", (16, 12))
-    assert refused(torch.float32, "cpu", (15, 15)) and (SMALL["d_model"], SMALL["d_expert"]) == (16, 12)
+    limitation = partial(grouped_mm_limitation, device="cpu")
+    assert limitation(torch.float32, widths=(16, 12)) is None and limitation(torch.float64, widths=(16, 12))
+    assert limitation(torch.float32, widths=(15, 15)) and (SMALL["d_model"], SMALL["d_expert"]) == (16, 12)
 
 
 @pytest.mark.parametrize("grid, case", [

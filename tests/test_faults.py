@@ -387,8 +387,8 @@ def steps_with_nan(grid, bad):
     """
     run = make_run(grid, torch.float32, balance="loss-free", bias_rate=0.01, accumulate=3)
     real, found, sequences = run.model.forward, [], []
-    rows = run.corpus.train[0].rows
-    run.corpus.train[0].rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
+    rows = run.corpus.train.rows
+    run.corpus.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
     for step in range(4):
         if step == 2 and grid.rank == bad:
             run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
@@ -475,15 +475,14 @@ def test_a_lasting_change_of_level_is_accepted():
 
 
 def test_the_guard_begins_anew_at_the_borders_of_schedules():
-    s = Settings(steps=1000, warmup=0.1, decay=0.2, initial_top_k=[4], switch=0.5,
-                 stages=[[8, 1e4, 300], [16, 1e4, 700]])
+    s = Settings(steps=1000, warmup=0.1, decay=0.2, initial_top_k=[4], switch=0.5)
     config = type("Config", (), dict(top_k=1, n_layer=2, rope_base=1.0))
     guard = Guard()
     seen = []
     for step in range(1000):
         guard.objection(3.0 + 0.01 * (step % 7), 1.0, step, s, config)
         seen.append(int(guard.counts[0]))
-    assert [step for step in range(1000) if seen[step] == 1] == [0, 99, 300, 500, 800]
+    assert [step for step in range(1000) if seen[step] == 1] == [0, 99, 500, 800]
     for warmup, skipped in ((0.3, False), (0.0, True)):           # not in warm-up
         s, guard = Settings(steps=1000, warmup=warmup), Guard()
         said = [guard.objection(3.0 + (step == 250), 1.0, step, s, config) for step in range(299)]
@@ -675,14 +674,14 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp
             for step in range(1, 1000):
                 train_step(run, step, 8 * step)
     assert error.value.code == 2
-    assert "tokens of step 2 are beyond the vocabulary (320)" in capsys.readouterr().err
+    assert "tokens of step 3 are beyond the vocabulary (320)" in capsys.readouterr().err
 
 
 def change_a_token(argv):
     """train.main on two ranks, in whose third step a token of every sequence of rank 1 is 9999."""
     def changed(real, run, step, *rest):
-        if step == 2 and run.grid.rank == 1:
-            sampler, third = run.corpus.train[0], torch.tensor([3])
+        if step == 1 and run.grid.rank == 1:
+            sampler, third = run.corpus.train, torch.tensor([3])
             rows = sampler.rows
             sampler.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
         return real(run, step, *rest)

@@ -88,20 +88,6 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert (master.grad == 1000).all()
 
 
-def test_gradients_have_the_same_memory_in_every_step():
-    """.. and nothing of the step before is left in it."""
-    model, masters, optimizer = build(torch.bfloat16)
-    copy, master = masters.copies[0]
-    places = set()
-    for factor in (3.0, 5.0):
-        for _ in range(2):
-            (copy.float().sum() * factor).backward()
-        assert (master.grad == 2 * factor).all()
-        places.add(master.grad.data_ptr())
-        optimizer.zero_grad(set_to_none=True)
-    assert len(places) == 1
-
-
 def test_bf16_training_learns_like_fp32():
     losses = {}
     tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -123,14 +109,17 @@ def test_decay_is_on_matrices_only():
 
 @pytest.mark.parametrize("max_norm", [0.05, 1e9])
 def test_clipping_equals_torch(max_norm):
-    (a, masters, _), (b, _, _) = build(), build()
+    (a, masters, optimizer), (b, _, theirs) = build(), build()
     backward(a, 0)
     backward(b, 0)
-    total, norms = clip_gradients(masters, max_norm)
+    total, norms = clip_gradients(masters, max_norm, optimizer)
     want = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
     torch.testing.assert_close(total, want)
+    optimizer.step()                                              # scales the gradients as it reads them
+    theirs.step()
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(p, q)
     assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())  # before scaling
 
 
@@ -387,8 +376,9 @@ class Collectives(TorchDispatchMode):
 
 def count_collectives(grid, **changes):
     run = make_run(grid, torch.float32, **changes)
+    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
     with Collectives() as seen:
-        train.train_step(run, 0, 0)
+        train.train_step(run, 1, run.settings.batch_size)
     return {name: seen.names.count(name) for name in set(seen.names)}
 
 
@@ -416,8 +406,10 @@ def sent(grid, accumulate, recomputed, no_sync, dtype):
     for block in run.model.blocks:
         block.moe.router.register_forward_hook(
             lambda m, x, routing: leaving.append(int((routing.experts // (12 // grid.ep) != mine).sum())))
+    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
+    leaving.clear()
     with Traffic() as counted:
-        train.train_step(run, 0, 0)
+        train.train_step(run, 1, run.settings.batch_size)
     rows = sum(leaving) // (2 if recomputed else 1)               # the router was run again, too
     return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate,
                                  dtype.itemsize, recomputed, no_sync)
@@ -438,7 +430,7 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
 def count_syncs(grid):
     """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
     run, calls = make_run(grid, torch.float32, n_expert=12), []
-    tokens, targets = run.corpus.train[0].rows(0, 4)
+    tokens, targets = run.corpus.train.rows(0, 4)
     real = torch.Tensor.tolist
     torch.Tensor.tolist = lambda t: calls.append("tolist") or real(t)
     try:
@@ -467,8 +459,8 @@ class Waiting(TorchDispatchMode):
 
 def test_one_device_synchronisation_per_layer(ranks):
     assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [
-        ["tolist"] * 2 + ["_local_scalar_dense"]] * 2
-    assert count_syncs(ALONE) == ["_local_scalar_dense"]          # the number of targets
+        ["tolist"] * 2] * 2
+    assert count_syncs(ALONE) == []
 
 
 # --- precision of many processes --------------------------------------------------------------------------
@@ -500,8 +492,8 @@ def test_bf16_is_of_the_matrices_alone(ranks):
 def bf16_norm(grid, accumulate):
     """Norms of the gradient of the same tokens again and again."""
     run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
-    rows = run.corpus.train[0].rows
-    run.corpus.train[0].rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
+    rows = run.corpus.train.rows
+    run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
     return train.train_step(run, 0, 0).norm.item()
 
 

@@ -71,7 +71,7 @@ def make_run(**changes):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
-    corpus = Corpus([data.Sampler(tokens, 8, 0)], 64, top_share=0.5)
+    corpus = Corpus(data.Sampler(tokens, 8, 0), 64, top_share=0.5)
     return Run(s, config, model, masters, optimizer, corpus, "cpu", torch.float64)
 
 
@@ -98,7 +98,7 @@ def slow_objective(run, top_k):
     mean cross-entropy + coef * sum over micro-batches m and layers of (share of the step up to m) * the
     balance loss of all tokens up to m, of which only those of m have a gradient."""
     s, model, E = run.settings, run.model, run.config.n_expert
-    x, y = run.corpus.train[0].rows(0, s.batch_size)
+    x, y = run.corpus.train.rows(0, s.batch_size)
     total, before = 0.0, [(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, E)) for k in top_k]
     for tokens, targets in zip(x.chunk(s.accumulate), y.chunk(s.accumulate)):
         gates = []
@@ -162,7 +162,7 @@ def test_micro_batches_change_nothing_but_rounding_without_a_balance_loss(balanc
 def test_what_is_reported_is_of_the_whole_step():
     """Every figure of a step in four parts, against its definition on all tokens at once."""
     run, E, N = make_run(balance="top1", lbl_coef=0.0, accumulate=4, temperature=0.5), 6, 96
-    x, y = run.corpus.train[0].rows(0, 12)
+    x, y = run.corpus.train.rows(0, 12)
     gates, streams, outputs = [], [], []
     for block in run.model.blocks:
         block.moe.router.register_forward_hook(lambda m, a, _: gates.append(a[0] @ m.weight.T))
@@ -386,8 +386,8 @@ def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsy
     real = train.parallel.clip_gradients
     norms = iter([1.0, math.nan, math.inf, 1.0, 1.0, 1.0])
 
-    def clip(masters, max_norm, grid):
-        total, each = real(masters, max_norm, grid)
+    def clip(masters, max_norm, optimizer, grid):
+        total, each = real(masters, max_norm, optimizer, grid)
         return total * next(norms), each
     monkeypatch.setattr(train.parallel, "clip_gradients", clip)
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "6", *SIZES, "--log_every",
@@ -428,11 +428,11 @@ def test_a_presets_list_is_cut_to_the_layers(in_folder):
 def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
     run = make_run()
     run.dtype = torch.bfloat16
-    assert train.utilisation(run, [1, 1], 8, 1e6) is None            # a CPU has no published peak
+    assert train.utilisation(run, [1, 1], 1e6) is None            # a CPU has no published peak
     monkeypatch.setattr(train, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
     for top_k in ([1, 1], [3, 1]):
         want = flops_per_token(run.config, 8, top_k) * 1e6 / 989e12
-        assert train.utilisation(run, top_k, 8, 1e6) == pytest.approx(want, rel=1e-12)
+        assert train.utilisation(run, top_k, 1e6) == pytest.approx(want, rel=1e-12)
 
 
 def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
