@@ -268,7 +268,7 @@ def resolve(typed):
     base = evaluation.read_settings(evaluation.run_folder(source))["settings"] if tuned else {}
     preset = typed.get("preset", base.get("preset", "laptop"))
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
+        raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     out = Path(typed.get("out") or (f"out/{evaluation.run_folder(source).name}-chat" if chats and source
                                     else f"out/{preset}"))
     if out.name.startswith("step-"):
