@@ -64,6 +64,8 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
     request = {"sources": list(sources), "tokenizer": getattr(tokenizer, "name", tokenizer), "chats": chats,
                "vocab_size": vocab_size if tokenizer == "bpe" else None}
     if not existed:
+        if isinstance(tokenizer, str) and tokenizer != "bpe":      # a wrong name is said before text is read
+            tokenizer = build_encoding(tokenizer, vocab_size, ())
         aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
         aside.mkdir(parents=True)
         try:
@@ -84,11 +86,12 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
 
 def write_folder(folder, request, tokenizer):
     """Write encoding.json, train.bin, val.bin and meta.json."""
-    began, chats, encoding = time.time(), request["chats"], tokenizer
+    began, chats = time.time(), request["chats"]
     before = fingerprint(request["sources"], chats)        # a change from now on is noticed later
     corpus = Corpus(request["sources"], chats, folder / "text.tmp")
-    if isinstance(tokenizer, str):
-        encoding = build_encoding(tokenizer, request["vocab_size"], corpus.sample())
+    encoding = tokenizer
+    if tokenizer == "bpe":
+        encoding = build_encoding("bpe", request["vocab_size"], corpus.sample())
     save_encoding(encoding, folder / "encoding.json")
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in PARTS}
     counts = {split: Counter(documents=0, bytes=0) for split in PARTS}

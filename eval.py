@@ -187,6 +187,8 @@ def save_tokenizer(encoding, folder, max_seq_len):
     """tokenizer.json and tokenizer_config.json, with the chat template.
 
     Text that looks like a special token becomes one there; here it stays text (encode_ordinary)."""
+    if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
+        raise ValueError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
     converter = needed("transformers.convert_slow_tokenizer", "hf").TikTokenConverter(
         pattern=encoding._pat_str, extra_special_tokens=data.SPECIAL)
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
