@@ -429,7 +429,9 @@ def read_chat(record):
         messages = record.get("messages", record.get("conversations"))
         if messages is None:
             question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-            turns = [*(record.get("history") or []), (question, record["output"])]
+            turns = (record.get("history") or []) + [[question, record["output"]]]
+            if any(not isinstance(turn, list) for turn in turns):
+                raise TypeError("a turn is [question, answer]")
             messages = [{"role": role, "content": content} for question, answer in turns
                         for role, content in (("user", question), ("assistant", answer))]
         if record.get("system"):

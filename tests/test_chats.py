@@ -267,6 +267,8 @@ BAD = {
     '{"instruction": 3, "output": "b"}': "neither",
     '{"instruction": "a", "input": [], "output": 4}': "message 2 (assistant) is no text, or empty",
     '{"instruction": "a", "output": "b", "history": [["a"]]}': "neither",
+    '{"instruction": "a", "output": "b", "history": [{"user": "a", "assistant": "b"}]}': "neither",
+    '{"instruction": "a", "output": "b", "history": "ab"}': "neither",
     '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
 } | {json.dumps({"messages": [GOOD["messages"][0], GOOD["messages"][1] | field]}): said for field, said in (
     ({"weight": 0}, "weight 0 is not supported"), ({"weight": 0.5}, "weight 0.5 is not supported"),
