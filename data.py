@@ -1,30 +1,21 @@
 """Text to token files, and token files to batches.
 
-    python data.py                                        Python's own standard library -> data/stdlib
+    python data.py                                        Python's standard library -> data/stdlib
+    python data.py --source installed --vocab_size 8192   and all installed packages -> data/installed
     python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
-    python data.py --source a.txt https://host/b.jsonl.gz --weights 1 0.5 --name mix --tokenizer gpt2
     python data.py --chats --source chats.jsonl --tokenizer out/laptop --name chats       conversations
 
-A prepared folder holds
-
-    train.bin, val.bin   a 1,024-byte header, then the tokens of all documents (or conversations), each behind
-                         <|endoftext|>
-    encoding.json        the tokenizer, whole: no network and no cache is needed to read it back
-    meta.json            what went in: files, documents, bytes, tokens, sha256 of each file
-
-It is written aside and renamed when complete.  Nothing is held in memory but one block of text at a time.
+A prepared folder holds train.bin and val.bin (a header, then the tokens of all documents, each behind
+<|endoftext|>), encoding.json (the whole tokenizer) and meta.json (what went in).
 """
 
 import argparse
 import ast
 import base64
-import codecs
-import difflib
 import functools
 import gzip
 import hashlib
 import heapq
-import http.client
 import json
 import os
 import re
@@ -33,104 +24,553 @@ import sys
 import sysconfig
 import time
 import unittest.mock
-import urllib.request
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import regex  # comes with tiktoken, which splits text with the same syntax
+import requests  # as does this
 import tiktoken
 import torch
 from tqdm import tqdm
 
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
+SUFFIXES, CHAT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz"), (".jsonl", ".jsonl.gz", ".json")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, less the size of the vocabulary
 CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' }}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-CHAT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
-VAL_FRACTION = 0.05
-BAD_CHATS = 0.01                                 # share of conversations that may be unreadable
-BLOCK = 1 << 20                                  # bytes of text in memory at a time
-BPE_BYTES = 16 << 20                             # bytes of text that ranks are trained on
+DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, RecursionError)         # of a .gz, of a .json
+BLOCK = 1 << 18                     # bytes of text in memory at a time; tiktoken overflows at 2 ** 19 spaces
+BPE_BYTES = 16 << 20                # bytes of text that a tokenizer is trained on
 
-# GPT-2's split with digits in groups of three: contractions, words, numbers, punctuation, white space
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-# --- errors and command lines, as all three programs have them --------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with exact names only, the nearest known name beside an unknown one, and one-line errors."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def parse_args(self, args=None):
-        settings, unknown = self.parse_known_args(args)
-        if unknown:
-            subs = [a.choices[getattr(settings, a.dest)] for a in self._actions
-                    if isinstance(a, argparse._SubParsersAction)]
-            actions = [a for p in [self, *subs] for a in p._actions]
-            known = [o for a in actions for o in a.option_strings if o.startswith("--")]
-            self.error(f"unknown setting {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], known))
-        return settings
-
-    def error(self, message):
-        fail(message)
+# GPT-2's split of text into words, and ours, with digits in groups of three
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
 
 
-def did_you_mean(name, known):
-    """The end of an error about an unknown name: the nearest known one, or where they are listed."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else "; see --help"
+# --- preparing a folder -----------------------------------------------------------------------------------
+
+def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=False):
+    """Prepare a folder unless it is there -> what its meta.json says.  tokenizer is a name or an encoding.
+
+    Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
+    out, existed = Path(out), Path(out).exists()
+    request = {"sources": list(sources), "tokenizer": getattr(tokenizer, "name", tokenizer), "chats": chats,
+               "vocab_size": vocab_size if tokenizer == "bpe" else None}
+    if not existed:
+        if isinstance(tokenizer, str) and tokenizer != "bpe":      # a wrong name is said before text is read
+            tokenizer = build_encoding(tokenizer, vocab_size, ())
+        aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+        aside.mkdir(parents=True)
+        try:
+            write_folder(aside, request, tokenizer)
+            if not out.exists():                           # another program may have been faster
+                os.rename(aside, out)
+        finally:                                           # after Ctrl-C, too: leave nothing half done
+            shutil.rmtree(aside, ignore_errors=True)
+    meta = load_meta(out)
+    if meta["request"] != request:
+        raise ValueError(f"{out} was prepared with other settings ({meta['request']}); choose another "
+                         "--name, or delete that folder yourself")
+    if existed and meta["fingerprint"] != fingerprint(sources, chats):
+        print(f"note: the sources of {out} have changed since, and its tokens are the old ones; delete it to "
+              "prepare it anew")
+    return meta
 
 
-def fail(message, code=2):
-    """End the program with one line; exit code 2 is a wrong setting or an unreadable input."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def write_folder(folder, request, tokenizer):
+    """Write encoding.json, train.bin, val.bin and meta.json."""
+    began, chats = time.time(), request["chats"]
+    before = fingerprint(request["sources"], chats)        # a change from now on is noticed later
+    corpus = Corpus(request["sources"], chats, folder / "text.tmp")
+    encoding = tokenizer
+    if tokenizer == "bpe":
+        encoding = build_encoding("bpe", request["vocab_size"], corpus.sample())
+    save_encoding(encoding, folder / "encoding.json")
+    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in PARTS}
+    counts = {split: Counter(documents=0, bytes=0) for split in PARTS}
+    for split, first, text in corpus.pieces("writing tokens"):
+        if chats:
+            chat = json.loads(text)
+            tokens, n_bytes = encode_chat(encoding, chat), sum(len(content.encode()) for _, content in chat)
+        else:
+            tokens = [encoding.n_vocab + END_OF_TEXT] * first + encode(encoding, text)
+            n_bytes = len(text.encode())
+        writers[split].write(tokens)
+        counts[split].update(documents=first, bytes=n_bytes)
+    corpus.path.unlink()
+    for split, writer in writers.items():
+        writer.close()
+        if not writer.count:
+            raise ValueError(f"the sources are too small: the {PARTS[split]} would have 0 tokens; add some")
+        counts[split] = {**counts[split], "tokens": writer.count, "sha256": file_sha256(writer.path)}
+    meta = {"request": request, "fingerprint": before, "python": sys.version.split()[0],
+            "files": len(corpus.files), "skipped": corpus.skipped, "vocab_size": encoding.n_vocab,
+            "documents": counts["train"]["documents"] + counts["val"]["documents"],
+            "encoding_sha256": file_sha256(folder / "encoding.json"),
+            "seconds": round(time.time() - began, 1), **counts}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-@contextmanager
-def one_line_errors(who=""):
-    """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
+PARTS = {"train": "training part", "val": "held-out part"}
+
+
+def load_meta(folder):
+    """meta.json of a prepared folder.  ValueError if it is none, or its tokenizer is not the tokens' own."""
+    folder = Path(folder)
     try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANOSIGMA_TRACEBACK"):
-            raise
-        fail(who + " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print(f"{who}interrupted", file=sys.stderr)
-        raise SystemExit(1) from None
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["request"], meta["fingerprint"], meta["train"]["sha256"], meta["val"]["sha256"]
+        if file_sha256(folder / "encoding.json") != meta["encoding_sha256"]:
+            raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is "
+                             "not the one in meta.json")
+        return meta
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
+
+
+def describe(out, meta):
+    """What a prepared folder holds, and what is odd about it, in a few lines."""
+    train, val, request = meta["train"], meta["val"], meta["request"]
+    kind = "conversations" if request["chats"] else "documents"
+    n_bytes = train["bytes"] + val["bytes"]
+    share = val["bytes"] / n_bytes
+    text = (f"{out}: {meta['files']:,} files, {meta['documents']:,} {kind}, {n_bytes / 1e6:.1f} MB, "
+            f"{meta['seconds']:.0f} s; tokenizer {request['tokenizer']}, vocabulary {meta['vocab_size']:,}\n"
+            f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
+            f"{val['tokens']:,} ({share:.1%} of the bytes); sha256 {train['sha256'][:12]}")
+    if meta["skipped"]:
+        text += "\n  skipped: " + ", ".join(f"{n:,} {what}" for what, n in meta["skipped"].items())
+    if not 0.02 <= share <= 0.1:
+        text += f"\n  note: {share:.1%} is held out, not about 5 %; more {kind} would do"
+    if meta["vocab_size"] < 0.9 * (request["vocab_size"] or 0):
+        text += (f"\n  note: the vocabulary is {meta['vocab_size']:,}, not {request['vocab_size']:,}: too "
+                 "little text, or text that hardly repeats")
+    return text
+
+
+# --- the text of all sources, and what of it is held out --------------------------------------------------
+
+class Corpus:
+    """The documents (or conversations, as JSON) of all sources, one behind the other in a temporary file.
+
+    ValueError names what cannot be read if it is more than 1 % of the files or lines."""
+
+    def __init__(self, sources, chats, path):
+        self.files, self.chats, self.path = find_files(sources, chats), chats, path
+        self.n_bytes, self.lengths, self.buckets = 0, array("q"), array("H")     # characters, each document's
+        self.sizes, self.whole = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, bool)        # of each bucket
+        self.seen, self.skipped, self.problems = Counter(), Counter(), defaultdict(list)
+        with open(path, "wb") as self.out:
+            for file, package in tqdm(self.files, "reading", leave=False, disable=None):
+                self.seen["files"] += 1
+                try:
+                    self.read(file, package)
+                except (ValueError, FileNotFoundError, PermissionError, *DAMAGED) as error:
+                    self.skip("files", file, error)
+        for what, problems in self.problems.items():
+            if self.skipped[what] > 0.01 * self.seen[what]:
+                raise ValueError(f"{self.skipped[what]:,} of {self.seen[what]:,} {what} cannot be read, more "
+                                 f"than 1 %: {'; '.join(problems)}")
+            print("skipped: " + "\nskipped: ".join(problems), file=sys.stderr)
+        if not self.buckets:
+            raise ValueError(f"{', '.join(sources)} is empty: there is no text in it")
+        self.held_out, self.cut = hold_out(self.sizes, self.whole)
+
+    def read(self, path, package):
+        """Append the documents of a file.  An error if it cannot be read."""
+        if path.suffix.lower() in (".txt", ".md", ".py"):
+            with open_text(path) as file:
+                self.add(iter(lambda: file.read(BLOCK), ""), package)
+            return
+        for where, record in read_records(path):
+            self.seen["lines"] += 1
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                self.add([json.dumps(read_chat(record)) if self.chats else read_text(record)])
+            except ValueError as error:
+                self.skip("lines", f"{path}, {where}", error)
+
+    def skip(self, what, where, error):
+        """Count a file or line that cannot be read, and remember the first three."""
+        self.skipped[what] += 1
+        if len(self.problems[what]) < 3:
+            why = "not UTF-8" if isinstance(error, UnicodeError) else error
+            self.problems[what].append(f"{where}: {why}")
+
+    def add(self, blocks, package=""):
+        """Append a document, unless it is white space.  ValueError if it is not UTF-8.
+
+        Its bucket is a hash of its text, or of its package's name; one bucket falls on one side."""
+        hashed, n_chars, blank = hashlib.sha256(), 0, True
+        self.out.seek(self.n_bytes)                        # the one before may have ended in an error
+        for block in blocks:
+            raw = block.encode()
+            self.out.write(raw)
+            hashed.update(raw)
+            n_chars, blank = n_chars + len(block), blank and not block.strip()
+        if blank:
+            self.skipped["empty documents"] += 1
+            return
+        if package:
+            hashed = hashlib.sha256(package.encode())
+        bucket = int.from_bytes(hashed.digest()[:2], "big")
+        self.sizes[bucket] += self.out.tell() - self.n_bytes
+        self.whole[bucket] |= self.chats or bool(package)
+        self.n_bytes = self.out.tell()
+        self.lengths.append(n_chars)
+        self.buckets.append(bucket)
+
+    def pieces(self, description):
+        """(split, whether it begins a document, text) of each block; a conversation is one block."""
+        bar = tqdm(desc=description, total=int(self.sizes.sum()), unit="B", unit_scale=True, leave=False,
+                   disable=None)
+        with open(self.path, encoding="utf-8", newline="") as file, bar:
+            for n, bucket in zip(self.lengths, self.buckets):
+                split, tail = "val" if self.held_out[bucket] else "train", n // 20 * self.cut[bucket]
+                for i, text in enumerate([file.read(n)] if self.chats else read_blocks(file, n - tail)):
+                    yield split, i == 0, text
+                    bar.update(len(text.encode()))
+                if tail:
+                    line = file.readline(n // 40)          # to the end of the line, if that is near
+                    if line.endswith("\n"):
+                        yield "train", False, line
+                    for i, text in enumerate(read_blocks(file, tail - len(line), line.rpartition("\n")[2])):
+                        yield "val", i == 0, text
+
+    def sample(self):
+        """About BPE_BYTES of the training text, spread evenly, for training a tokenizer."""
+        seen = taken = 0
+        share = min(1, BPE_BYTES / self.n_bytes)
+        for split, _, piece in self.pieces("training the tokenizer"):
+            for text in [content for _, content in json.loads(piece)] if self.chats else [piece]:
+                seen += len(text)
+                if split == "train" and taken <= share * seen:
+                    taken += len(text)
+                    yield text
+
+
+def hold_out(sizes, whole):
+    """Choose about a twentieth of all bytes -> which buckets are held out, and which are cut: of each of
+    their documents the last twentieth is held out.
+
+    Cut are those of more than a tenth of all bytes, unless they must stay whole.  The others are taken in
+    their order, which is random but the same everywhere, each if it brings the sum closer to a twentieth.
+    If none does, the smallest is taken."""
+    target = sizes.sum() / 20
+    cut = (sizes > 2 * target) & ~whole
+    total, held_out = sizes[cut].sum() / 20, np.zeros(len(sizes), bool)
+    for i in np.flatnonzero((sizes > 0) & ~cut):
+        if abs(total + sizes[i] - target) <= abs(total - target):
+            held_out[i], total = True, total + sizes[i]
+    if not total:
+        held_out[np.where(sizes > 0, sizes, sizes.max() + 1).argmin()] = True
+    return held_out, cut
+
+
+def read_blocks(file, n, rest=""):
+    """`rest` and the next n characters of a file, in blocks.  They are cut between a letter or digit and a
+    line end, where every tokenizer splits too, or in endless lines anywhere."""
+    while n > 0:
+        rest += file.read(min(BLOCK, n))
+        n -= BLOCK
+        border = re.match(r"(?s).*[A-Za-z0-9](?=\r?\n)", rest) if n > 0 else None
+        end = border.end() if border else len(rest)
+        yield rest[:end]
+        rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def open_text(path):
+    """A text file, or what is in a .gz.  Bytes that are not UTF-8 become what cannot be encoded again."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    file = opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    head = file.read(1024)
+    if "\0" in head or head.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
+    file.seek(0)
+    return file
+
+
+def read_records(path):
+    """(where, object or ValueError) of each line of a .jsonl or .jsonl.gz, and of each item of a .json."""
+    if str(path) == "functions":
+        yield from (("", record) for record in documented_functions())
+        return
+    with open_text(path) as file:
+        if path.suffix.lower() == ".json":
+            items = json.load(file)
+            if not isinstance(items, list):
+                raise ValueError("it is no list")
+            yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    record = ValueError(f"not JSON ({error})")
+                yield f"line {number}", record
+
+
+def read_text(record):
+    """The text of a line.  ValueError if it has none."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        chat = isinstance(record, dict) and {"messages", "conversations", "instruction"} & set(record)
+        raise ValueError('no "text" in it' + ("; conversations are read with --chats" if chat else ""))
+    return record["text"]
+
+
+def find_files(sources, chats):
+    """[(path, its package, if packages are held out as a whole)] of all sources."""
+    found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
+    for source in sources:
+        path = Path(source)
+        if source == ("functions" if chats else "stdlib"):
+            files = [path] if chats else standard_library()[1]
+        elif source == "installed" and not chats:
+            found += installed_files()
+            continue
+        elif not path.exists():
+            raise ValueError(f"source {source} does not exist")
+        else:
+            files = [path] if path.is_file() else walk(path)
+            files = [file for file in files if file.name.lower().endswith(suffixes)]
+        if not files:
+            raise ValueError(f"source {source} is empty: no file ends in one of {', '.join(suffixes)}")
+        found += [(file, "") for file in files]
+    return found
+
+
+def walk(folder):
+    """All files below a folder but hidden ones.  Links are followed; a folder that has two names is read
+    once."""
+    def refuse(error):
+        raise ValueError(f"folder {error.filename} cannot be read ({error.strerror})")
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        files += [Path(place, name) for name in sorted(names) if name[0] != "." and real not in seen]
+        seen.add(real)
+    return files
+
+
+def fingerprint(sources, chats):
+    """A hash of the names, sizes and times of all files; None if a source is gone."""
+    try:
+        stats = [(str(path), path.stat()) for path, _ in find_files(sources, chats) if path.exists()]
+        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return hashlib.sha256(repr((state, sys.version)).encode()).hexdigest()
+    except (ValueError, OSError):
+        return None
+
+
+# parts of a path: tests, packages inside of packages, tables
+LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
+            "_vendor", "_vendored", "third_party", "encodings", "pydoc_data", "lib2to3"}
+GENERATED = re.compile(rb"(?i)auto-?(matically )?generated|generated (by|from|with)|do not (edit|modify)")
+
+
+def python_files(root):
+    return [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(root).parts)]
+
+
+def standard_library():
+    """The folder of this Python's standard library, and its .py files without tests and tables."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = python_files(root)
+    if not files:
+        raise ValueError("this Python came without the .py files of its standard library; give a --source")
+    return root, files
+
+
+@functools.lru_cache(1)
+def installed_files():
+    """[(path, package)] of the standard library and of the packages in this environment.
+
+    Left out are files that say near their top that they are generated, that are more than a quarter digits,
+    and that repeat another one."""
+    found, seen = [], set()
+    sites = [Path(place) for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    for root, files in [standard_library(), *((site, python_files(site)) for site in sites)]:
+        for path in files:
+            raw = path.read_bytes()
+            digits = len(raw) - len(raw.translate(None, b"0123456789"))
+            if raw not in seen and digits < len(raw) / 4 and not GENERATED.search(raw[:500]):
+                seen.add(raw)
+                found.append((path, path.relative_to(root).parts[0].removesuffix(".py")))
+    return found
+
+
+# --- conversations ----------------------------------------------------------------------------------------
+
+ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+# what changes what should be learned, and is not supported; and flags that must be 1 if they are there
+UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "audio", "thinking",
+               "reasoning_content", "rejected")
+FLAGS = ("weight", "train", "loss", "label")
+
+
+def read_chat(record):
+    """A record of a chat file as [(role, content)].  ValueError says why it is none.
+
+    {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from", "value"}]}, or
+    {"instruction", "input", "output", "history": [[question, answer]]}; "system" may stand beside them."""
+    try:
+        messages = record.get("messages", record.get("conversations"))
+        if messages is None:
+            question = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+            turns = (record.get("history") or []) + [[question, record["output"]]]
+            if any(not isinstance(turn, list) for turn in turns):
+                raise TypeError("a turn is [question, answer]")
+            messages = [{"role": role, "content": content} for question, answer in turns
+                        for role, content in (("user", question), ("assistant", answer))]
+        if record.get("system"):
+            messages = [{"role": "system", "content": record["system"]}, *messages]
+        chat = [(message.get("role", message.get("from")), message.get("content", message.get("value")))
+                for message in messages]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError('neither "messages" (objects with role and content), "conversations" (with from and '
+                         'value) nor "instruction" and "output"; text is read without --chats') from None
+    for part in (record, *messages):
+        for name in UNSUPPORTED:
+            if part.get(name):
+                raise ValueError(f"{name} is not supported")
+        for name in FLAGS:
+            if isinstance(part.get(name), (int, float)) and part[name] != 1:
+                raise ValueError(f"{name} {part[name]} is not supported: every answer is learned from")
+    for number, (role, content) in enumerate(chat, 1):
+        if str(role) not in ROLES:
+            raise ValueError(f"message {number}: role {role!r} is unknown")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"message {number} ({role}) is no text, or empty")
+        content.encode()                                   # UnicodeError if its bytes were not UTF-8
+    chat = [(ROLES[role], content) for role, content in chat]
+    turns = [role for role, _ in chat]
+    turns = turns[turns[:1] == ["system"]:]
+    if turns != (["user", "assistant"] * len(turns))[:len(turns)]:
+        raise ValueError("roles out of order: a system message, if any, then user and assistant in turn")
+    if "assistant" not in turns:
+        raise ValueError("no assistant message")
+    return chat
+
+
+def encode_chat(encoding, chat, answer=False):
+    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them; with answer=True the beginning of one follows.
+
+    Text that looks like a special token stays text."""
+    special = encoding.encode_single_token
+    tokens = [special("<|endoftext|>")]
+    for role, content in chat:
+        tokens += [special(f"<|{role}|>"), *encode(encoding, content), special("<|end|>")]
+    return tokens + [special("<|assistant|>")] * answer
+
+
+def documented_functions():
+    """This Python's documented functions as records of a chat: the question is the signature, the answer the
+    first paragraph of the docstring.  No answer comes twice."""
+    root, files = standard_library()
+    seen = set()
+
+    def visit(body, name):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from visit(node.body, f"{name}.{node.name}")
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if answer and answer not in seen:
+                    seen.add(answer)
+                    yield f"{name}.{node.name}({ast.unparse(node.args)})", answer
+    for path in files:
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                # of old escapes
+            tree = ast.parse(path.read_bytes())
+        for signature, answer in visit(tree.body, module):
+            yield {"messages": [{"role": "user", "content": f"What does {signature} do?"},
+                                {"role": "assistant", "content": answer}]}
+
+
+def is_chat_source(source):
+    """Whether a name is that of conversations that are no tokens yet."""
+    return source == "functions" or source.lower().endswith(CHAT_SUFFIXES)
+
+
+def holds_chats(source):
+    """Whether a file or folder has conversations, or their tokens."""
+    file = Path(source) if Path(source).is_file() else Path(source) / "train.bin"
+    return is_chat_source(source) or bool(source) and file.is_file() and has_chats(file)
+
+
+def chats_folder(source, encoding):
+    """Where train.py keeps the tokens of a chat file (or of the word functions): its name says what went in,
+    so that a file that has changed is another set.  ValueError if there is no such file."""
+    if source != "functions" and not Path(source).is_file():
+        raise ValueError(f"data {source} does not exist; it would be a file of conversations")
+    content = sys.version if source == "functions" else file_sha256(source)
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    digest = hashlib.sha256(repr((content, encoding._pat_str, ranks)).encode()).hexdigest()
+    return Path("data") / f"{Path(source).name.split('.')[0]}-{digest[:8]}"
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------
+
+def encode(encoding, text):
+    """The tokens of a text, in blocks, for tiktoken overflows at a million spaces."""
+    blocks = (text[at:at + BLOCK] for at in range(0, len(text), BLOCK))
+    return [token for block in blocks for token in encoding.encode_ordinary(block)]
+
+
+def build_encoding(name, vocab_size, texts):
+    """The tokenizer called name, or in a file or folder; texts are only read to train the ranks of bpe."""
+    if name == "bpe":
+        if not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
+            raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536, got {vocab_size}")
+        return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
+    if name == "bytes":
+        return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
+    return known_encoding(name) if name in TOKENIZERS else read_tokenizer(name)
+
+
+def make_encoding(name, pattern, ranks):
+    """A tiktoken encoding with the special tokens behind the ranks; those come from the start, so that a
+    model trained on text needs no new rows for chat."""
+    if not {bytes([i]) for i in range(256)} <= set(ranks) or len(set(ranks.values())) != len(ranks):
+        raise ValueError("single bytes are missing, or a number is there twice")     # tiktoken would panic
+    special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
 
 def train_bpe(texts, n_ranks):
     """Byte-pair ranks {bytes: rank} from an iterable of strings (Sennrich et al., arXiv 1508.07909).
 
     Starts from the 256 bytes and joins the most frequent pair of neighbours inside words, ties to the
     smallest pair of ranks, until there are n_ranks or no pair repeats.  Works on the table of distinct words,
-    so the result does not depend on the order of the texts.
+    so the result does not depend on the order of the texts.  A word is a string with chr(rank) for a token.
     """
-    table = Counter()
+    table, pieces = Counter(), Counter()
     for text in texts:
-        table.update(word for word in regex.findall(PATTERN, text) if len(word) <= 64)   # no base64
-    table = sorted(table.items(), key=lambda item: (-item[1], item[0]))[:200_000]        # bounds the merging
-    words, freq = [list(word.encode()) for word, _ in table], [n for _, n in table]
+        table.update(regex.findall(PATTERN, text))
+    for word, n in table.items():                          # words without end: Chinese, DNA, base64
+        for at in range(0, len(word), 64):
+            pieces[word[at:at + 64]] += n
+    table = sorted(pieces.items(), key=lambda item: (-item[1], item[0]))[:200_000]       # bounds the merging
+    words, freq = [word.encode().decode("latin-1") for word, _ in table], [n for _, n in table]
     vocab = [bytes([i]) for i in range(256)]
     count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that have it
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            count[pair] += freq[i]
-            where[pair].add(i)
+        for a, b in zip(word, word[1:]):
+            count[a + b] += freq[i]
+            where[a + b].add(i)
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
     while len(vocab) < n_ranks and heap:
@@ -141,49 +581,26 @@ def train_bpe(texts, n_ranks):
             continue
         if n > -2:
             break
-        new, fresh = len(vocab), set()
-        vocab.append(vocab[pair[0]] + vocab[pair[1]])
+        new, fresh = chr(len(vocab)), set()
+        vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
         for i in where.pop(pair):
-            old, words[i] = words[i], join(words[i], pair, new)
-            for p in zip(old, old[1:]):
-                count[p] -= freq[i]
-            for p in zip(words[i], words[i][1:]):
-                count[p] += freq[i]
-                if new in p:
-                    where[p].add(i)
-                    fresh.add(p)
+            old, words[i] = words[i], words[i].replace(pair, new)
+            for word, n in ((old, -freq[i]), (words[i], freq[i])):
+                for a, b in zip(word, word[1:]):
+                    count[a + b] += n
+                    if new in (a, b):
+                        where[a + b].add(i)
+                        fresh.add(a + b)
         for p in fresh:
             heapq.heappush(heap, (-count[p], p))
     return {token: i for i, token in enumerate(vocab)}
 
 
-def join(word, pair, new):
-    """Replace each occurrence of pair in the list word by new, from the left."""
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
-
-
-def make_encoding(name, pattern, ranks):
-    """A tiktoken encoding with the special tokens behind the ranks; those come from the start, so that a
-    model trained on text needs no new rows for chat."""
-    special = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
 def known_encoding(name):
     """gpt2 or o200k_base from tiktoken's cache or, with a timeout, from the network."""
-    def fetch(url):                                        # tiktoken's own download waits for ever
-        with urllib.request.urlopen(url, timeout=20) as response:
-            return response.read()
+    get = functools.partial(requests.get, timeout=20)      # tiktoken's own waits for ever
     try:
-        with unittest.mock.patch("tiktoken.load.read_file", fetch):
+        with unittest.mock.patch("requests.get", get):
             known = tiktoken.get_encoding(name)
     except OSError as error:
         raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
@@ -191,83 +608,20 @@ def known_encoding(name):
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
-# the characters that stand for bytes in Hugging Face's tokenizer.json: themselves where they can be seen, the
-# others in their order from 256 on
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(b): b for b in VISIBLE} | {
-    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-def read_hf_tokenizer(path):
-    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE in tiktoken's manner;
-    its special tokens give way to ours, and text is not brought to NFC.  ValueError for any other."""
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        if saved["model"]["type"] != "BPE":
-            raise ValueError(f"it is {saved['model']['type']}")
-        split, normalizer = saved["pre_tokenizer"], saved.get("normalizer")
-        parts, patterns = split.get("pretokenizers", [split]), []
-        for part in parts:
-            plain = part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert")
-            if plain:
-                patterns.append(part["pattern"]["Regex"])
-            elif part["type"] != "ByteLevel" or part.get("add_prefix_space"):
-                raise ValueError(f"it splits text in a way that is not known here ({part})")
-            elif part.get("use_regex", True):
-                patterns.append(GPT2_PATTERN)
-        if len(patterns) != 1 or "ByteLevel" not in (part["type"] for part in parts):
-            raise ValueError("it is not byte-level, with one pattern")
-        if normalizer and normalizer["type"] != "NFC":
-            raise ValueError(f"it changes text ({normalizer['type']})")
-        added = {token["content"] for token in saved.get("added_tokens", [])}
-        vocab = {token: i for token, i in saved["model"]["vocab"].items() if token not in added}
-        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in saved["model"]["merges"]]
-        made = [vocab["".join(pair)] for pair in merges]
-        if sorted(ranks.values()) != list(range(len(ranks))) or made != sorted(made) \
-                or len(set(made)) != len(ranks) - 256:
-            raise ValueError("its tokens are not numbered in the order of its merges")
-        if not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("it lacks single bytes")
-        return make_encoding(Path(path).parent.name, patterns[0], ranks)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a byte-level BPE tokenizer ({error})") from None
-
-
-def build_encoding(name, vocab_size, texts):
-    """The tokenizer called name; texts are only read to train the ranks of bpe."""
-    if is_tokenizer(name):
-        return read_tokenizer(name)
-    if name in ("gpt2", "o200k_base"):
-        return known_encoding(name)
-    if name == "bpe":
-        return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
-    return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
-
-
-def is_tokenizer(name):
-    """Whether a name is that of a tokenizer.json of Hugging Face, or of a folder (a run, say) with one or
-    ours."""
-    return name.endswith(".json") or any((Path(name) / file).exists() for file in TOKENIZER_FILES)
-
-
-TOKENIZER_FILES = ("encoding.json", "tokenizer.json")
-
-
-def read_tokenizer(path):
-    """The tokenizer of a run, of a prepared folder, of one of Hugging Face, or of a tokenizer.json."""
-    path = Path(path)
-    if path.suffix != ".json":
-        path = next((path / file for file in TOKENIZER_FILES if (path / file).exists()), path)
-    return load_encoding(path) if path.name == "encoding.json" else read_hf_tokenizer(path)
+def read_tokenizer(name):
+    """The tokenizer of a run, a prepared folder or one of Hugging Face, or the file of one."""
+    for path in (Path(name), Path(name) / "encoding.json", Path(name) / "tokenizer.json"):
+        if path.is_file():
+            return (load_encoding if path.name == "encoding.json" else read_hf_tokenizer)(path)
+    raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder with one")
 
 
 def save_encoding(encoding, path):
-    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    """Write a tokenizer; a number without a token is null (Hugging Face's special tokens, say)."""
+    tokens = {i: base64.b64encode(token).decode() for token, i in encoding._mergeable_ranks.items()}
     Path(path).write_text(json.dumps({
         "name": encoding.name, "pattern": encoding._pat_str, "special": list(SPECIAL),
-        "ranks": [base64.b64encode(token).decode() for token in ranks]}, indent=0))
+        "ranks": [tokens.get(i) for i in range(max(tokens) + 1)]}, indent=0))
 
 
 def load_encoding(path):
@@ -276,14 +630,58 @@ def load_encoding(path):
     path = path / "encoding.json" if path.is_dir() else path
     try:
         saved = json.loads(path.read_text())
-        ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"])}
-        if len(ranks) != len(saved["ranks"]) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError("tokens are missing or there twice")     # tiktoken itself would panic
+        ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
         if saved["special"] != list(SPECIAL):
             raise ValueError(f"its special tokens are {saved['special']}")
         return make_encoding(saved["name"], saved["pattern"], ranks)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer written by data.py ({error})") from None
+
+
+# the characters that stand for bytes in tokenizer.json: themselves if visible, else in order from 256 on
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in VISIBLE} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
+
+
+def read_hf_tokenizer(path):
+    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE in tiktoken's manner.
+
+    Tokens keep their numbers, wherever its special tokens are; those give way to ours, which come last.  Text
+    is not brought to NFC.  ValueError for any other."""
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        model, normalizer = saved["model"], saved.get("normalizer") or {"type": "NFC"}
+        if model["type"] != "BPE":
+            raise ValueError(f"it is {model['type']}")
+        if normalizer["type"] != "NFC":
+            raise ValueError(f"it changes text ({normalizer['type']})")
+        added = {token["content"] for token in saved.get("added_tokens", [])}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+        pattern = hf_pattern(saved["pre_tokenizer"])
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        made = [vocab["".join(pair)] for pair in merges]
+        if made != sorted(made) or len(set(made)) != len(ranks) - 256:
+            raise ValueError("its tokens are not numbered in the order of its merges")
+        return make_encoding(Path(path).parent.name, pattern, ranks)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a byte-level BPE tokenizer ({error})") from None
+
+
+def hf_pattern(split):
+    """The one pattern of a "pre_tokenizer".  ValueError if it does more than to split by it."""
+    patterns, parts = [], split.get("pretokenizers", [split])
+    for part in parts:
+        if part["type"] == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
+            patterns.append(part["pattern"]["Regex"])
+        elif part["type"] != "ByteLevel" or part.get("add_prefix_space"):
+            raise ValueError(f"it splits text in a way that is not known here ({part})")
+        elif part.get("use_regex", True):
+            patterns.append(GPT2_PATTERN)
+    if len(patterns) != 1 or all(part["type"] != "ByteLevel" for part in parts):
+        raise ValueError("it is not byte-level, with one pattern")
+    return patterns[0]
 
 
 # --- token files ------------------------------------------------------------------------------------------
@@ -379,7 +777,7 @@ class Sampler:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.n_windows = (len(tokens) - 1) // seq_len
         if self.n_windows < 1:
-            raise ValueError(f"seq_len ({seq_len}) is too long for a corpus of {len(tokens)} tokens")
+            raise ValueError(f"seq_len ({seq_len}) is too long for the {len(tokens)} tokens")
         self.order = functools.lru_cache(2)(self.order)    # a batch can lie across two epochs
 
     def order(self, epoch):
@@ -436,7 +834,7 @@ class ChatSampler(Sampler):
                 whole = np.asarray(self.tokens[start:end]).astype(np.int64)
                 places = slice(at, at + len(whole) - 1)
                 tokens[row, places], doc[row, places] = whole[:-1], number
-                targets[row, places] = np.where(said(whole, self.vocab_size), whole, -1)[1:]
+                targets[row, places] = np.where(assistant_mask(whole, self.vocab_size), whole, -1)[1:]
                 at = places.stop
         return tuple(map(torch.from_numpy, (tokens, targets, doc)))
 
@@ -447,22 +845,21 @@ class ChatSampler(Sampler):
 
     def places(self, windows):
         spans = [self.spans[i] for w in windows for i in self.windows[w]]
-        return np.concatenate([start + np.flatnonzero(said(self.tokens[start:end], self.vocab_size))
+        return np.concatenate([start + np.flatnonzero(assistant_mask(self.tokens[start:end], self.vocab_size))
                                for start, end in spans])
 
 
 def make_sampler(tokens, path, seq_len, seed=0, pack=True):
     """The sampler for the tokens of a file, which may be conversations."""
-    if has_chats(path):
-        return ChatSampler(tokens, seq_len, seed, vocabulary(path), pack)
-    return Sampler(tokens, seq_len, seed)
+    try:
+        if has_chats(path):
+            return ChatSampler(tokens, seq_len, seed, vocabulary(path), pack)
+        return Sampler(tokens, seq_len, seed)
+    except ValueError as error:
+        raise ValueError(f"{error} in the {PARTS.get(Path(path).stem, 'file')} ({path})") from None
 
 
-# ids of the special tokens, which are a vocabulary's last ones
-END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)
-
-
-def said(tokens, vocab_size):
+def assistant_mask(tokens, vocab_size):
     """Which of some conversations' tokens the assistant says, the <|end|> that closes an answer included:
     [n] bool.
 
@@ -514,548 +911,51 @@ def pack_best_fit(sizes, capacity):
     return bins
 
 
-# --- sources ----------------------------------------------------------------------------------------------
+# --- errors and command lines, as all programs have them --------------------------------------------------
 
-class Piece(NamedTuple):
-    """Up to a block of one document."""
+class Parser(argparse.ArgumentParser):
+    """argparse with exact names only, and one-line errors."""
 
-    text: str
-    first: bool         # of its document
-    held_out: bool
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-
-def unit(key):
-    """A number in [0, 1) that depends on the string alone: the same choice on every machine."""
-    raw = key.encode(errors="surrogateescape")             # file names can be any bytes
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+    def error(self, message):
+        fail(message)
 
 
-def standard_library():
-    """This Python's own .py files, without tests, installed packages and generated tables."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings",
-            "pydoc_data"}
-    files = [f for f in sorted(root.rglob("*.py")) if not skip & set(f.relative_to(root).parts)]
-    if not files:
-        raise ValueError("this Python came without the .py files of its standard library; give a --source")
-    return root, files
+def fail(message, code=2):
+    """End the program with one line; exit code 2 is a wrong setting or an unreadable input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def find_files(source, downloads, suffixes=SUFFIXES):
-    """-> (folder that names are relative to, files) of one --source.  ValueError if there is nothing to
-    read."""
-    if source == "stdlib":
-        root, files = standard_library()
-    elif re.match(r"https?://", source):
-        root, files = downloads, [download(source, downloads)]
-    elif not Path(source).exists():
-        raise ValueError(f"source {source} does not exist")
-    elif Path(source).is_dir():
-        root = Path(source)
-        files = sorted(f for f in root.rglob("*") if f.is_file() and f.name.lower().endswith(suffixes)
-                       and not any(part.startswith(".") for part in f.relative_to(root).parts))
-    else:
-        root, files = Path(source).parent, [Path(source)]
-        if not source.lower().endswith(suffixes):
-            raise ValueError(f"source {source} is none of {', '.join(suffixes)}")
-    if not any(f.stat().st_size for f in files):
-        raise ValueError(f"source {source} is empty: no text in files that end in {', '.join(suffixes)}")
-    return root, files
-
-
-def download(url, folder, tries=3, timeout=30):
-    """Fetch url into folder -> path.  A partial file never bears the final name."""
-    name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1]) or "download"
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    for attempt in range(tries):
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as file:
-                size = int(response.headers.get("Content-Length") or 0)
-                with progress(size or None, name) as bar:
-                    while block := response.read(1 << 16):
-                        bar.update(file.write(block))
-                if size and file.tell() != size:
-                    raise OSError(f"{file.tell()} of {size} bytes arrived")
-            os.replace(part, path)
-            return path
-        except (OSError, ValueError, http.client.HTTPException) as error:      # the last two: a malformed URL
-            reason = error
-            if attempt + 1 < tries and not 400 <= getattr(error, "code", 0) < 500:
-                time.sleep(2 ** attempt)
-            else:
-                break
-    part.unlink(missing_ok=True)
-    raise ValueError(f"could not download {url} ({reason})")
-
-
-def progress(total, description):
-    """A bar of bytes, on a terminal only."""
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
-
-
-def text_blocks(path, start, end):
-    """Bytes start..end of a text file as strings of about a block, cut where no tokenizer joins what is cut:
-    between a letter or digit and the end of its line.  A byte-order mark is no text."""
-    with open(path, "rb") as file:
-        if start == 0 and file.read(3) == codecs.BOM_UTF8:
-            start = min(3, end)
-        file.seek(start)
-        rest, left = b"", end - start
-        while left > 0:
-            block = file.read(min(BLOCK, left))
-            if not block:
-                break
-            left, rest = left - len(block), rest + block
-            cut = line_border(rest) if left > 0 else 0
-            if left > 0 and (cut or len(rest) > 8 * BLOCK):
-                cut = cut or whole_character(rest, len(rest) - 4)
-                yield rest[:cut].decode()
-                rest = rest[cut:]
-        if rest:
-            yield rest.decode()
-
-
-def line_border(raw):
-    """The last place behind a letter or digit and before the end of its line, 0 if there is none."""
-    for start in (max(0, len(raw) - (1 << 16)), 0):        # nearly always near the end
-        borders = [match.end() for match in re.finditer(rb"[A-Za-z0-9](?=\r?\n)", raw[start:])]
-        if borders:
-            return start + borders[-1]
-    return 0
-
-
-def whole_character(raw, at):
-    """The first position from `at` on where a UTF-8 character begins."""
-    while at < len(raw) and raw[at] & 0xC0 == 0x80:
-        at += 1
-    return at
-
-
-def is_utf8(path):
-    """Whether the whole file decodes; so that a file is taken as a whole or not at all."""
+@contextmanager
+def one_line_errors(who=""):
+    """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
     try:
-        for _ in text_blocks(path, 0, path.stat().st_size):
-            pass
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
-def line_end(path, position):
-    """The end of the line (or, in endless ones, of the character) that a position in a file falls into."""
-    with open(path, "rb") as file:
-        file.seek(position)
-        line = file.readline(BLOCK)
-    return position + (len(line) if line.endswith(b"\n") else whole_character(line, 0))
-
-
-def text_pieces(path, name, weight, held_out):
-    """A text file as pieces.  held_out says whether the file is; None: its last part is."""
-    size = path.stat().st_size
-    if held_out is not None:
-        parts = [(held_out, 0, size)] * copies(name, weight, held_out)
-    else:
-        border = line_end(path, int(size * (1 - VAL_FRACTION)))
-        parts = [(False, 0, border)] * int(weight) + [(True, border, size)]
-        if weight % 1:
-            parts.append((False, 0, line_end(path, int(border * (weight % 1)))))
-    for held_out, start, end in parts:
-        for i, text in enumerate(text_blocks(path, start, end)):
-            yield Piece(text, i == 0, held_out)
-
-
-def json_pieces(path, name, weight, skipped):
-    """The "text" of each line of a JSON-lines file; lines without one are counted in skipped."""
-    with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()                              # half of a surrogate pair is valid JSON, not text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                skipped["lines"] += 1
-                continue
-            # one of every 20, the first one included, so that few lines have a held-out one too
-            group, place = divmod(number, round(1 / VAL_FRACTION))
-            held_out = place == int(group and unit(f"{name}:{group}") / VAL_FRACTION)
-            for _ in range(copies(f"{name}:{number}", weight, held_out)):
-                yield Piece(text, True, held_out)
-
-
-def copies(key, weight, held_out):
-    """How often a document goes in: a weight of 2.5 is twice, and for half of them once more."""
-    return 1 if held_out else int(weight) + (unit("copies " + key) < weight % 1)
-
-
-class Corpus:
-    """All sources of one preparation, read as often as asked."""
-
-    def __init__(self, sources, weights, downloads):
-        self.skipped, self.files, self.found = Counter(), [], []
-        for source, weight in zip(sources, weights):
-            root, files = find_files(source, downloads)
-            good = [f for f in files if is_json(f) or is_utf8(f)]
-            self.skipped["files"] += len(files) - len(good)
-            self.found.append({"source": source, "weight": weight, "files": len(good),
-                               "bytes": sum(f.stat().st_size for f in good)})
-            self.files += [(f, f.relative_to(root).as_posix(), weight) for f in good]
-        self.bytes = sum(s["bytes"] for s in self.found)
-        # text files are held out whole, by their names, when there are enough of them
-        texts = {unit(name): name for f, name, _ in self.files if not is_json(f)}
-        self.whole = len(texts) * VAL_FRACTION >= 1
-        self.held = {name for key, name in texts.items() if key < VAL_FRACTION or key == min(texts)}
-        if not self.bytes:
-            raise ValueError(f"no UTF-8 text in {', '.join(sources)} ({self.skipped['files']} files skipped)")
-
-    def pieces(self, description):
-        self.skipped["lines"] = 0
-        with progress(self.bytes, description) as bar:
-            for path, name, weight in self.files:
-                if is_json(path):
-                    pieces = json_pieces(path, name, weight, self.skipped)
-                else:
-                    pieces = text_pieces(path, name, weight, name in self.held if self.whole else None)
-                try:
-                    for piece in pieces:
-                        yield piece
-                        bar.update(len(piece.text.encode()))
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise ValueError(f"{path} is not a whole gzip file ({error})") from None
-
-    def sample(self):
-        """About BPE_BYTES of the training text, spread evenly."""
-        seen = taken = 0
-        share = min(1.0, BPE_BYTES / self.bytes)
-        for piece in self.pieces("training the tokenizer"):
-            if not piece.held_out:
-                seen += len(piece.text)
-                if taken <= share * seen:
-                    taken += len(piece.text)
-                    yield piece.text
-
-
-def is_json(path):
-    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-
-
-# --- chats ------------------------------------------------------------------------------------------------
-
-def read_chat(record):
-    """A record of a chat file, {"messages": [{"role", "content"}, ..]} or {"instruction", "input", "output"},
-    as [(role, content)].  ValueError says why it is none."""
-    if not isinstance(record, dict) or not ("messages" in record or {"instruction", "output"} <= set(record)):
-        raise ValueError('neither "messages" nor "instruction" and "output" in it (plain text is for data.py '
-                         "without --chats)")
-    if "messages" in record:
-        try:
-            chat = [(message["role"], message["content"]) for message in record["messages"]]
-        except (TypeError, KeyError):
-            raise ValueError("its messages are no list of objects with role and content") from None
-    else:
-        question = [record["instruction"], record.get("input")]
-        if not all(isinstance(part, str) for part in filter(None, question)):
-            raise ValueError("instruction and input are no texts")
-        chat = [("user", "\n\n".join(filter(None, question))), ("assistant", record["output"])]
-    for number, (role, content) in enumerate(chat, 1):
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number}: role {role!r} is unknown")
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"message {number} ({role}) is no text, or empty")
-        content.encode()                                   # half of a surrogate pair is valid JSON, not text
-    turns = [role for role, _ in chat]
-    turns = turns[turns[:1] == ["system"]:]
-    if not turns:
-        raise ValueError("no messages")
-    if turns != (["user", "assistant"] * len(turns))[:len(turns)]:
-        raise ValueError("roles out of order: a system message, if any, then user and assistant in turn")
-    if "assistant" not in turns:
-        raise ValueError("no assistant message")
-    return chat
-
-
-def encode_chat(encoding, chat, answer=False):
-    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them; with answer=True the beginning of one follows.
-
-    Text that looks like a special token stays text."""
-    tokens = [encoding.encode_single_token("<|endoftext|>")]
-    for role, content in chat:
-        tokens += [encoding.encode_single_token(f"<|{role}|>"), *encode(encoding, content),
-                   encoding.encode_single_token("<|end|>")]
-    return tokens + [encoding.encode_single_token("<|assistant|>")] * answer
-
-
-def chat_records(path):
-    """(where, record) of each conversation of a chat file, or (where, ValueError) if it is not JSON."""
-    try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            if path.suffix.lower() == ".json":
-                records = json.load(file)
-                if not isinstance(records, list):
-                    raise ValueError("it is no list")
-                yield from ((f"item {number}", record) for number, record in enumerate(records, 1))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"line {number}", json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield f"line {number}", ValueError(f"not JSON ({error})")
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
-
-
-def documented_functions():
-    """This Python's own documented functions as records of a chat: the question is the signature, the answer
-    the first paragraph of the docstring.  No answer comes twice."""
-    root, files = standard_library()
-    seen = set()
-
-    def visit(body, name):
-        for node in body:
-            if isinstance(node, ast.ClassDef):
-                yield from visit(node.body, f"{name}.{node.name}")
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if answer and answer not in seen:
-                    seen.add(answer)
-                    yield f"{name}.{node.name}({ast.unparse(node.args)})", answer
-    for path in files:
-        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # of old escapes
-            tree = ast.parse(path.read_bytes())
-        for signature, answer in visit(tree.body, module):
-            yield {"messages": [{"role": "user", "content": f"What does {signature} do?"},
-                                {"role": "assistant", "content": answer}]}
-
-
-def chats_folder(source, encoding):
-    """Where train.py keeps the tokens of a chat file (or of the word functions): the folder's name says what
-    went in, so that a file that has changed is another set.  ValueError if there is no such file."""
-    if source != "functions" and not Path(source).is_file():
-        raise ValueError(f"data {source} does not exist; it would be a file of conversations")
-    content = sys.version if source == "functions" else file_sha256(source)
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    digest = hashlib.sha256(repr((content, encoding._pat_str, ranks)).encode()).hexdigest()
-    return Path("data") / f"{Path(source).name.split('.')[0]}-{digest[:8]}"
-
-
-def is_chat_source(source):
-    """Whether a name is that of conversations that are no tokens yet."""
-    return source == "functions" or source.lower().endswith(CHAT_SUFFIXES)
-
-
-def holds_chats(source):
-    """Whether a file or folder has conversations, or their tokens."""
-    file = Path(source) if Path(source).is_file() else Path(source) / "train.bin"
-    return is_chat_source(source) or bool(source) and file.is_file() and has_chats(file)
-
-
-class Chats:
-    """All sources of a set of conversations, checked.  ValueError if more than 1 % of them are unreadable."""
-
-    def __init__(self, sources, downloads):
-        self.skipped, self.files, self.found, problems, n = Counter(), [], [], [], 0
-        for source in sources:
-            root, files = (None, [None]) if source == "functions" else find_files(source, downloads,
-                                                                                  CHAT_SUFFIXES)
-            self.files += files
-            self.found.append({"source": source, "files": len(files)})
-        self.held = (1.0, None)                            # one is held out of few conversations, too
-        for where, chat in self.read():
-            n += 1
-            if isinstance(chat, ValueError):
-                problems.append(f"{where}: {chat}")
-            else:
-                self.held = min(self.held, (unit(chat_key(chat)), chat_key(chat)))
-        self.skipped["conversations"] = len(problems)
-        if problems and len(problems) == n:
-            raise ValueError(f"{', '.join(sources)} is no set of chats: {problems[0]}")
-        if len(problems) > BAD_CHATS * n:
-            raise ValueError(f"{len(problems):,} of {n:,} conversations cannot be read, more than 1 %: "
-                             f"{'; '.join(problems[:5])}" + "; .." * (len(problems) > 5))
-        for problem in problems[:5]:
-            print(f"skipped: {problem}", file=sys.stderr)
-        if not n:
-            raise ValueError(f"no conversations in {', '.join(sources)}")
-
-    def read(self):
-        """(where, [(role, content)] or ValueError) of every conversation."""
-        for path in self.files:
-            records = chat_records(path) if path else (("", record) for record in documented_functions())
-            for where, record in tqdm(records, f"reading {path.name if path else 'functions'}", leave=False,
-                                      disable=None, unit=" conversations"):
-                try:
-                    if isinstance(record, ValueError):
-                        raise record
-                    yield where, read_chat(record)
-                except ValueError as error:
-                    yield f"{path}, {where}", error
-
-    def conversations(self):
-        """([(role, content)], whether it is held out) of every good one.  Those with the same question are on
-        the same side."""
-        for _, chat in self.read():
-            if not isinstance(chat, ValueError):
-                key = unit(chat_key(chat)), chat_key(chat)
-                yield chat, key[0] < VAL_FRACTION or key == self.held
-
-    def sample(self):
-        """About BPE_BYTES of what is said, for training a tokenizer."""
-        taken = 0
-        for chat, held_out in self.conversations():
-            for _, content in () if held_out or taken > BPE_BYTES else chat:
-                taken += len(content)
-                yield content
-
-
-def chat_key(chat):
-    """The first question of a conversation."""
-    return next(content for role, content in chat if role == "user")
-
-
-# --- preparing a folder -----------------------------------------------------------------------------------
-
-def encode(encoding, text):
-    """encode_ordinary, also of what makes tiktoken's splitter give up: a million spaces, say."""
-    try:
-        return encoding.encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException" or len(text) < 2:       # cannot be imported
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
-        return encode(encoding, text[:len(text) // 2]) + encode(encoding, text[len(text) // 2:])
-
-
-def tokenize(corpus, encoding, folder):
-    """Write train.bin and val.bin -> {"train": counts, "val": counts}."""
-    chats = isinstance(corpus, Chats)
-    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats)
-               for split in ("train", "val")}
-    counts = {split: Counter(documents=0, bytes=0) for split in writers}
-    for tokens, held_out, first, n_bytes in (chat_tokens if chats else text_tokens)(corpus, encoding):
-        split = "val" if held_out else "train"
-        writers[split].write(tokens)
-        counts[split].update(documents=first, bytes=n_bytes)
-    for split, writer in writers.items():
-        writer.close()
-        counts[split].update(tokens=writer.count)
-        if not writer.count:
-            raise ValueError(f"the sources are too small: nothing fell to {split}.bin, add some" + (
-                f" ({corpus.skipped['lines']} lines without a \"text\" were skipped)" * (not chats)))
-        counts[split]["sha256"] = file_sha256(folder / f"{split}.bin")
-    return {split: dict(count) for split, count in counts.items()}
-
-
-def text_tokens(corpus, encoding):
-    """(tokens, whether held out, 1 for the first piece of a document, bytes) of each piece."""
-    end_of_text = encoding.encode_single_token("<|endoftext|>")
-    for piece in corpus.pieces("writing tokens"):
-        tokens = [end_of_text] * piece.first + encode(encoding, piece.text)
-        yield tokens, piece.held_out, int(piece.first), len(piece.text.encode())
-
-
-def chat_tokens(chats, encoding):
-    """The same of each conversation."""
-    for chat, held_out in chats.conversations():
-        yield encode_chat(encoding, chat), held_out, 1, sum(len(content.encode()) for _, content in chat)
-
-
-def prepare(out, sources=("stdlib",), weights=None, tokenizer="bpe", vocab_size=2048, chats=False):
-    """Prepare a folder unless it is there, and return what its meta.json says.  tokenizer is a name or an
-    encoding.
-
-    Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
-    out, weights = Path(out), list(weights or [1.0] * len(sources))
-    given = isinstance(tokenizer, tiktoken.Encoding)
-    request = {"sources": list(sources), "weights": weights,
-               "tokenizer": tokenizer.name if given else tokenizer}
-    if tokenizer == "bpe":
-        request["vocab_size"] = vocab_size
-    if chats:
-        request["chats"] = True
-        if set(weights) != {1.0}:
-            raise ValueError("weights are for text: conversations all go in once")
-    if out.exists():
-        meta = load_meta(out)
-        if meta["request"] != request:
-            raise ValueError(f"{out} was prepared with other settings ({meta['request']}); "
-                             "choose another --name, or delete that folder yourself")
-        return meta
-    if len(weights) != len(sources) or not all(0 < w < 1000 for w in weights):
-        raise ValueError(f"weights must be one number above 0 for each source, got {weights}")
-    if tokenizer == "bpe" and not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
-        raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536 for bpe, got {vocab_size}")
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    try:
-        downloads = out.parent / "downloads"
-        corpus = Chats(sources, downloads) if chats else Corpus(sources, weights, downloads)
-        encoding = tokenizer if given else build_encoding(tokenizer, vocab_size, corpus.sample())
-        save_encoding(encoding, aside / "encoding.json")
-        splits = tokenize(corpus, encoding, aside)
-        meta = {"request": request, "vocab_size": encoding.n_vocab, "sources": corpus.found,
-                "files": len(corpus.files), "documents": sum(s["documents"] for s in splits.values()),
-                "skipped": dict(corpus.skipped), "python": sys.version.split()[0],
-                "encoding_sha256": file_sha256(aside / "encoding.json"), **splits}
-        (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            os.rename(aside, out)
-        except OSError:
-            if not out.exists():                           # else another program was faster
-                raise
-    finally:                                               # after Ctrl-C, too: leave nothing half done
-        shutil.rmtree(aside, ignore_errors=True)
-    return prepare(out, sources, weights, tokenizer, vocab_size, chats)       # what is there now
-
-
-def load_meta(folder):
-    """meta.json of a prepared folder.  ValueError if it is none, or its tokenizer is not the one of the
-    tokens."""
-    folder = Path(folder)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        meta["request"], meta["train"]["sha256"], meta["val"]["sha256"]
-        if file_sha256(folder / "encoding.json") != meta["encoding_sha256"]:
-            raise ValueError(f"{folder / 'encoding.json'} does not fit the tokens beside it: its sha256 is "
-                             "not the one in meta.json")
-        return meta
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
-
-
-def describe(out, meta):
-    """What a prepared folder holds, in two lines."""
-    train, val, skipped = meta["train"], meta["val"], {what: n for what, n in meta["skipped"].items() if n}
-    kind = "conversations" if meta["request"].get("chats") else "documents"
-    text = (f"{out}: {meta['files']} files, {meta['documents']} {kind}; tokenizer "
-            f"{meta['request']['tokenizer']}, vocabulary {meta['vocab_size']:,}\n"
-            f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
-            f"{val['tokens']:,}; sha256 {train['sha256'][:12]}")
-    if skipped:
-        text += "\n  skipped: " if kind == "conversations" else "\n  skipped (not UTF-8, or no \"text\"): "
-        text += ", ".join(f"{n} {what}" for what, n in skipped.items())
-    return text
+        fail(who + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"{who}interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH|URL",
-                        help="files, folders, URLs, or the word stdlib (the default; with --chats the "
-                             "default is the word functions, Python's own documented ones)")
+    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH",
+                        help="files, folders (hidden files aside), or a word: stdlib (the default), "
+                             "installed, with --chats functions (Python's own documented ones, the default)")
     parser.add_argument("--chats", action="store_true",
-                        help="the sources are conversations: .jsonl, .jsonl.gz or .json of {messages: [{role,"
-                             " content}, ..]} or {instruction, input, output}; give a --tokenizer")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W",
-                        help="how often each source goes in; 0.5 is half of its documents (default 1)")
-    parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
+                        help="the sources are conversations: .jsonl, .jsonl.gz or .json of {messages}, "
+                             "{conversations} or {instruction, input, output}; give a --tokenizer")
+    parser.add_argument("--name", metavar="NAME",
+                        help="the folder is data/NAME (default: the name of the first source)")
     parser.add_argument("--tokenizer", metavar="NAME",
-                        help="bpe (ranks trained on the corpus, the default for text), bytes, gpt2, "
-                             "o200k_base, a run or folder that has one, or a tokenizer.json of Hugging Face")
+                        help="bpe (trained on the text, the default), bytes, gpt2, o200k_base, a run or "
+                             "folder that has one, or a tokenizer.json of Hugging Face")
     parser.add_argument("--vocab_size", type=int, default=2048, metavar="V",
                         help="vocabulary of bpe, five special tokens included (default 2048, which measured "
                              "best for the laptop preset; take 8192 or more for a larger model)")
@@ -1064,18 +964,14 @@ def main(argv=None):
         if args.chats and not args.tokenizer:
             raise ValueError("--chats needs a --tokenizer: that of the run whose model is to be tuned, as in "
                              "--tokenizer out/laptop (or bpe, for a model that begins with these chats)")
-        args.tokenizer = args.tokenizer or "bpe"
-        if args.tokenizer not in TOKENIZERS and not is_tokenizer(args.tokenizer):
-            raise ValueError(f"tokenizer {args.tokenizer!r} is unknown, and no run or folder that has one"
-                             f"{did_you_mean(args.tokenizer, TOKENIZERS)}")
         sources = args.source or ["functions" if args.chats else "stdlib"]
         name = args.name or Path(sources[0]).name.split(".")[0]
-        if not re.fullmatch(r"[\w.-]*\w", name) or (name == "stdlib" and sources != ["stdlib"]):
+        if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
             raise ValueError(f"data/{name} cannot be the folder's name; give another --name")
         out = Path("data") / name
         if out.exists():
             print(f"{out} is there already; to prepare it anew, delete it or choose another --name")
-        print(describe(out, prepare(out, sources, args.weights, args.tokenizer, args.vocab_size, args.chats)))
+        print(describe(out, prepare(out, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)))
 
 
 if __name__ == "__main__":

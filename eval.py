@@ -174,6 +174,8 @@ def save_tokenizer(encoding, folder, max_seq_len):
     """tokenizer.json and tokenizer_config.json, with the chat template.
 
     Text that looks like a special token becomes one there; here it stays text (encode_ordinary)."""
+    if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
+        raise ValueError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
     converter = needed("transformers.convert_slow_tokenizer", "hf").TikTokenConverter(
         pattern=encoding._pat_str, extra_special_tokens=data.SPECIAL)
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
@@ -393,7 +395,7 @@ def reply(model, encoding, tokens, max_new_tokens, top_k, temperature=0.8, top_p
     decoder = codecs.getincrementaldecoder("utf-8")("replace")    # a character may take several tokens
     prompt = torch.tensor([tokens], device=model.embed.weight.device)
     for new in model.stream(prompt, max_new_tokens, temperature, top_p, top_k, generator=generator):
-        if int(new) >= len(encoding._mergeable_ranks):            # they come last; rows of no token
+        if int(new) >= encoding.n_vocab - len(data.SPECIAL):      # they come last; rows of no token
             break
         yield decoder.decode(encoding.decode_single_token_bytes(int(new)))
     yield decoder.decode(b"", final=True)
@@ -743,7 +745,7 @@ def bench_command(args):
     for name in tasks:
         if name not in known:
             where = f" from local files; there are {', '.join(LOCAL)}" * bool(args.local)
-            raise ValueError(f"task {name!r} is unknown{where}{data.did_you_mean(name, known)}")
+            raise ValueError(f"task {name!r} is unknown{where}")
     if args.limit is not None and args.limit < 1 or args.shots is not None and args.shots < 0:
         raise ValueError(f"limit ({args.limit}) must be at least 1 and shots ({args.shots}) 0 or more")
     out = Path(args.json or free_name(run_folder(args.ckpt), "bench", ".json"))

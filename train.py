@@ -255,7 +255,7 @@ def resolve(typed):
     device = parallel.pick_device(typed.get("device", "auto"))
     preset = typed.get("preset", base.get("preset", "gpu" if device.startswith("cuda") else "laptop"))
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown{data.did_you_mean(preset, PRESETS)}")
+        raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     out = Path(typed.get("out") or (f"out/{evaluation.run_folder(source).name}-chat" if chats and source
                                     else f"out/{preset}"))
     if out.name.startswith("step-"):

@@ -229,11 +229,20 @@ def messages(*pairs):
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
-def test_both_forms_are_read():
+def test_all_forms_are_read():
     assert data.read_chat(messages(("system", "s"), ("user", "a"), ("assistant", " b\n"), ("user", "c"))) == [
         ("system", "s"), ("user", "a"), ("assistant", " b\n"), ("user", "c")]
     alpaca = {"instruction": "do", "input": "this", "output": "done"}
     assert data.read_chat(alpaca) == [("user", "do\n\nthis"), ("assistant", "done")]
+    for field in ({"weight": 1}, {"tools": []}, {"system": None}, {"id": 7, "source": "x"}):
+        assert data.read_chat(GOOD | field) == [("user", "a"), ("assistant", "b")]
+    assert data.read_chat(alpaca | {"system": "s", "history": [["a", "b"], ["c", "d"]]}) == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"),
+        ("user", "do\n\nthis"), ("assistant", "done")]
+    assert data.read_chat({"system": "s", "conversations": [
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1.0},
+        {"role": "user", "content": "c"}, {"from": "assistant", "value": "d"}]}) == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     for nothing in ({"input": ""}, {"input": None}, {}):
         assert data.read_chat({"instruction": "do", "output": "done"} | nothing)[0] == ("user", "do")
 
@@ -241,11 +250,11 @@ def test_both_forms_are_read():
 BAD = {
     '{"a": ': "not JSON",
     "[1]": "neither",
-    '{"text": "a"}': 'neither "messages" nor "instruction" and "output" in it',
-    '{"messages": "ab"}': "no list of objects with role and content",
-    '{"messages": [{"role": "user"}]}': "no list of objects with role and content",
-    '{"messages": []}': "no messages",
-    json.dumps(messages(("system", "s"))): "no messages",
+    '{"text": "a"}': 'neither "messages" (objects with role and content), "conversations" (with from and',
+    '{"messages": "ab"}': "neither",
+    '{"messages": [{"role": "user"}]}': "message 1 (user) is no text, or empty",
+    '{"messages": []}': "no assistant message",
+    json.dumps(messages(("system", "s"))): "no assistant message",
     json.dumps(messages(("user", "a"), ("tool", "b"))): "message 2: role 'tool' is unknown",
     json.dumps(messages(("assistant", "a"), ("user", "b"))): "roles out of order",
     json.dumps(messages(("user", "a"), ("user", "b"), ("assistant", "c"))): "roles out of order",
@@ -253,10 +262,21 @@ BAD = {
     json.dumps(messages(("user", "a"))): "no assistant message",
     json.dumps(messages(("user", "a"), ("assistant", " "))): "message 2 (assistant) is no text, or empty",
     json.dumps(messages(("user", "a"), ("assistant", None))): "message 2 (assistant) is no text, or empty",
-    json.dumps(messages(("user", "a"), ("assistant", "\ud800"))): "surrogates not allowed",
-    '{"instruction": 3, "output": "b"}': "instruction and input are no texts",
+    json.dumps(messages(("user", "a"), ("assistant", "\ud800"))): "not UTF-8",
+    '{"instruction": 3, "output": "b"}': "neither",
     '{"instruction": "a", "input": [], "output": 4}': "message 2 (assistant) is no text, or empty",
-}
+    '{"instruction": "a", "output": "b", "history": [["a"]]}': "neither",
+    '{"instruction": "a", "output": "b", "history": [{"user": "a", "assistant": "b"}]}': "neither",
+    '{"instruction": "a", "output": "b", "history": "ab"}': "neither",
+    '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
+} | {json.dumps({"messages": [GOOD["messages"][0], GOOD["messages"][1] | field]}): said for field, said in (
+    ({"weight": 0}, "weight 0 is not supported"), ({"weight": 0.5}, "weight 0.5 is not supported"),
+    ({"train": False}, "train False"), ({"tool_calls": [{"name": "clock"}]}, "tool_calls is not supported"),
+    ({"reasoning_content": "hm"}, "reasoning_content is not supported"), ({"role": []}, "role [] is unknown"),
+    ({"content": [{"text": "b"}]}, "is no text"))
+} | {json.dumps(GOOD | field): said for field, said in (
+    ({"tools": [{"name": "clock"}]}, "tools is not supported"), ({"label": False}, "label False is not"),
+    ({"images": ["a.png"]}, "images is not supported"), ({"system": ["s"]}, "message 1 (system) is no text"))}
 
 
 @pytest.mark.parametrize("line", BAD)
@@ -266,11 +286,11 @@ def test_bad_conversations_are_named_by_their_line(line, in_folder, capsys):
     Path("some.jsonl").write_text("\n".join(["", *good[:40], line, *good[40:]]))
     data.main(["--chats", "--source", "some.jsonl", "--tokenizer", "bytes"])
     out, err = capsys.readouterr()
-    assert "99 conversations" in out and "skipped: 1 conversations" in out
+    assert "99 conversations" in out and "skipped: 1 lines" in out
     assert "some.jsonl, line 42: " in err and BAD[line] in err
-    many = "2 of 100 conversations cannot be read, more than 1 %: many.jsonl, line 1: "
+    many = "2 of 100 lines cannot be read, more than 1 %: many.jsonl, line 1: "
     for name, lines, said in (("many", [line, *good[:98], line], many),
-                              ("all", [line], "all.jsonl is no set of chats: ")):
+                              ("all", [line], "1 of 1 lines cannot be read, more than 1 %: all.jsonl, ")):
         Path(f"{name}.jsonl").write_text("\n".join(lines))
         with pytest.raises(SystemExit) as ended:
             data.main(["--chats", "--source", f"{name}.jsonl", "--tokenizer", "bytes"])
@@ -295,30 +315,29 @@ def test_a_json_list_and_a_gz_file_are_the_same_set(in_folder):
 def test_another_program_may_prepare_the_same_set_meanwhile(in_folder, monkeypatch):
     """The one that is done first stays; the other one uses it, and leaves nothing behind."""
     argv = ["--chats", "--source", str(write(Path("c.jsonl"), made_up(60))), "--tokenizer", "bytes"]
-    real, inode = data.tokenize, []
+    real, inode = data.write_folder, []
 
     def overtaken(*args):
         subprocess.run([sys.executable, str(ROOT / "data.py"), *argv], check=True, timeout=100)
         inode.append(Path("data/c/train.bin").stat().st_ino)
         return real(*args)
-    monkeypatch.setattr(data, "tokenize", overtaken)
+    monkeypatch.setattr(data, "write_folder", overtaken)
     data.main(argv)
     assert Path("data/c/train.bin").stat().st_ino == inode[0] and os.listdir("data") == ["c"]
 
 
-def test_conversations_with_one_question_are_on_one_side(in_folder):
-    """So a held-out question was never trained on; and of few conversations one is held out."""
-    rng = random.Random(0)
-    chats = [[{"role": "user", "content": f"q{rng.randrange(60)}"}, {"role": "assistant", "content": f"a{i}"}]
-             for i in range(400)]
-    data.prepare(Path("data/q"), [str(write(Path("q.jsonl"), chats))], tokenizer="bytes", chats=True)
-    questions = [set(BYTES.decode(data.load_tokens(f"data/q/{split}.bin").tolist()).split("<|user|>")[1:])
-                 for split in ("train", "val")]
-    asked = [{part.split("<|end|>")[0] for part in side} for side in questions]
-    assert not asked[0] & asked[1] and 1 <= len(asked[1]) <= 9 and len(asked[0] | asked[1]) == 60
-    meta = data.prepare(Path("data/two"), [str(write(Path("two.jsonl"), chats[:2]))], tokenizer="bytes",
-                        chats=True)
-    assert (meta["train"]["documents"], meta["val"]["documents"]) == (1, 1)
+def test_about_a_twentieth_of_the_conversations_is_held_out(in_folder):
+    """Also if all begin with the same question; equal ones are on one side, and of few one is held out."""
+    for n, repeats in ((400, 1), (30, 10), (12, 1), (2, 1)):
+        chats = [messages(("user", "Hello"), ("assistant", f"Hello, number {i}."))["messages"]
+                 for i in range(n)] * repeats
+        folder = Path(f"data/{n}")
+        meta = data.prepare(folder, [str(write(Path("q.jsonl"), chats))], tokenizer="bytes", chats=True)
+        answers = [BYTES.decode(data.load_tokens(folder / f"{split}.bin").tolist()).split("<|endoftext|>")[1:]
+                   for split in ("train", "val")]
+        assert not set(answers[0]) & set(answers[1]) and len(answers[0] + answers[1]) == n * repeats
+        assert 0.025 < len(answers[1]) / (n * repeats) < 0.085 if n > 2 else len(answers[1]) == 1
+        assert ("is held out, not about 5 %" in data.describe("out", meta)) == (n == 2)
 
 
 MODULE = '''
@@ -428,7 +447,7 @@ def test_padding_is_no_speed(base, chats, in_folder, monkeypatch):
 def test_unpacked_is_a_setting_of_training(base, chats, in_folder):
     for pack, full in (("true", False), ("false", True)):
         corpus = train.decide(tune(base, chats, "run", "--pack", pack), 1)["corpus"]
-        for sampler in (corpus.train, corpus.val):
+        for sampler in (corpus.train, corpus.val)[:1 + full]:
             assert (sampler.n_windows == len(sampler.spans)) == full
 
 
@@ -473,11 +492,11 @@ def folder_of(run):
 
 MISTAKES = [
     (["--data", "nowhere.jsonl"], "data nowhere.jsonl does not exist; it would be a file of conversations"),
-    (["--data", "text.jsonl"], "text.jsonl is no set of chats: text.jsonl, line 1: neither"),
+    (["--data", "text.jsonl"], "1 %: text.jsonl, line 1: neither "),
     (["--data", "empty.jsonl"], "empty.jsonl is empty"),
-    (["--data", "damaged.jsonl.gz"], "damaged.jsonl.gz cannot be read"),
-    (["--data", "object.json"], "object.json cannot be read (it is no list)"),
-    (["--data", "one.jsonl"], "the sources are too small: nothing fell to train.bin"),
+    (["--data", "damaged.jsonl.gz"], "cannot be read, more than 1 %: damaged.jsonl.gz: "),
+    (["--data", "object.json"], "cannot be read, more than 1 %: object.json: it is no list"),
+    (["--data", "one.jsonl"], "the sources are too small: the training part would have 0 tokens"),
     (["--data", "chats.jsonl", "--seq_len", "4"], "seq_len (4) is too short: none of "),
     (["--data", "chats.jsonl", "--pack", "maybe"], "--pack"),
 ]
@@ -512,8 +531,7 @@ def test_conversations_need_a_model_and_a_tokenizer(in_folder, capsys):
     write(Path("chats.jsonl"), made_up(60))
     for main, argv, message in ((train.main, ["--data", "chats.jsonl"], "--init_from names the run"),
                                 (data.main, ["--chats", "--source", "chats.jsonl"], "--chats needs a "),
-                                (data.main, ["--chats", "--source", "chats.jsonl", "--tokenizer", "bytes",
-                                             "--weights", "2"], "conversations all go in once")):
+                                (data.main, ["--source", "chats.jsonl"], "read with --chats")):
         with pytest.raises(SystemExit) as ended:
             main(argv)
         line, = capsys.readouterr().err.splitlines()
@@ -697,11 +715,11 @@ def test_a_step_on_conversations_is_the_mean_over_the_answers(base, chats, in_fo
 
 def test_held_out_conversations_train_no_tokenizer(in_folder):
     write(Path("c.jsonl"), made_up(60))
-    found = data.Chats(["c.jsonl"], Path("d"))
-    sides = {side: {text for chat, held in found.conversations() if held == side
-                    for role, text in chat if role == "user"} for side in (True, False)}
+    found = data.Corpus(["c.jsonl"], True, Path("text.tmp"))
+    sides = {side: {text for split, _, chat in found.pieces("") if split == side
+                    for role, text in json.loads(chat) if role == "user"} for side in ("train", "val")}
     sample = set(found.sample())
-    assert sides[True] and sides[False] <= sample and not sides[True] & sample
+    assert sides["val"] and sides["train"] <= sample and not sides["val"] & sample
 
 
 def test_bytes_of_conversations_are_bytes(in_folder):

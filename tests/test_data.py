@@ -1,13 +1,12 @@
 """Tokenizers, token files, sources and the sampler."""
 
 import gzip
-import http.server
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -32,9 +31,21 @@ def random_text(rng, n=60):
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
+def join(word, pair, new):
+    """Replace each occurrence of a pair in a list, from the left."""
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] = new
+        else:
+            out.append(token)
+    return out
+
+
 def slow_bpe(texts, n_ranks):
     """Counts every pair anew for every merge."""
-    words = Counter(w for text in texts for w in regex.findall(data.PATTERN, text))
+    words = Counter(w[i:i + 64] for text in texts for w in regex.findall(data.PATTERN, text)
+                    for i in range(0, len(w), 64))
     split = {w: list(w.encode()) for w in words}
     vocab = [bytes([i]) for i in range(256)]
     while len(vocab) < n_ranks:
@@ -45,7 +56,7 @@ def slow_bpe(texts, n_ranks):
         if not count or max(count.values()) < 2:
             break
         pair = min(p for p in count if count[p] == max(count.values()))
-        split = {w: data.join(s, pair, len(vocab)) for w, s in split.items()}
+        split = {w: join(s, pair, len(vocab)) for w, s in split.items()}
         vocab.append(vocab[pair[0]] + vocab[pair[1]])
     return {b: i for i, b in enumerate(vocab)}
 
@@ -101,174 +112,275 @@ def test_every_tokenizer_has_the_five_special_tokens_and_reads_back(name, tmp_pa
     assert back.n_vocab == encoding.n_vocab
 
 
-def test_bytes_need_nothing():
-    encoding = data.build_encoding("bytes", 0, ())
-    assert encoding.n_vocab == 261 and encoding.encode_ordinary("aé") == [97, 0xC3, 0xA9]
+def test_text_without_spaces_trains_merges():
+    """DNA, or Chinese: words of more than 64 characters count in pieces."""
+    rng = random.Random(0)
+    for text in ("".join(rng.choices("ACGT", k=9000)), "".join(rng.choices("日本語文字", k=3000)) * 2):
+        ranks = data.train_bpe([text], 400)
+        assert len(ranks) == 400 and max(map(len, ranks)) > 3
 
 
 # --- reading ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["bpe", "gpt2", "o200k_base"])
-def test_blocks_give_the_tokens_of_the_whole_text(name, tmp_path, monkeypatch):
-    """A file is read in blocks; where they are cut must not show."""
-    monkeypatch.setattr(data, "BLOCK", 500)
-    text = Path(data.__file__).read_text() + "\n".join(NASTY[4:]) + "日本語 naïve\n" * 400
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    try:
-        encoding = data.build_encoding(name, 400, [text])
-    except ValueError as error:
-        pytest.skip(str(error))
-    blocks = list(data.text_blocks(tmp_path / "a.txt", 0, len(text.encode())))
-    assert "".join(blocks) == text and len(blocks) > 20
-    assert [t for b in blocks for t in encoding.encode_ordinary(b)] == encoding.encode_ordinary(text)
+def prepare(folder, *sources, name="out", tokenizer="bytes", **settings):
+    return data.prepare(folder / name, [str(source) for source in sources], tokenizer, **settings)
 
 
-@pytest.mark.parametrize("line", ["word\r\n", "日本語。\n", "end.\n", "\n", "x"])
-def test_long_texts_of_any_lines_take_no_time(tmp_path, line):
-    """5 MB, in blocks of the real size: the search for a border must not start over at every letter."""
-    text = line * (5_000_000 // len(line.encode()))
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    assert "".join(data.text_blocks(tmp_path / "a.txt", 0, len(text.encode()))) == text
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfword\nnext\n")
-    assert "".join(data.text_blocks(tmp_path / "a.txt", 0, 13)) == "word\nnext\n"
-
-
-def test_what_makes_the_splitter_give_up_is_still_encoded():
-    encoding = data.build_encoding("bytes", 0, ())
-    text = "a" + " " * 2_000_000 + "b"
-    assert encoding.decode(data.encode(encoding, text)) == text
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-@pytest.mark.parametrize("n", [20, 23, 41])
-def test_something_is_always_held_out(tmp_path, n, suffix):
-    for seed in range(4):
-        folder = tmp_path / f"text{seed}"
-        folder.mkdir()
-        lines = [json.dumps({"text": f"text {i}"}) for i in range(n)]
-        for i, line in enumerate(lines if suffix == ".txt" else ["\n".join(lines)]):
-            (folder / f"{seed}-{i}{suffix}").write_text(line)
-        meta = data.prepare(tmp_path / f"out{seed}", [str(folder)], tokenizer="bytes")
-        assert 1 <= meta["val"]["documents"] <= 7 and meta["documents"] == n
-
-
-def test_a_text_without_lines_is_still_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 10)
-    text = "日" * 300
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    blocks = list(data.text_blocks(tmp_path / "a.txt", 0, 900))
-    assert "".join(blocks) == text and len(blocks) > 3
-
-
-def decode(folder, split, encoding):
+def decode(folder, split):
     """The documents of a split as texts."""
+    encoding = data.load_encoding(folder)
     tokens = np.array(data.load_tokens(folder / f"{split}.bin"))
     starts = np.flatnonzero(tokens == encoding.encode_single_token("<|endoftext|>"))
     assert starts[0] == 0                                         # every document behind its <|endoftext|>
     return [encoding.decode(list(part[1:])) for part in np.split(tokens, starts[1:])]
 
 
-def test_files_are_held_out_whole(tmp_path):
-    folder = write_corpus(tmp_path / "text", files=60)
-    meta = data.prepare(tmp_path / "out", [str(folder)], vocab_size=300)
-    encoding = data.load_encoding(tmp_path / "out")
-    train, val = (decode(tmp_path / "out", split, encoding) for split in ("train", "val"))
-    files = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir()}
-    assert Counter(train + val) == Counter(files.values()) and 1 <= len(val) <= 10
-    assert set(val) == {text for name, text in files.items() if data.unit(name) < data.VAL_FRACTION}
-    assert meta["documents"] == meta["files"] == 60 and meta["val"]["documents"] == len(val)
-    assert meta["train"]["bytes"] == sum(len(t.encode()) for t in train)
-    assert meta["train"]["sha256"] == data.file_sha256(tmp_path / "out/train.bin")
+def both(folder):
+    return decode(folder, "train"), decode(folder, "val")
 
 
-def test_of_a_single_file_the_last_part_is_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 3000)                      # many blocks, still one document
-    text = "".join(f"line {i} of a text\n" for i in range(2000))
-    (tmp_path / "a.md").write_text(text)
-    meta = data.prepare(tmp_path / "out", [str(tmp_path / "a.md")], tokenizer="bytes")
-    encoding = data.load_encoding(tmp_path / "out")
-    (train,), (val,) = (decode(tmp_path / "out", split, encoding) for split in ("train", "val"))
-    assert train + val == text and train.endswith("\n")
-    assert len(val) / len(text) == pytest.approx(0.05, abs=0.005) and meta["vocab_size"] == 261
+def share(meta):
+    return meta["val"]["bytes"] / (meta["train"]["bytes"] + meta["val"]["bytes"])
+
+
+def lines_of(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2", "o200k_base"])
+def test_blocks_give_the_tokens_of_the_whole_text(name, tmp_path, monkeypatch):
+    """A file is read in blocks; where they are cut must not show."""
+    monkeypatch.setattr(data, "BLOCK", 2000)
+    text = Path(data.__file__).read_text() + "\n".join(NASTY[4:]) + "日本語 naïve\n" * 400
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    try:
+        encoding = data.build_encoding(name, 400, [text])
+    except ValueError as error:
+        pytest.skip(str(error))
+    with open(tmp_path / "a.txt", encoding="utf-8", newline="") as file:
+        blocks = list(data.read_blocks(file, len(text)))
+    assert "".join(blocks) == text and len(blocks) > 20
+    assert [t for b in blocks for t in encoding.encode_ordinary(b)] == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("line", ["word\r\n", "日本語。\n", "end.\n", "\n", "x", " "])
+def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
+    """3 MB, in blocks of the real size; tiktoken overflows at a million spaces."""
+    text = "a" + line * (3_000_000 // len(line.encode())) + "b"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    meta = prepare(tmp_path, tmp_path / "a.txt")
+    (train,), (val,) = both(tmp_path / "out")
+    assert train + val == text and share(meta) == pytest.approx(0.05, abs=0.002)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_json_lines(suffix, tmp_path):
-    texts = [f"document {i} é" for i in range(200)]
-    lines = [json.dumps({"text": t}) for t in texts]
+def test_json_lines(suffix, tmp_path, capsys):
+    """Empty ones are left out; what is wrong with others is said, and their number."""
+    texts = [f"document {i} é" for i in range(600)]
     bad = ["{broken", '{"other": 1}', '{"text": 5}', '["text"]', r'{"text": "\ud800"}']
-    raw = "\n".join(lines[:100] + bad + ["", "  "] + lines[100:]).encode()
+    empty = ["", "  ", '{"text": ""}', '{"text": " \\n"}']
+    lines = lines_of(texts).splitlines()
+    raw = ("\ufeff" + "\n".join(lines[:100] + bad + empty + lines[100:])).encode()
     (tmp_path / f"a{suffix}").write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
-    meta = data.prepare(tmp_path / "out", [str(tmp_path / f"a{suffix}")], tokenizer="bytes")
-    encoding = data.load_encoding(tmp_path / "out")
-    got = [t for split in ("train", "val") for t in decode(tmp_path / "out", split, encoding)]
-    assert Counter(got) == Counter(texts) and meta["skipped"]["lines"] == 5
-    assert meta["val"]["documents"] == pytest.approx(10, abs=8)
+    meta = prepare(tmp_path, tmp_path / f"a{suffix}")
+    train, val = both(tmp_path / "out")
+    assert Counter(train + val) == Counter(texts) and meta["skipped"] == {"lines": 5, "empty documents": 2}
+    assert share(meta) == pytest.approx(0.05, abs=0.01)
+    err = capsys.readouterr().err
+    assert "line 101: not JSON" in err and 'line 102: no "text" in it' in err
+    assert "skipped: 5 lines, 2 empty documents" in data.describe("out", meta)
 
 
-def test_weights_repeat_and_thin_out(tmp_path):
-    for name in "abc":
-        lines = [json.dumps({"text": f"{name}{i}"}) for i in range(400)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    data.prepare(tmp_path / "out", [str(tmp_path / f"{n}.jsonl") for n in "abc"], [1, 2.5, 0.5], "bytes")
-    encoding = data.load_encoding(tmp_path / "out")
-    count = Counter(t[0] for t in decode(tmp_path / "out", "train", encoding))
-    held = Counter(t[0] for t in decode(tmp_path / "out", "val", encoding))
-    assert count["a"] + held["a"] == 400
-    assert count["b"] == pytest.approx(2.5 * 380, rel=0.08)
-    assert count["c"] == pytest.approx(0.5 * 380, rel=0.2)
-    assert max(Counter(decode(tmp_path / "out", "val", encoding)).values()) == 1         # held out once
+def python(code, folder):
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
+
+
+def save(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+GOOD = lines_of(f"number {i} of many" for i in range(150)).encode()
+UNREADABLE = {                                                    # content, and what must be said
+    "utf16.jsonl": (("\ufeff" + GOOD.decode()).encode("utf-16-le"), "UTF-16"),
+    "utf16.txt": ("plain words".encode("utf-16"), "UTF-16"),
+    "unmarked.txt": ("plain words".encode("utf-16-be"), "UTF-16"),
+    "utf32.txt": ("plain words".encode("utf-32"), "UTF-32"),
+    "chinese.txt": ("\ufeff日本語の文".encode("utf-16-be"), "UTF-16"),
+    "latin1.txt": ("naïve café".encode("latin-1"), "not UTF-8"),
+    "late.txt": (b"good words\n" * 90_000 + b"\xff bad", "not UTF-8"),
+    "half.jsonl": (GOOD + b'{"text": "caf\xe9"}\n' * 150, "line 151: not UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "ended before"), "no-gzip.jsonl.gz": (b"plain", "gzip"),
+    "chat.jsonl": (b'{"messages": []}\n', "line 1: .*--chats"),
+    "two-percent.jsonl": (GOOD + b'{"txt": "a"}\n' * 3, 'line 151: no "text"')}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_refused_by_name(name, tmp_path):
+    content, words = UNREADABLE[name]
+    save(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"cannot be read, more than 1 %: .*{name}.*{words}"):
+        prepare(tmp_path, tmp_path / name)
+
+
+def test_a_file_that_is_no_utf8_is_left_out_as_a_whole_and_named(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "text", files=120)
+    save(folder / "005-bad.txt", b"good beginning\n" * 90_000 + b"\xff\xfe bad")
+    save(folder / "image.png", b"\x89PNG")                        # not a suffix that is read: not counted
+    save(folder / ".hidden/x.txt", b"secret")
+    save(folder / "empty.txt", b"\xef\xbb\xbf \n")
+    meta = prepare(tmp_path, folder)
+    assert meta["skipped"] == {"files": 1, "empty documents": 1} and meta["documents"] == 120
+    assert "005-bad.txt: not UTF-8" in capsys.readouterr().err
+    assert not {"good", "secret"} & {text[:4] for side in both(tmp_path / "out") for text in side}
+
+
+def test_linked_folders_are_followed_once_and_unreadable_ones_named(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "text", files=3)
+    write_corpus(tmp_path / "elsewhere", files=4, seed=1)
+    os.symlink(tmp_path / "elsewhere", tmp_path / "text/link")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "text/second")
+    os.symlink(tmp_path / "text", tmp_path / "elsewhere/loop")
+    assert len(data.find_files([str(tmp_path / "text")], False)) == 7
+    os.symlink(tmp_path / "gone", tmp_path / "text/dangling.txt")
+    with pytest.raises(ValueError, match="dangling.txt: .*No such file"):
+        prepare(tmp_path, tmp_path / "text")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("link"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="link cannot be read .Permission denied"):
+        prepare(tmp_path, tmp_path / "text")
+
+
+# --- the held-out part ------------------------------------------------------------------------------------
+
+SENTENCE = "some words that come again and again, "
+MANY = [f"document {i}: " + SENTENCE * (1 + i % 7) for i in range(100)]
+HOLDOUTS = {
+    "a single file": {"a.txt": "".join(f"line {i} of a text\n" for i in range(2000))},
+    "one line": {"a.txt": SENTENCE * 3000 + "\n"}, "one line without an end": {"a.txt": "日" * 50_000},
+    "two files": {"a.txt": "a line\n" * 900, "b.md": "other line\n" * 2000},
+    "lopsided": {"00.txt": MANY[0] * 6000, **{f"{i:02}.txt": MANY[i] * 3 for i in range(1, 20)}},
+    "one huge, three small": {"huge.txt": "a line\n" * 90_000, **{f"{i}.txt": MANY[i] for i in range(3)}},
+    "equal huge files": {f"{i}.txt": "a line\n" * 5000 for i in range(4)},
+    "thirty files": {f"{i}.txt": text * 9 for i, text in enumerate(MANY[:30])},
+    "equal files": {f"{i}.txt": MANY[i % 40] for i in range(120)},
+    "duplicates": {"a.jsonl": MANY * 10}, "a file and its lines": {"a.txt": MANY[0], "a.jsonl": MANY * 2},
+    "one of all": {"a.jsonl": ["the same thing again"] * 900 + MANY[:10]},
+    "few lines": {"a.jsonl": [text * 5 for text in MANY[:3]]}, "hundred lines": {"a.jsonl": MANY},
+    "twelve lines": {"a.jsonl": [f"{i}" + SENTENCE * 9 for i in range(12)]},
+    "one long line of many": {"a.jsonl": [SENTENCE * 900, *MANY]}}
+
+
+@pytest.mark.parametrize("name", HOLDOUTS)
+def test_about_a_twentieth_of_the_bytes_is_held_out(name, tmp_path):
+    """Whatever the files; equal documents are on one side; and another order of the files changes nothing."""
+    for file, content in HOLDOUTS[name].items():
+        save(tmp_path / "text" / file, content if isinstance(content, str) else lines_of(content))
+    meta = prepare(tmp_path, tmp_path / "text")
+    assert 0.025 < share(meta) < 0.085
+    train, val = both(tmp_path / "out")
+    assert not set(train) & set(val)
+    assert sum(map(len, train + val)) == sum(len("".join(content)) for content in HOLDOUTS[name].values())
+    files = sorted((tmp_path / "text").iterdir(), reverse=True)
+    prepare(tmp_path, *files, name="again")
+    assert list(map(Counter, both(tmp_path / "again"))) == [Counter(train), Counter(val)]
+
+
+def test_what_would_overshoot_is_passed_over():
+    whole = np.ones(4, bool)
+    assert data.hold_out(np.array([4, 9, 1, 86]), whole)[0].tolist() == [True, False, True, False]
+    assert data.hold_out(np.array([0, 60, 40, 0]), whole)[0].tolist() == [False, False, True, False]
+
+
+def test_many_files_are_held_out_whole_and_of_one_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 3000)                      # many blocks, still one document
+    folder = write_corpus(tmp_path / "text", files=60)
+    meta = prepare(tmp_path, folder, vocab_size=300, tokenizer="bpe")
+    train, val = both(tmp_path / "out")
+    assert Counter(train + val) == Counter(f.read_text(encoding="utf-8") for f in folder.iterdir())
+    assert meta["documents"] == meta["files"] == 60 and meta["val"]["documents"] == len(val)
+    assert meta["train"]["bytes"] == sum(len(t.encode()) for t in train)
+    assert meta["train"]["sha256"] == data.file_sha256(tmp_path / "out/train.bin")
+    text = HOLDOUTS["a single file"]["a.txt"]
+    save(tmp_path / "a.md", text)
+    prepare(tmp_path, tmp_path / "a.md", name="one")
+    (train,), (val,) = both(tmp_path / "one")
+    assert train + val == text and train.endswith("\n")
+
+
+def test_a_bad_share_and_a_small_vocabulary_are_said_and_too_little_text_is_refused(tmp_path):
+    save(tmp_path / "a.jsonl", lines_of(["é", "b"] * 3 + ["c" * 11]))
+    with pytest.raises(ValueError, match="too small: the held-out part would have 0 tokens"):
+        prepare(tmp_path, tmp_path / "a.jsonl")
+    save(tmp_path / "b.txt", "a b c\n" * 100)
+    text = data.describe("out", prepare(tmp_path, tmp_path / "b.txt", tokenizer="bpe"))
+    assert "note: the vocabulary is 2" in text and "is held out, not" not in text
+    meta = prepare(tmp_path, tmp_path / "b.txt", tokenizer="bpe")
+    meta["val"]["bytes"] = 10 * meta["train"]["bytes"]
+    assert "note: 90.9% is held out, not about 5 %" in data.describe("out", meta)
+    with pytest.raises(ValueError, match=r"seq_len \(99\) is too long.* 15 tokens in the held-out part"):
+        data.make_sampler(data.load_tokens(tmp_path / "out/val.bin")[:15], tmp_path / "out/val.bin", 99)
 
 
 def test_the_tokenizer_is_not_trained_on_held_out_text(tmp_path, monkeypatch):
     folder = write_corpus(tmp_path / "text", files=60)
-    held = {f.read_text(encoding="utf-8") for f in folder.iterdir() if data.unit(f.name) < data.VAL_FRACTION}
-    corpus = data.Corpus([str(folder)], [1.0], tmp_path)
+    corpus = data.Corpus([str(folder)], False, tmp_path / "text.tmp")
+    held = {text for split, _, text in corpus.pieces("") if split == "val"}
     assert held and not held & set(corpus.sample()) and len(list(corpus.sample())) == 60 - len(held)
-    monkeypatch.setattr(data, "BPE_BYTES", corpus.bytes // 4)     # a larger corpus is sampled, evenly
+    monkeypatch.setattr(data, "BPE_BYTES", corpus.n_bytes // 4)   # a larger corpus is sampled, evenly
     assert len(list(corpus.sample())) == pytest.approx(15, abs=2)
 
 
-def test_part_of_a_single_file_by_weight(tmp_path):
-    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(4000)))
-    sizes = {}
-    for weight in (1.0, 0.5, 2.25):
-        meta = data.prepare(tmp_path / f"out{weight}", [str(tmp_path / "a.txt")], [weight], "bytes")
-        sizes[weight] = meta["train"]["bytes"]
-    assert sizes[0.5] == pytest.approx(0.5 * sizes[1.0], rel=0.01)
-    assert sizes[2.25] == pytest.approx(2.25 * sizes[1.0], rel=0.01)
+# --- Python's own files -----------------------------------------------------------------------------------
 
-
-def test_files_that_are_no_utf8_are_skipped_whole_and_counted(tmp_path, capsys):
-    folder = write_corpus(tmp_path / "text", files=30)
-    (folder / "bad.txt").write_bytes(b"good beginning\n" * 10 + b"\xff\xfe bad")
-    (folder / "image.png").write_bytes(b"\x89PNG")  # not a suffix that is read: not even counted
-    (folder / ".hidden").mkdir()
-    (folder / ".hidden/x.txt").write_text("secret")
-    meta = data.prepare(tmp_path / "out", [str(folder)], tokenizer="bytes")
-    assert meta["skipped"]["files"] == 1 and meta["files"] == 30
-    assert b"good beginning" not in (tmp_path / "out/train.bin").read_bytes()[1024::2]
-    assert "skipped" in data.describe("out", meta) and "1 files" in data.describe("out", meta)
-
-
-def test_standard_library_without_tests_and_tables():
+def test_pythons_own_files_without_tests_and_tables_and_packages_held_out_whole(tmp_path, monkeypatch):
     root, files = data.standard_library()
     parts = {part for f in files for part in f.relative_to(root).parts[:-1]}
-    assert len(files) > 300 and "json" in parts
-    assert not parts & {"test", "tests", "encodings", "site-packages"}
+    assert len(files) > 300 and "json" in parts and not parts & {"test", "encodings", "site-packages"}
+    site = tmp_path / "site-packages"
+    for package in range(40):
+        for i in range(4 if package else 80):                     # one is large, and not cut
+            save(site / f"package{package}/m{i}.py", f"# package{package} {i}\n" * 9)
+    for name in ("package1/tests/a.py", "package1/_vendor/b.py"):
+        save(site / name, "# left out\n")
+    save(site / "package2/table.py", "left = [" + "1234567, " * 99 + "]\n")
+    save(site / "package2/made.py", "# This file is generated by a script\nleft = 1\n")
+    save(site / "package3/again.py", "# package3 0\n" * 9)
+    save(tmp_path / "lib/os.py", "# os\n")
+    monkeypatch.setattr(data, "standard_library", lambda: (tmp_path / "lib", [tmp_path / "lib/os.py"]))
+    monkeypatch.setattr(data.sys, "path", ["", str(tmp_path / "lib"), str(site)])
+    data.installed_files.cache_clear()
+    meta = data.prepare(tmp_path / "out", ["installed"], tokenizer="bytes")
+    data.installed_files.cache_clear()
+    sides = [{text.split()[1] for text in side} for side in both(tmp_path / "out")]
+    assert meta["documents"] == 237 and not sides[0] & sides[1] and 1 <= len(sides[1]) <= 3
+    assert sides[0] | sides[1] == {"os"} | {f"package{i}" for i in range(40)}
 
 
-def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path):
+# --- preparing twice, and being stopped -------------------------------------------------------------------
+
+def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path, capsys):
     folder = write_corpus(tmp_path / "text")
-    first = data.prepare(tmp_path / "out", [str(folder)], tokenizer="bytes")
+    first = prepare(tmp_path, folder)
     stamp = (tmp_path / "out/train.bin").stat().st_mtime_ns
-    assert data.prepare(tmp_path / "out", [str(folder)], tokenizer="bytes") == first
+    assert prepare(tmp_path, folder) == first and "changed" not in capsys.readouterr().out
     assert (tmp_path / "out/train.bin").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="other settings"):
-        data.prepare(tmp_path / "out", [str(folder)], tokenizer="bpe", vocab_size=300)
+        prepare(tmp_path, folder, tokenizer="bpe", vocab_size=300)
+    for change in (lambda: save(folder / "new.txt", "more"), lambda: save(folder / "new.txt", "other"),
+                   lambda: shutil.rmtree(folder)):
+        change()
+        meta = prepare(tmp_path, folder)
+        assert meta == first and "the sources of" in capsys.readouterr().out
+        meta["fingerprint"] = data.fingerprint([folder], False)
+        save(tmp_path / "out/meta.json", json.dumps(meta))
+        first = data.load_meta(tmp_path / "out")
 
 
 def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
@@ -278,25 +390,23 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(data.TokenWriter, "close", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(tmp_path / "out", [str(folder)], tokenizer="bytes")
+        prepare(tmp_path, folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text"]
 
 
-def test_memory_does_not_grow_with_the_source(tmp_path):
-    """60 MB of text in one file: the resident set grows by far less."""
-    line = "the quick brown fox %d jumps over the lazy dog and says nothing of it\n"
-    with open(tmp_path / "big.txt", "w") as file:
-        for i in range(850_000):
-            file.write(line % i)
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_source(tmp_path, suffix):
+    """60 MB in one file: the resident set grows by far less."""
+    text = "the quick brown fox jumps over the lazy dog and says nothing of it\n" * 10
+    with open(tmp_path / f"big.{suffix}", "w") as file:
+        for i in range(90_000):
+            file.write(f"{i} {text}" if suffix == "txt" else lines_of([f"{i} {text}"]))
     code = ("import resource, data, torch\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
             "before = peak()\n"
-            "data.prepare('out', ['big.txt'], vocab_size=400)\n"
+            f"data.prepare('out', ['big.{suffix}'], vocab_size=400)\n"
             "print(peak() - before)")
-    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent), "OMP_NUM_THREADS": "1"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                         check=True, env=env)
-    assert (tmp_path / "big.txt").stat().st_size > 60e6 and int(out.stdout) < 120
+    assert int(python(code, tmp_path).stdout) < 120
 
 
 # --- token files ------------------------------------------------------------------------------------------
@@ -349,68 +459,16 @@ def test_every_window_comes_once_per_epoch():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-def test_ranks_share_what_one_process_gets(world):
-    sampler = data.Sampler(np.arange(1000, dtype=np.uint16), 7, seed=0)
-    want = sampler.rows(135, 12)                                  # across the end of an epoch (142 windows)
-    parts = [data.Sampler(np.arange(1000, dtype=np.uint16), 7, seed=0).rows(135, 12, r, world)
-             for r in range(world)]
-    for i in range(2):
-        assert torch.equal(torch.cat([p[i] for p in parts]), want[i])
-
-
-def test_rows_depend_only_on_seed_and_position():
+def test_rows_depend_only_on_seed_and_position(world):
+    """On the number of processes neither."""
     tokens = np.arange(1000, dtype=np.uint16)
-    a = data.Sampler(tokens, 10, seed=1)
-    a.rows(0, 500)
-    assert torch.equal(a.rows(40, 8)[0], data.Sampler(tokens, 10, seed=1).rows(40, 8)[0])
-    assert torch.equal(torch.cat([a.rows(40, 3)[0], a.rows(43, 5)[0]]), a.rows(40, 8)[0])
-
-
-# --- downloads --------------------------------------------------------------------------------------------
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """/good serves a file; /short promises more than it sends, twice; /gone is not there."""
-
-    body = "\n".join(json.dumps({"text": f"text number {i}"}) for i in range(100)).encode()
-    asked = Counter()
-
-    def do_GET(self):
-        self.asked[self.path] += 1
-        short = self.path.startswith("/short") and self.asked[self.path] < 3 or self.path.startswith("/never")
-        self.send_response(404 if self.path.startswith("/gone") else 200)
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-        self.wfile.write(self.body[:100] if short else self.body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)       # between tries
-    Server.asked.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_download_is_complete_or_not_there(server, tmp_path):
-    path = data.download(f"{server}/short.jsonl", tmp_path)       # cut off twice, whole the third time
-    assert path.read_bytes() == Server.body and Server.asked["/short.jsonl"] == 3
-    data.download(f"{server}/short.jsonl", tmp_path)
-    assert Server.asked["/short.jsonl"] == 3                      # not fetched again
-    for name, tries in (("never.jsonl", 3), ("gone.jsonl", 1)):
-        with pytest.raises(ValueError, match="could not download"):
-            data.download(f"{server}/{name}", tmp_path)
-        assert Server.asked["/" + name] == tries
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_url_is_a_source(server, tmp_path):
-    meta = data.prepare(tmp_path / "out", [f"{server}/good.jsonl"], tokenizer="bytes")
-    assert meta["documents"] == 100
+    want = data.Sampler(tokens, 7, seed=1).rows(135, 12)          # across the end of an epoch (142 windows)
+    parts = [data.Sampler(tokens, 7, seed=1).rows(135, 12, rank, world) for rank in range(world)]
+    assert all(torch.equal(torch.cat(part), each) for part, each in zip(zip(*parts), want))
+    used = data.Sampler(tokens, 7, seed=1)
+    used.rows(0, 500)
+    assert torch.equal(torch.cat([used.rows(135, 5)[0], used.rows(140, 7)[0]]), want[0])
+    assert data.Sampler(np.arange(99), 3, 5).rows(30, 5)[0][:, 0].tolist() == [42, 24, 30, 36, 54]
 
 
 def test_file_size_limit_leaves_nothing_behind(tmp_path):
@@ -420,8 +478,7 @@ def test_file_size_limit_leaves_nothing_behind(tmp_path):
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
             "data.main(['--source', 'text', '--name', 'x', '--vocab_size', '300'])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
+    out = python(code, tmp_path)
     assert out.returncode == 2 and out.stderr.count("\n") == 1 and "File too large" in out.stderr
     assert list((tmp_path / "data").iterdir()) == []
 

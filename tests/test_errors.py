@@ -65,8 +65,7 @@ CASES = [
     ("name outside data", None, D("--source", "text", "--name", "../../x"), "--name"),
     ("folder named stdlib", lambda: write_corpus(Path("stdlib")), D("--source", "./stdlib"), "--name"),
     ("cut gzip file", lambda: Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20]),
-     D("--source", "a.jsonl.gz"), "a.jsonl.gz is not a whole gzip file"),
-    ("infinite weight", None, D("--source", "text", "--weights", "inf", "--name", "w"), "weights"),
+     D("--source", "a.jsonl.gz"), "a.jsonl.gz: Compressed file ended"),
     ("truth value", None, T("--tie_embeddings", "perhaps"), "--tie_embeddings"),
     ("settings of another version", lambda: (T()(), Path("run/settings.json").write_text(
         '{"settings": {"colour": 1, "ramp_from": 0}, "model": {}}')), lambda: train.main(["--out", "run"]),
@@ -77,21 +76,17 @@ CASES = [
      "steps 2, not 9"),
     ("directory that looks like a checkpoint", None, T("--out", "step-1"), "step-1"),
     ("impossible sampling", lambda: T()(), E("sample", "--ckpt", "run", "--top_p", "0"), "top_p"),
-    ("unknown setting of a command", None, E("loss", "--dta", "x", "--ckpt", "run"), "did you mean --data"),
+    ("unknown setting", None, E("loss", "--dta", "x", "--ckpt", "run"), "unrecognized arguments: --dta"),
     ("impossible top_k", None, lambda: model.main(["--top_k", "97"]), "top_k must be"),
     ("missing source", None, D("--source", "nowhere"), "nowhere"),
     ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
     ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),
     ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"),
-     "a.pdf is none of .txt"),
+     "no file ends in one of .txt"),
     ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"),
-     "1 files skipped"),
+     "bad.txt: it is UTF-16"),
     ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7),
-     D("--source", "a.jsonl"), "7 lines"),
-    ("bad URL", None, D("--source", "http://127.0.0.1:9/x.txt"),
-     "could not download http://127.0.0.1:9/x.txt"),
-    ("weights that do not fit", None, D("--source", "text", "--weights", "1", "2", "--name", "w"), "weights"),
-    ("negative weight", None, D("--source", "text", "--weights", "-1", "--name", "w"), "weights"),
+     D("--source", "a.jsonl"), "7 of 7 lines"),
     ("unknown tokenizer", None, D("--tokenizer", "bpf"), "bpf"),
     ("vocabulary too small", None, D("--source", "text", "--vocab_size", "100", "--name", "w"), "vocab_size"),
     ("name already used", D("--source", "text", "--name", "n", "--tokenizer", "bytes"),
@@ -133,8 +128,8 @@ CASES = [
     ("typed list longer than the layers", None, T("--initial_top_k", "4,4,4"), "initial_top_k"),
     ("list entry above the experts", None, T("--initial_top_k", "9"), "initial_top_k"),
     ("list that is no list", None, T("--initial_top_k", "a,b"), "--initial_top_k"),
-    ("unknown setting", None, T("--batchsize", "4"), "did you mean --batch_size"),
-    ("unknown preset", None, T("--preset", "labtop"), "did you mean laptop"),
+    ("unknown setting", None, T("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
+    ("unknown preset", None, T("--preset", "labtop"), "preset 'labtop' is unknown; there are laptop"),
     ("unknown device", None, T("--device", "tpu"), "device"),
     ("run made with other settings", run_with_other_settings, T("--lr", "0.5"), "run was made with lr"),
     ("run made with another model", run_with_other_settings, T("--n_expert", "4"),
@@ -148,7 +143,7 @@ CASES = [
      E("sample", "--ckpt", "run"), "no checkpoint"),
     ("unknown command", None, E("los"), "los"),
     ("option of another command", None, E("routing", "--ckpt", "run"),
-     "unknown setting --ckpt; see --help"),
+     "unrecognized arguments: --ckpt"),
     ("routing of another vocabulary", lambda: (T()(), data.prepare(Path("big"), ["text"], vocab_size=400),
                                                os.remove("big/encoding.json")),
      E("routing", "run", "--data", "big"), "vocab_size of run"),
@@ -165,7 +160,6 @@ def workshop(corpus, in_folder, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", ""))
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.setattr(data.tiktoken.registry, "ENCODINGS", {})  # tiktoken keeps what it loaded once
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
     shutil.copytree(corpus, "small")
     write_corpus(Path("text"))
     hidden = sys.modules.get("matplotlib")

@@ -279,6 +279,30 @@ def test_tokenizers_that_would_give_other_tokens_are_refused(tokenizers, tmp_pat
         data.read_hf_tokenizer(tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize("first", [0, 200, 290, 999])
+def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_path, first):
+    """Three special tokens of theirs from some number on; ours come last; what is saved reads back."""
+    evaluation.save_tokenizer(tokenizers["trained"][0], tmp_path, 64)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = {token["content"] for token in saved["added_tokens"]}
+    plain = {token: i for token, i in saved["model"]["vocab"].items() if token not in added}
+    first = min(first, len(plain))
+    special = {f"<s{i}>": first + i for i in range(3)}
+    saved["model"]["vocab"] = {token: i + 3 * (i >= first) for token, i in plain.items()} | special
+    saved["added_tokens"] = [saved["added_tokens"][0] | {"id": i, "content": token}
+                             for token, i in special.items()]
+    saved["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ours = data.read_tokenizer(str(tmp_path))
+    data.save_encoding(ours, tmp_path / "encoding.json")
+    for found in (ours, data.load_encoding(tmp_path)):
+        for text in ("def f(x):\n    return x", "naïve 日本語 🙂", "  \r\n\t12345"):
+            assert found.encode_ordinary(text) == theirs.encode(text)
+            assert found.decode(found.encode_ordinary(text)) == text
+        assert found.encode_single_token("<|endoftext|>") == max(len(plain) + 3 * (first < len(plain)), first)
+
+
 def test_only_the_files_of_the_index_are_read(exported, tmp_path):
     """A file that lies beside them, an older one say, changes nothing."""
     from safetensors.torch import save_file
