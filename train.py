@@ -31,6 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+# before torch: OpenMP threads that spin while they wait make training 10 times slower on busy cores
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import tiktoken
 import torch
@@ -522,6 +525,8 @@ def start(decided, grid):
         raise ValueError(f"data {s.data} is not on every machine that of rank 0")
     parallel.join(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s.dtype, config, device)
+    if device.startswith("cuda"):                             # TF32 for the products that stay fp32
+        torch.set_float32_matmul_precision("high")
     model = parallel.build_model(config, grid, device, dtype, s.seed)
     masters = parallel.Masters(model, dtype)
     if compiles(s, device, dtype, grid):
@@ -1064,13 +1069,8 @@ def report(run, seconds):
             return
     chats = run.corpus.has_chats()
     if encoding and s.sample_tokens and run.grid.world == 1:
-        if chats and run.corpus.val:
-            prompt = run.corpus.val.first_question()
-            print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
-                  *evaluation.reply(run.model, encoding, prompt, s.sample_tokens, top_k), sep="")
-        elif not chats:
-            print("\nit writes:")
-            print(evaluation.write_text(run.model, encoding, "", s.sample_tokens, top_k))
+        with torch.compiler.set_stance("force_eager"):        # a compilation takes longer than a sample
+            write_sample(run, top_k)
     same = "".join(f" --{name} {getattr(s, name)}" for name in ("preset", "data")
                    if getattr(s, name) != getattr(Settings, name))
     print(f"""
@@ -1089,6 +1089,18 @@ try next""")
   python train.py{same} --n_expert 1 --out out/dense     # the dense control
   python train.py --init_from {s.out} --data functions   # tune it on conversations
   python train.py --help""")
+
+
+def write_sample(run, top_k):
+    """Print a text of the model, or its answer to a held-out question."""
+    encoding, n = run.corpus.encoding, run.settings.sample_tokens
+    if not run.corpus.has_chats():
+        print("\nit writes:")
+        print(evaluation.write_text(run.model, encoding, "", n, top_k))
+    elif run.corpus.val:
+        prompt = run.corpus.val.first_question()
+        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
+              *evaluation.reply(run.model, encoding, prompt, n, top_k), sep="")
 
 
 class Console:

@@ -12,6 +12,7 @@ the rounds' ratios.  Never a test: nothing here passes or fails.
     generate    tokens per second with a cache                growth   step time as the experts grow in number
     memory      peak against what must be held                data     tokenizer, sampler, cold start
     processes   weak scaling, and bytes sent                  scale    arithmetic: the paper's model on GPUs
+    gpu         what one card does, in four minutes: steps, compile time, memory, kernels, generation
 """
 
 import argparse
@@ -146,12 +147,14 @@ def product(dtype, device):
 
 # --- candidates -------------------------------------------------------------------------------------------
 
-def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE):
-    """A train.Run on made-up tokens."""
+def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumulate=1):
+    """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
-                       warmup=0, decay=0)
+                       warmup=0, decay=0, accumulate=accumulate)
     model = parallel.build_model(config, grid, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
+    if train.compiles(s, device, dtype, grid):
+        parallel.compile_blocks(model, masters)
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
@@ -438,6 +441,76 @@ def cold_start(folder, device):
     return taken
 
 
+# --- one card ---------------------------------------------------------------------------------------------
+
+def bench_gpu(args):
+    """One command for whoever has a card.  On a CPU the same with the laptop preset, to see that it runs."""
+    card = args.device == "cuda"
+    paper = dataclasses.replace(PRESETS["sigma-moe-tiny"], n_layer=6, vocab_size=8192, tie_embeddings=True)
+    small = dataclasses.replace(PRESETS["laptop"], n_layer=2)
+    cases = {"gpu, as python train.py runs it": (PRESETS["gpu"], 64, 1024, 1),
+             "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
+             "6 layers of the paper's": (paper, 64, 4096, 4),
+             "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
+    rows = []
+    for name, (config, batch, seq_len, micro) in cases.items():
+        config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
+        run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
+        work, tokens = our_step(run), batch * seq_len
+        began = time.perf_counter()
+        work()
+        if card:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        first = time.perf_counter() - began
+        times = [seconds(work, args.device) for _ in range(args.warm + args.rounds)][args.warm:]
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if card else 0
+        rate = tokens / median(times)
+        mfu = train.utilisation(run, config.layer_top_k(), rate)
+        rows.append((name, f"{tokens:,} in {micro}", f"{median(times) * 1e3:.1f}", f"{rate:,.0f}",
+                     f"{mfu:.1%}" if mfu else "unknown", f"{optimizer_share(run):.0%}", f"{memory:.1f}",
+                     f"{first:.0f}"))
+        if name == "gpu-1b":
+            print_kernels(work)
+        del run, work
+        gc.collect()
+    table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
+                                       "peak GiB", "first step, s"), rows)
+    config, batch, seq_len = (PRESETS["gpu-1b"], 16, 1024) if card else (small, 8, 64)
+    model = Model(config, 0).to(args.device, torch.bfloat16)
+    bench_generation(model, args)
+    theirs = transformers_model(config, args.device)
+    step = their_step(theirs, config, batch, seq_len, torch.bfloat16, args.device)
+    times = interleave({"ours": our_step(our_run(config, batch, seq_len, torch.bfloat16, args.device)),
+                        "transformers": with_experts(theirs, "grouped_mm", step)}, args)
+    print(f"\ntransformers grouped_mm / ours, {batch * seq_len:,} tokens: "
+          f"{ratio(times['ours'], times['transformers'])}")
+
+
+def bench_generation(model, args, prompt=32, new=128):
+    rows = []
+    for batch in (1, 32):
+        tokens = torch.randint(0, 2000, (batch, prompt), device=args.device)
+        times = [seconds(partial(model.generate, tokens, new, temperature=0), args.device)
+                 for _ in range(args.warm + args.rounds)][args.warm:]
+        rows.append((str(batch), *(f"{batch * new / pick(times):,.0f}" for pick in (median, max, min))))
+    table(f"generate, bf16, {prompt} tokens + {new}", ("sequences", "tokens/s", "least", "most"), rows)
+
+
+def print_kernels(work):
+    """The ten largest of a step."""
+    with torch.profiler.profile() as profile:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    kinds = [(e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
+             for e in profile.key_averages()
+             if (e.device_type == torch.autograd.DeviceType.CUDA) == torch.cuda.is_available()]
+    total = sum(took for took, _, _ in kinds)
+    for took, count, name in sorted(kinds, reverse=True)[:10]:
+        print(f"  {took / total:6.1%} {took / 1e3:8.2f} ms {count:6} x  {name[:90]}")
+
+
 # --- many processes ---------------------------------------------------------------------------------------
 
 class Traffic(TorchDispatchMode):
@@ -588,7 +661,7 @@ def bench_scale(args):
         least, most = work + exchange, work + exchange + sum(took.values())
         mfu = [tokens * flops / GPU["flops"] / t for t in (most, least)]
         rows.append((str(world), str(ep), str(replicate), str(micro), f"{tokens / micro:,.0f}",
-                     f"{state_bytes(config, world, replicate) / 1e9:.1f}", f"{work:.3f}",
+                     f"{state_bytes(config, world) * replicate / 1e9:.1f}", f"{work:.3f}",
                      f"{exchange:.3f}", f"{took['weights']:.3f}", f"{took['gradients'] + took['copies']:.3f}",
                      f"{least:.2f} to {most:.2f}", f"{mfu[0]:.0%} to {mfu[1]:.0%}"))
     table(f"arithmetic: sigma-moe-tiny, {sequences} sequences of {length} tokens a step", (
@@ -597,7 +670,8 @@ def bench_scale(args):
 
 
 TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, "growth": bench_growth,
-          "memory": bench_memory, "data": bench_data, "processes": bench_processes, "scale": bench_scale}
+          "memory": bench_memory, "data": bench_data, "processes": bench_processes, "scale": bench_scale,
+          "gpu": bench_gpu}
 
 
 def parse(argv):
@@ -633,6 +707,8 @@ def main(argv=None):
     if args.layout:
         return one_of_many(args)
     torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")                # as train.py has it
     warnings.filterwarnings("ignore")
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
     print(f"torch {torch.__version__}, {train.device_name(args.device)}, "

@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "0")                     # as train.py
+
 import pytest
 import torch
 import torch.distributed as dist

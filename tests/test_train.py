@@ -635,3 +635,78 @@ def test_widths_that_grouped_mm_refuses_are_said_once(corpus, tmp_path, capsys, 
                 "--d_expert", width, "--dtype", dtype])
     out = capsys.readouterr().out
     assert out.count("the experts run one after the other") == bool(said) and (not said or said in out)
+
+
+# --- compiled blocks --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def cheap_compiler(monkeypatch):
+    """--compile true with a backend that only captures graphs -> dynamo's counters."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    real = parallel.compile_blocks
+    monkeypatch.setattr(parallel, "compile_blocks", lambda *args: real(*args, backend="aot_eager"))
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+BF16 = ["--dtype", "bfloat16", "--d_expert", "16", "--steps", "6", "--eval_every", "2", "--eval_tokens",
+        "512", "--sample_tokens", "0"]
+
+
+@pytest.mark.parametrize("more", [[], ["--activation_checkpointing", "true", "--accumulate", "2"]],
+                         ids=["", "recomputed"])
+def test_blocks_compile_once_for_each_k_shape_and_grad_mode(corpus, tmp_path, cheap_compiler, more):
+    """A run with a schedule, validations and a switch: no graph breaks, and the numbers of the eager run."""
+    argv = ["--data", str(corpus), *SIZES, *BF16, "--initial_top_k", "3", "--switch", "0.5", "--balance",
+            "top1", *more]
+    train.main([*argv, "--compile", "true", "--out", str(tmp_path / "compiled")])
+    compiled = cheap_compiler["stats"]["unique_graphs"]
+    assert not cheap_compiler["graph_break"]
+    # blocks: K = 3 and 1, with and without gradients; the loss: both, at two lengths or one; adding gradients
+    assert 4 + 1 <= compiled <= 4 + 3 + 9 and compiled < torch._dynamo.config.recompile_limit
+    train.main([*argv, "--out", str(tmp_path / "eager")])
+    assert cheap_compiler["stats"]["unique_graphs"] == compiled                       # auto: not on a CPU
+    for a, b in zip(rows(tmp_path / "compiled"), rows(tmp_path / "eager"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-3)
+
+
+def test_packed_rows_with_padding_compile_once(cheap_compiler):
+    """Whatever the documents and however much padding: shapes do not change."""
+    model = Model(small(d_expert=16, d_model=64, vocab_size=256))
+    masters = parallel.Masters(model, torch.bfloat16)
+    parallel.compile_blocks(model, masters)
+    graphs = []
+    for seed in range(4):
+        doc = torch.randint(-1, 3, (4, 16), generator=torch.Generator().manual_seed(seed)).sort(-1).values
+        tokens = torch.randint(0, 256, (4, 16))
+        out = model(tokens, tokens, doc=doc.flip(-1))
+        (out.loss / 64).backward()
+        assert out.n_tokens == int((doc >= 0).sum()) == int(out.load[0].sum())
+        graphs.append(cheap_compiler["stats"]["unique_graphs"])
+    assert not cheap_compiler["graph_break"] and graphs[1] == graphs[3]
+
+
+@pytest.mark.parametrize("argv", [["--dtype", "float32"], ["--dtype", "bfloat16", "--ep", "2"]])
+def test_what_cannot_be_compiled_is_said(ranks, corpus, tmp_path, argv):
+    argv = ["--data", str(corpus), *SIZES, "--compile", "true", "--out", str(tmp_path / "run"), *argv]
+    answers = ranks(1 + ("--ep" in argv), train.main, argv)
+    assert {a.code for a in answers} == {2} and "compile (true) is for one process" in answers[0].err
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_recomputation_routes_as_before(K):
+    """With selection biases and padding: torch raises CheckpointError if a second forward pass differs."""
+    grads = []
+    for recomputed in (False, True):
+        model = Model(small(top_k=K), seed=0)
+        for block in model.blocks:
+            block.moe.router.bias.copy_(torch.linspace(-0.05, 0.05, 6))
+        if recomputed:
+            parallel.recompute_blocks(model)
+        tokens = torch.arange(48).view(3, 16)
+        out = model(tokens, tokens, doc=torch.tensor([0] * 9 + [1] * 4 + [-1] * 3).expand(3, 16))
+        (out.loss + out.prob_sum.square().sum()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*grads)
