@@ -74,7 +74,7 @@ def number(cell):
 def test_numbers_to_know_are_those_of_the_code(column, preset):
     table = README.split("## Numbers to know")[1].split("\n* ")[0]
     cells = {row.split("|")[1].strip().split(":")[0].split(",")[0]: row.split("|")[2 + column] for row in
-             table.splitlines() if row.count("|") == 5}
+             table.splitlines() if row.count("|") == 6}
     config, T = PRESETS[preset], train.TRAINING[preset].get("seq_len", train.Settings.seq_len)
     total, active, core = count_parameters(config)
     expert = 3 * config.d_model * config.d_expert
@@ -82,7 +82,7 @@ def test_numbers_to_know_are_those_of_the_code(column, preset):
     want = {"parameters": total, "one expert": expert, "tokens in a sequence": T,
             "a token makes use of": active, ".. without embedding and output tables": core,
             "FLOPs per token": flops_per_token(config, T),
-            "state of training": state_bytes(config, bf16=preset != "laptop"), "a checkpoint": 12 * total,
+            "state of training": state_bytes(config) * (16 if preset == "laptop" else 18) // 18, "a checkpoint": 12 * total,
             "an exported model": 4 * total, "to experts on other GPUs and back": sent,
             ".. per token in all layers": sent * config.n_layer}
     for name, value in want.items():
