@@ -82,7 +82,8 @@ def test_numbers_to_know_are_those_of_the_code(column, preset):
     want = {"parameters": total, "one expert": expert, "tokens in a sequence": T,
             "a token makes use of": active, ".. without embedding and output tables": core,
             "FLOPs per token": flops_per_token(config, T),
-            "state of training": state_bytes(config) * (16 if preset == "laptop" else 18) // 18, "a checkpoint": 12 * total,
+            "state of training": state_bytes(config) * (16 if preset == "laptop" else 18) // 18,
+            "a checkpoint": 12 * total,
             "an exported model": 4 * total, "to experts on other GPUs and back": sent,
             ".. per token in all layers": sent * config.n_layer}
     for name, value in want.items():
