@@ -692,8 +692,8 @@ def train_until(argv, last):
     (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
     (["--batch_size", "9", "--accumulate", "2"], "batch_size (9) must be a multiple of accumulate (2)"),
     (["--backend", "nccl"], "backend (nccl) does not carry tensors on cpu; gloo does"),
-    (["--data", "nowhere"], "nowhere"), (["--data", "SHORT"], "seq_len (16) is too long for a corpus of 9"),
-    (["--nonsense", "1"], "unknown setting --nonsense"),
+    (["--data", "nowhere"], "nowhere"), (["--data", "SHORT"], "seq_len (16) is too long for the 9 tokens"),
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
     (["--init_from", "nowhere"], "nowhere")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
     short = tmp_path / "short.bin"
