@@ -512,13 +512,11 @@ def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_
         assert "is a spike" in did.skipped and equal(everything(run), before)
     capsys.readouterr()
     train.main([*base, "--out", str(tmp_path / "run")])
-    skipped = [row["skipped"] for row in rows(tmp_path / "run")[6:]]
-    spikes = sum(skipped)
-    assert 4 <= spikes <= 5 and skipped == [1] * spikes + [0] * (6 - spikes)
-    assert capsys.readouterr().err.count("is a spike") == spikes
+    assert [row["skipped"] for row in rows(tmp_path / "run")[6:]] == [1, 1, 1, 1, 1, 0]
+    assert capsys.readouterr().err.count("is a spike") == 5
     state = {"guard.counts": torch.zeros(5, dtype=torch.int64)}
     parallel.load_checkpoint(tmp_path / "run/step-12", state)
-    assert state["guard.counts"].tolist() == [134, spikes, 0, 0, 0]
+    assert state["guard.counts"].tolist() == [134, 5, 0, 0, 0]
 
 
 def flipped_bit(argv, at, what):
@@ -676,8 +674,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp
             for step in range(1, 1000):
                 train_step(run, step, 8 * step)
     assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert re.search(r"\d+ tokens of step [3-9] are beyond the vocabulary \(320\)", said), said
+    assert "tokens of step 4 are beyond the vocabulary (320)" in capsys.readouterr().err
 
 
 def change_a_token(argv):
