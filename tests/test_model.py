@@ -122,7 +122,7 @@ def test_the_output_of_several_experts_rounds_once():
     routing = moe.router(x.flatten(0, 1), 8)
     want = x.flatten(0, 1).sin().double() * routing.weights.double().sum(-1, keepdim=True)
     assert out.dtype == torch.bfloat16
-    assert (out.view(100, 16).double() - want).norm() / want.norm() < 0.0025
+    assert (out.view(100, 16) == want.bfloat16()).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("N", [256, 300, 700])
@@ -415,6 +415,13 @@ def test_a_compiled_step_writes_the_same_text():
     model.decode = torch.compile(model.decode, backend="aot_eager", dynamic=False, fullgraph=True)
     assert torch.equal(model.generate(tokens, 20, temperature=0, compiled=False), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_texts_of_similar_length_share_a_compiled_step():
+    """The cache's capacity is rounded up, within the context."""
+    model = Model(small(max_seq_len=300))
+    found = [model.kv_cache(2, length)[0][0].shape[1] for length in (3, 64, 65, 128, 129, 290, 300)]
+    assert found == [64, 64, 128, 128, 256, 300, 300]
 
 
 def test_rows_of_different_lengths_are_generated_together():

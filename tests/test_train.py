@@ -698,6 +698,15 @@ def test_what_cannot_be_compiled_is_said(ranks, corpus, tmp_path, argv):
     assert {a.code for a in answers} == {2} and "compile (true) is for one process" in answers[0].err
 
 
+def test_what_is_compiled_without_being_asked():
+    """On CUDA, in bf16, alone."""
+    s, many = Settings(), parallel.Grid(0, 2)
+    found = [train.compiles(s, *where) for where in (
+        ("cuda", torch.bfloat16, parallel.ALONE), ("cuda", torch.float32, parallel.ALONE),
+        ("cuda", torch.bfloat16, many), ("cpu", torch.bfloat16, parallel.ALONE))]
+    assert found == [True, False, False, False]
+
+
 @pytest.mark.parametrize("K", [1, 3])
 def test_recomputation_routes_as_before(K):
     """With selection biases and padding: torch raises CheckpointError if a second forward pass differs."""
