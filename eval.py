@@ -727,7 +727,8 @@ def continuations(model, encoding, rows, new, until, top_k, temperature, top_p):
 
     def over(tokens):
         return end in tokens or any(stop in encoding.decode([t for t in tokens if t < end]) for stop in until)
-    stream = model.stream(tokens, new, temperature, top_p, top_k, end, lengths=lengths)
+    # eager: every batch has a shape of its own, which would compile anew
+    stream = model.stream(tokens, new, temperature, top_p, top_k, end, lengths=lengths, compiled=False)
     for step, column in enumerate(stream, 1):
         for row, token in zip(grown, column.tolist()):
             row.append(token)
