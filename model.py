@@ -265,15 +265,7 @@ class Block(nn.Module):
         router_input = self.moe_norm(x) if self.token_router else None
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, at)
         y, statistics = self.moe(self.moe_norm(x), top_k, padding_mask, router_input, cache is None)
-        if cache is not None:
-            return (x + y,)
-        stream = x if padding_mask is None else x * padding_mask[..., None]
-        return x + y, *statistics._replace(output_sq=sum_of_squares(y), stream_sq=sum_of_squares(stream))
-
-
-def sum_of_squares(x):
-    """In fp32 or wider, without gradient."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32)).square().sum()
+        return x + y, *(statistics or ())
 
 
 # --- loss -------------------------------------------------------------------------------------------------
@@ -529,27 +521,23 @@ def flops_per_token(config, seq_len, top_k=None):
 
 
 def state_bytes(config, ranks=1):
-    """Bytes of training state on each of `ranks` processes: fp32 weight, gradient and two moments of every
-    parameter (16), and in one process the bf16 copy that computes (2)."""
+    """Bytes of training state per rank: fp32 weight, gradient and two moments of each parameter (16), and in
+    one process a bf16 copy that computes (2)."""
     return (18 if ranks == 1 else 16) * count_parameters(config)[0] // ranks
 
 
 def main(argv=None):
-    from data import Parser, one_line_errors  # for the command line only
+    from data import Parser  # for the command line only
 
     parser = Parser(prog="model.py", description="Count a preset.")
     parser.add_argument("--preset", default="laptop", choices=PRESETS, help="which (laptop)")
-    parser.add_argument("--top_k", default="", metavar="K,K,..", help="of the first layers (the preset's)")
     parser.add_argument("--seq_len", type=int, metavar="T", help="for the FLOPs of attention (the longest)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="that share the state (1)")
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
     seq_len = args.seq_len or config.max_seq_len
-    with one_line_errors():
-        top_k = [int(k) for k in args.top_k.split(",") if k]
-        top_k = config.layer_top_k(top_k + [config.top_k] * (config.n_layer - len(top_k)))
-    total, active, core = count_parameters(config, top_k)
-    flops, state = flops_per_token(config, seq_len, top_k), state_bytes(config, args.ranks)
+    total, active, core = count_parameters(config)
+    flops, state = flops_per_token(config, seq_len), state_bytes(config, args.ranks)
     print(f"{args.preset}: {config.n_layer} layers of {config.n_expert} experts\n"
           f"parameters        {total:>15,}\n"
           f"active per token  {active:>15,}   {core:,} without embeddings\n"
@@ -559,13 +547,18 @@ def main(argv=None):
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
 
-HF_FIELDS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-             "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "d_model": "hidden_size",
-             "n_expert": "num_experts", "d_expert": "moe_intermediate_size", "top_k": "num_experts_per_tok",
-             "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
-             "max_seq_len": "max_position_embeddings"}
+HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+            "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "d_model": "hidden_size",
+            "n_expert": "num_experts", "d_expert": "moe_intermediate_size", "top_k": "num_experts_per_tok",
+            "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+            "max_seq_len": "max_position_embeddings"}
 HF_FIXED = {"model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [],
             "decoder_sparse_step": 1}
+HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight", "attn_norm.weight": "input_layernorm.weight",
+            "attn.out.weight": "self_attn.o_proj.weight", "attn.q_norm.weight": "self_attn.q_norm.weight",
+            "attn.k_norm.weight": "self_attn.k_norm.weight",
+            "moe_norm.weight": "post_attention_layernorm.weight", "moe.router.weight": "mlp.gate.weight"}
 
 
 def hf_config(config, top_k=None):
@@ -577,50 +570,44 @@ def hf_config(config, top_k=None):
     if config.gate == "sigmoid" or config.token_router:
         raise ValueError("Qwen3-MoE has no sigmoid gate and no token_router; train with --gate softmax or "
                          "normalized, or use eval.py on the run itself")
-    return {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()} | HF_FIXED | {
+    return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": found[0],
         "intermediate_size": config.d_expert, "norm_topk_prob": config.gate == "normalized",
         "rope_theta": config.rope_base}
 
 
 def from_hf_config(saved):
-    """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  ValueError lists what it has and we do
-    not."""
+    """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  ValueError lists what we do not have."""
     saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
     wrong = [f"{name} {saved[name]!r}" for name, value in HF_FIXED.items() if saved.get(name, value) != value]
     wrong += [f"rope {rope}"] * (rope.get("rope_type", rope.get("type", "default")) != "default")
     wrong += [name for name in ("use_sliding_window", "quantization_config") if saved.get(name)]
-    wrong += [f"no {theirs}" for theirs in HF_FIELDS.values() if saved.get(theirs) is None]
+    wrong += [f"no {theirs}" for theirs in HF_SIZES.values() if saved.get(theirs) is None]
     if wrong:
         raise ValueError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong)}")
-    gate, base = "normalized" if saved.get("norm_topk_prob") else "softmax", saved.get("rope_theta", 10000.0)
-    return {ours: saved[theirs] for ours, theirs in HF_FIELDS.items()} | {
-        "gate": gate, "rope_base": float(rope.get("rope_theta", base)), "token_router": False}
+    base = rope.get("rope_theta", saved.get("rope_theta", 10000.0))
+    return {ours: saved[theirs] for ours, theirs in HF_SIZES.items()} | {
+        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax", "rope_base": float(base)}
 
 
-def hf_names(config):
-    """Pairs (our name, {name in transformers' files: its size along dim 0}).  Our tensor is theirs one below
-    the other; experts multiply from the right, so theirs are transposed (see flat)."""
-    H, G, hd, F_ = config.n_head, config.n_kv_head, config.head_dim, config.d_expert
-    yield "embed.weight", {"model.embed_tokens.weight": config.vocab_size}
-    for i in range(config.n_layer):
-        ours, theirs, experts = f"blocks.{i}.", f"model.layers.{i}.", range(config.n_expert)
-        yield ours + "attn_norm.weight", {theirs + "input_layernorm.weight": config.d_model}
-        yield ours + "attn.qkv.weight", {theirs + f"self_attn.{n}_proj.weight": heads * hd
-                                         for n, heads in (("q", H), ("k", G), ("v", G))}
-        yield ours + "attn.out.weight", {theirs + "self_attn.o_proj.weight": config.d_model}
-        yield ours + "attn.q_norm.weight", {theirs + "self_attn.q_norm.weight": hd}
-        yield ours + "attn.k_norm.weight", {theirs + "self_attn.k_norm.weight": hd}
-        yield ours + "moe_norm.weight", {theirs + "post_attention_layernorm.weight": config.d_model}
-        yield ours + "moe.router.weight", {theirs + "mlp.gate.weight": config.n_expert}
-        yield ours + "moe.experts.w_in", {theirs + f"mlp.experts.{e}.{n}_proj.weight": F_
-                                          for e in experts for n in ("gate", "up")}
-        yield ours + "moe.experts.w_out", {theirs + f"mlp.experts.{e}.down_proj.weight": config.d_model
-                                           for e in experts}
-    yield "norm.weight", {"model.norm.weight": config.d_model}
-    if not config.tie_embeddings:
-        yield "head.weight", {"lm_head.weight": config.vocab_size}
+def hf_views(config, name, p):
+    """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
+
+    Their experts are separate tensors that multiply from the left, so each is a transposed slice of ours."""
+    if not name.startswith("blocks."):
+        return {HF_NAMES[name]: p}
+    _, layer, name = name.split(".", 2)
+    prefix = f"model.layers.{layer}."
+    if name == "attn.qkv.weight":
+        heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
+        return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
+    if name == "moe.experts.w_in":
+        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view
+                for e, expert in enumerate(p.mT) for n, view in zip(("gate", "up"), expert.chunk(2))}
+    if name == "moe.experts.w_out":
+        return {f"{prefix}mlp.experts.{e}.down_proj.weight": expert for e, expert in enumerate(p.mT)}
+    return {prefix + HF_NAMES[name]: p}
 
 
 def to_hf(model):
@@ -629,13 +616,9 @@ def to_hf(model):
     if any(bias.any() for bias in model.buffers()):
         raise ValueError("transformers' Qwen3-MoE has no selection biases, which --balance loss-free makes; "
                          "train on with --init_from and another --balance, which zeroes them")
-    parameters, state = dict(model.named_parameters()), {}
-    for name, parts in hf_names(model.config):
-        p = parameters[name].detach()
-        pieces = (p.mT.flatten(0, 1) if p.dim() == 3 else p).split(list(parts.values()))
-        state |= {theirs: piece.clone(memory_format=torch.contiguous_format)
-                  for theirs, piece in zip(parts, pieces)}
-    return state
+    return {theirs: view.clone(memory_format=torch.contiguous_format)
+            for name, p in model.named_parameters()
+            for theirs, view in hf_views(model.config, name, p.detach()).items()}
 
 
 @torch.no_grad()
@@ -644,22 +627,21 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
 
     put(name, p, whole value) fills one.  ValueError lists what is missing, unknown or of another shape;
     nothing is changed then."""
-    parameters, unknown = dict(model.named_parameters()), set(state)
-    unknown -= {"lm_head.weight"} if model.config.tie_embeddings else set()
-    problems = []
-    for name, parts in hf_names(model.config):
-        tail = tuple(parameters[name].shape[1:2])                 # experts are stacked the other way round
-        problems += [f"{theirs} is missing" if theirs not in state else
-                     f"{theirs} is {tuple(state[theirs].shape)}, should be {(rows, *tail)}"
-                     for theirs, rows in parts.items()
-                     if theirs not in state or tuple(state[theirs].shape) != (rows, *tail)]
-        unknown -= set(parts)
-    problems += [f"{theirs} is unknown" for theirs in sorted(unknown)]
+    config = model.config
+    shapes = {theirs: tuple(view.shape) for name, p in model.named_parameters()
+              for theirs, view in hf_views(config, name, torch.empty(p.shape, device="meta")).items()}
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    problems = [f"{theirs} is missing" for theirs in shapes if theirs not in state]
+    problems += [f"{theirs} is unknown" for theirs in state if theirs not in shapes.keys() | tied]
+    problems += [f"{theirs} is {tuple(state[theirs].shape)}, should be {shape}"
+                 for theirs, shape in shapes.items() if theirs in state and state[theirs].shape != shape]
     if problems:
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:20])}")
-    for name, parts in hf_names(model.config):
-        p, whole = parameters[name], torch.cat([state[theirs] for theirs in parts])
-        put(name, p, whole.view(len(p), p.shape[2], p.shape[1]).mT if p.dim() == 3 else whole)
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape)
+        for theirs, view in hf_views(config, name, whole).items():
+            view.copy_(state[theirs])
+        put(name, p, whole)
     for bias in model.buffers():
         bias.zero_()
     return model

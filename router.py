@@ -27,8 +27,7 @@ GATES = ("softmax", "sigmoid", "normalized")
 class Statistics(NamedTuple):
     """What a forward pass says of its routing: sums over the tokens of one layer.  Stacked, [L, ..], of all.
 
-    The gate's probability p is the softmax over all experts, whatever the gate.  The block fills in the last
-    two."""
+    The gate's probability p is the softmax over all experts, whatever the gate."""
 
     load: torch.Tensor                  # [E] int64, rows that each expert gets; sums to N*K without padding
     prob_sum: torch.Tensor = None       # [E] p of each expert, with gradient
@@ -37,8 +36,6 @@ class Statistics(NamedTuple):
     z_sum: torch.Tensor = None          # [] squared logsumexp of the logits, with gradient
     top_sum: torch.Tensor = None        # [] the largest p of each token
     entropy_sum: torch.Tensor = None    # [] entropy of p in nats; log E is a flat gate
-    output_sq: torch.Tensor = None      # [] squares of the experts' output ..
-    stream_sq: torch.Tensor = None      # [] .. and of the residual stream that it is added to
 
 
 class Routing(NamedTuple):

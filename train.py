@@ -845,7 +845,6 @@ def describe(run, step, did):
         "top_prob": sums.top_sum / n_tokens,
         "gate_entropy": sums.entropy_sum / n_tokens,
         "bias_range": torch.stack([b.max() - b.min() for b in run.masters.buffers.values()]),
-        "output_ratio": (sums.output_sq / sums.stream_sq).sqrt(),
         "grad_norm_layer": layer_norms(did.norms, run.config.n_layer)}
     return {name: value.tolist() if torch.is_tensor(value) else value for name, value in row.items()}
 
