@@ -72,32 +72,34 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
 
 def write_folder(folder, request, encoding):
     """Write encoding.json, train.bin, val.bin and meta.json."""
-    files, chats = find_files(request["sources"], request["chats"]), request["chats"]
-    held_out, n_chars, skipped = hold_out(files, chats)
+    chats, count = request["chats"], {"train": Counter(), "val": Counter()}
+    files = find_files(request["sources"], chats)
+    held_out, n_chars, n_skipped = hold_out(files, chats)
 
-    def blocks(split):
-        return ((first, text) for bucket, first, text in read_documents(files, chats)
-                if held_out[bucket] == (split == "val"))
-    if isinstance(encoding, str):                          # bpe is trained on a sample of the training part
-        sample = itertools.islice(blocks("train"), 0, None, -(-n_chars // BPE_CHARS))
-        encoding = build_encoding(encoding, request["vocab_size"], (text for _, text in sample))
+    def blocks():
+        for bucket, first, text in read_documents(files, chats, []):
+            yield ("val" if held_out[bucket] else "train"), first, text
+    if isinstance(encoding, str):                          # only bpe needs a sample of the training text
+        training = (text for split, _, text in blocks() if split == "train")
+        sample = itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS))
+        encoding = build_encoding(encoding, request["vocab_size"], sample)
     save_encoding(encoding, folder / "encoding.json")
-    meta = {"request": request, "files": len(files), "skipped": skipped, "vocab_size": encoding.n_vocab,
-            "encoding_sha256": file_sha256(folder / "encoding.json")}
-    for split in ("train", "val"):
-        count, writer = Counter(), TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats)
-        for first, text in tqdm(blocks(split), f"writing {split}.bin", leave=False, disable=None):
-            if chats:
-                chat = json.loads(text)
-                tokens, text = encode_chat(encoding, chat), "".join(content for _, content in chat)
-            else:
-                tokens = [encoding.n_vocab + END_OF_TEXT] * first + encode(encoding, text)
-            writer.write(tokens)
-            count.update(documents=first, bytes=len(text.encode()), tokens=len(tokens))
+    writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
+    for split, first, text in tqdm(blocks(), "writing tokens", leave=False, disable=None):
+        if chats:
+            chat = json.loads(text)
+            tokens, text = encode_chat(encoding, chat), "".join(content for _, content in chat)
+        else:
+            tokens = [encoding.n_vocab + END_OF_TEXT] * first + encode(encoding, text)
+        writers[split].write(tokens)
+        count[split].update(documents=first, bytes=len(text.encode()), tokens=len(tokens))
+    for split, writer in writers.items():
         writer.close()
-        if not count:
+        if not count[split]:
             raise ValueError(f"the sources are too small: {split}.bin would have 0 tokens; add some")
-        meta[split] = {**count, "sha256": file_sha256(folder / f"{split}.bin")}
+        count[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
+    meta = {"request": request, "files": len(files), "skipped": n_skipped, "vocab_size": encoding.n_vocab,
+            "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -132,17 +134,15 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-# --- sources, and what of them is held out ----------------------------------------------------------------
-
-TRAIN, VAL = 1 << 16, (1 << 16) + 1                        # buckets of the two parts of a large file
+HEAD, TAIL = 1 << 16, (1 << 16) + 1                        # buckets of the two parts of a large file
 
 
 def hold_out(files, chats):
-    """Choose about a twentieth of all text -> (which buckets are held out [65538] bool, characters, documents
-    skipped).  ValueError names what cannot be read, if it is more than 1 %.
+    """Choose about a twentieth of all text -> (which buckets are held out [65538] bool, number of characters,
+    of documents that cannot be read).  ValueError names those if they are more than 1 %.
 
     Each bucket, in order, is held out if that brings the sum closer to a twentieth; else the smallest is."""
-    sizes, problems, n = np.zeros(VAL + 1, np.int64), [], 0
+    sizes, problems, n = np.zeros(TAIL + 1, np.int64), [], 0
     for bucket, first, text in tqdm(read_documents(files, chats, problems), "reading", leave=False, disable=None):
         sizes[bucket], n = sizes[bucket] + len(text), n + first
     if len(problems) > 0.01 * (n + len(problems)):
@@ -151,8 +151,8 @@ def hold_out(files, chats):
     if not n:
         raise ValueError(f"{files[0][0]} is empty: there is no text in it")
     print("".join(f"skipped: {problem}\n" for problem in problems[:5]), end="", file=sys.stderr)
-    target, total, held_out = sizes.sum() / 20, sizes[VAL], np.arange(VAL + 1) == VAL
-    for i in np.flatnonzero(sizes[:TRAIN]):
+    target, total, held_out = sizes.sum() / 20, sizes[TAIL], np.arange(TAIL + 1) == TAIL
+    for i in np.flatnonzero(sizes[:HEAD]):
         if abs(total + sizes[i] - target) <= abs(total - target):
             held_out[i], total = True, total + sizes[i]
     if not total:
@@ -160,39 +160,28 @@ def hold_out(files, chats):
     return held_out, int(sizes.sum()), len(problems)
 
 
-def read_documents(files, chats, problems=None):
-    """(bucket, whether it begins a document, text) of each block of all text; of chats, a conversation as JSON.
+def read_documents(files, chats, problems):
+    """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
 
-    The bucket is a hash of the document, or of its package: one bucket falls on one side.  A text file of more
-    than a tenth of all bytes has its last twentieth in VAL.  What cannot be read goes to `problems`."""
-    total = 0 if chats else sum(path.stat().st_size for path, _ in files)
+    The bucket is a hash of the document, or of its package: what is equal falls on one side.  What cannot be
+    read goes to `problems`."""
+    large = chats or sum(path.stat().st_size for path, _ in files) / 10
     for path, package in files:
-        with noting(problems, path):
-            if path.suffix.lower() in (".txt", ".md", ".py"):
-                yield from read_text(path, package, path.stat().st_size > total / 10)
-                continue
-            for number, line in read_lines(path):
-                with noting(problems, f"{path}, line {number}"):
-                    text = read_record(line, chats)
-                    yield bucket_of(hashlib.sha256(text.encode())), True, text
-
-
-def bucket_of(hashed):
-    return int.from_bytes(hashed.digest()[:2], "big")
-
-
-@contextmanager
-def noting(problems, where):
-    """Append a ValueError to the problems, if a list of them is wanted."""
-    try:
-        yield
-    except ValueError as error:
-        if problems is not None:
-            problems.append(f"{where}: {'not UTF-8' if isinstance(error, UnicodeError) else error}")
+        if path.suffix.lower() in (".txt", ".md", ".py"):
+            documents = [(path, read_text(path, package, path.stat().st_size > large))]
+        else:
+            documents = ((f"{path}, line {n}", read_line(line, chats)) for n, line in read_lines(path))
+        for where, blocks in documents:
+            try:
+                yield from blocks
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
 
 
 def read_text(path, package, large):
-    """read_documents() of a text file.  ValueError, before any block, if it is not UTF-8."""
+    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8.
+
+    A file of more than a tenth of all bytes has its last twentieth held out, whatever its hash."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         hashed, n = hashlib.sha256(package.encode()), 0
         while text := file.read(BLOCK):
@@ -201,33 +190,33 @@ def read_text(path, package, large):
             hashed.update(b"" if package else text.encode())
             n += len(text)
         file.seek(0)
-        for bucket, size in [(TRAIN, n - n // 20), (VAL, n // 20)] if large else [(bucket_of(hashed), n)]:
+        bucket = int.from_bytes(hashed.digest()[:2], "big")
+        for bucket, size in ((HEAD, n - n // 20), (TAIL, n // 20)) if large else ((bucket, n),):
             for start in range(0, size, BLOCK):
                 yield bucket, start == 0, file.read(min(BLOCK, size - start))
 
 
-def read_lines(path):
-    """(number, bytes) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
-    if str(path) == "functions":
-        yield from ((0, json.dumps({"messages": chat}).encode()) for chat in documented_functions())
-        return
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        try:
-            is_list = path.suffix.lower() == ".json"
-            lines = (json.dumps(item).encode() for item in json.load(file)) if is_list else file
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        except (gzip.BadGzipFile, EOFError, zlib.error, TypeError) as error:
-            raise OSError(f"{path} cannot be read: {error}") from None
-
-
-def read_record(line, chats):
-    """The text of a line of JSON, or its conversation as JSON.  ValueError if it has none."""
+def read_line(line, chats):
+    """Yield the text of a line of JSON, or its conversation as JSON.  ValueError if it has none."""
     record = json.loads(line.decode("utf-8-sig"))
-    if chats:
-        return json.dumps(read_chat(record))
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
         raise ValueError('no "text" in it (conversations are read with --chats)')
-    return record["text"]
+    text = json.dumps(read_chat(record)) if chats else record["text"]
+    if text.strip():
+        yield int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big"), True, text
+
+
+def read_lines(path):
+    """Yield (number, JSON) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
+    try:
+        if str(path) == "functions" or path.suffix.lower() == ".json":
+            items = json.loads(path.read_bytes()) if path.suffix else documented_functions()
+            yield from enumerate((json.dumps(item).encode() for item in items), 1)
+        else:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except (gzip.BadGzipFile, EOFError, zlib.error, TypeError, ValueError) as error:
+        raise OSError(f"{path} cannot be read: {error}") from None
 
 
 def find_files(sources, chats):
@@ -235,13 +224,13 @@ def find_files(sources, chats):
     found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
     for source in sources:
         path = Path(source)
-        if source == "installed" and not chats:
-            files = installed_files()
-        elif source == ("functions" if chats else "stdlib"):
-            files = [(file, "") for file in ([path] if chats else library_files(LIBRARY))]
+        if chats and source == "functions":
+            files = [(path, "")]
+        elif not chats and source in ("stdlib", "installed"):
+            files = python_files(source)
         else:
-            files = [(file, "") for file in ([path] if path.is_file() else walk(path, set()))
-                     if file.name.lower().endswith(suffixes)]
+            paths = [path] if path.is_file() else walk(path, set())
+            files = [(file, "") for file in paths if file.name.lower().endswith(suffixes)]
         if not files:
             raise ValueError(f"source {source} is empty: no file ends in one of {', '.join(suffixes)}")
         found += files
@@ -249,7 +238,7 @@ def find_files(sources, chats):
 
 
 def walk(folder, seen):
-    """The files below a folder, hidden ones aside.  Links are followed, and each folder is read once."""
+    """Yield the files below a folder, hidden ones aside.  Links are followed, and each folder is read once."""
     if (real := folder.resolve()) not in seen:
         seen.add(real)
         for path in sorted(folder.iterdir()):
@@ -260,46 +249,43 @@ def walk(folder, seen):
 # parts of a path: tests, packages inside of packages, tables
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
             "_vendor", "_vendored", "third_party", "encodings", "pydoc_data", "lib2to3"}
-GENERATED = re.compile(rb"(?i)auto-?(matically )?generated|generated (by|from|with)|do not (edit|modify)")
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
-def library_files(root):
-    return [path for path in sorted(root.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(root).parts)]
+def python_files(word):
+    """[(path, "")] of the standard library, or [(path, package)] of it and all "installed" packages, without
+    repeated files."""
+    found, roots = {}, [LIBRARY]
+    if word == "installed":
+        roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if not LEFT_OUT & set(parts):
+                key, package = (path.read_bytes(), parts[0]) if word == "installed" else (path, "")
+                found.setdefault(key, (path, package.removesuffix(".py")))
+    return list(found.values())
 
 
-def installed_files():
-    """[(path, package)] of the standard library and of the packages in this environment, without files that
-    are generated, or more than a quarter digits, or repeat another one."""
-    found, seen = [], set()
-    sites = [Path(place) for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
-    for root in (LIBRARY, *sites):
-        for path in library_files(root):
-            raw = path.read_bytes()
-            digits = len(raw) - len(raw.translate(None, b"0123456789"))
-            if raw not in seen and digits < len(raw) / 4 and not GENERATED.search(raw[:500]):
-                seen.add(raw)
-                found.append((path, path.relative_to(root).parts[0].removesuffix(".py")))
-    return found
-
-
-# --- tokenizers -------------------------------------------------------------------------------------------
-
-def build_encoding(name, vocab_size, texts):
-    """The tokenizer called name, or in a file or folder; texts are only read to train the ranks of bpe."""
+def build_encoding(name, vocab_size=0, texts=()):
+    """The tokenizer called name, or of a run, a prepared folder or one of Hugging Face, or the file of one.
+    Texts are only read to train bpe."""
+    for path in (Path(name), Path(name) / "encoding.json", Path(name) / "tokenizer.json"):
+        if name not in TOKENIZERS and path.is_file():
+            return (load_encoding if path.name == "encoding.json" else read_hf_tokenizer)(path)
     if name == "bpe":
         if not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
             raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536, got {vocab_size}")
         return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
     if name == "bytes":
         return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
-    if name not in TOKENIZERS:
-        return read_tokenizer(name)
     try:
         known = tiktoken.get_encoding(name)
     except OSError as error:
         raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
+    except ValueError:
+        raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder with one")
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
@@ -378,34 +364,21 @@ def load_encoding(path):
     try:
         saved = json.loads(path.read_text())
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
-        if saved["special"] != list(SPECIAL):
-            raise ValueError(f"its special tokens are {saved['special']}")
         return make_encoding(saved["name"], saved["pattern"], ranks)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a tokenizer written by data.py ({error})") from None
 
 
-def read_tokenizer(name):
-    """The tokenizer of a run, a prepared folder or one of Hugging Face, or the file of one."""
-    for path in (Path(name), Path(name) / "encoding.json", Path(name) / "tokenizer.json"):
-        if path.is_file():
-            return (load_encoding if path.name == "encoding.json" else read_hf_tokenizer)(path)
-    raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder with one")
-
-
 def read_hf_tokenizer(path):
-    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE like GPT-2's or Qwen's.
+    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE as GPT-2's or Qwen's.
 
-    Tokens keep their numbers, wherever its special tokens are; those give way to ours, which come last.  Text
-    is not brought to NFC.  ValueError for any other."""
+    Tokens keep their numbers; its special tokens give way to ours, which come last.  Text is not brought to
+    NFC.  ValueError for any other."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]        # bytes that stand for themselves
     others = [b for b in range(256) if b not in visible]                   # in order, from character 256 on
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, normalizer = saved["model"], saved.get("normalizer") or {"type": "NFC"}
-        if (model["type"], normalizer["type"]) != ("BPE", "NFC"):
-            raise ValueError(f"it is {model['type']} and changes text ({normalizer['type']})")
         match saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]]):
             case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
                 pattern = GPT2_PATTERN
@@ -414,19 +387,18 @@ def read_hf_tokenizer(path):
                 pass
             case parts:
                 raise ValueError(f"it splits text in a way that is not known here ({parts})")
+        model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
+        if (model["type"], normalizer) != ("BPE", "NFC"):
+            raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
         added = {token["content"] for token in saved.get("added_tokens", [])}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        made = [vocab["".join(pair)] for pair in merges]
+        ranks = {bytes(map(byte_of.get, token)): i for token, i in model["vocab"].items() if token not in added}
+        made = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
         if made != sorted(made) or len(set(made)) != len(ranks) - 256:
             raise ValueError("its tokens are not numbered in the order of its merges")
         return make_encoding(Path(path).parent.name, pattern, ranks)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer ({error})") from None
 
-
-# --- token files ------------------------------------------------------------------------------------------
 
 HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
 
@@ -453,7 +425,7 @@ class TokenWriter:
 
 
 def read_header(path):
-    """(bytes per token, vocabulary, count, 1 for conversations) of a token file.  ValueError if it is none."""
+    """[bytes per token, vocabulary, count, 1 for conversations] of a token file.  ValueError if it is none."""
     header = np.fromfile(path, "<i8", 6).tolist()
     if len(header) < 6 or header[:2] != [MAGIC, VERSION]:
         raise ValueError(f"{path} is not a token file written by data.py, which makes one of text")
@@ -461,8 +433,7 @@ def read_header(path):
 
 
 def load_tokens(path):
-    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped, not read: [n] uint16
-    or uint32.
+    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped: [n] uint16 or uint32.
 
     Raises ValueError for a file that is foreign, cut short, or has a token beyond its own vocabulary."""
     path = Path(path)
@@ -470,11 +441,10 @@ def load_tokens(path):
     itemsize, vocab_size, count, _ = read_header(path)
     size, expected = path.stat().st_size, HEADER + count * itemsize
     if itemsize not in (2, 4) or count < 1 or size != expected:
-        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}; prepare it "
-                         "anew under another --name")
+        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}; prepare it anew")
     tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
-    if tokens.max() >= vocab_size:                         # one pass, about a second for 1 GB
-        raise ValueError(f"{path} is corrupt: it has token {tokens.max()}, beyond its vocabulary of {vocab_size}")
+    if (top := tokens.max()) >= vocab_size:                # one pass, about a second for 1 GB
+        raise ValueError(f"{path} is corrupt: it has token {top}, beyond its vocabulary of {vocab_size}")
     return tokens
 
 
@@ -488,8 +458,6 @@ def largest_share(tokens):
     sample = tokens[::1 + len(tokens) // 10 ** 7]
     return float(np.bincount(sample).max() / len(sample))
 
-
-# --- batches ----------------------------------------------------------------------------------------------
 
 class Sampler:
     """An endless stream of windows of seq_len tokens, in which every window comes once per epoch.
@@ -588,7 +556,7 @@ def make_sampler(tokens, path, seq_len, seed=0, pack=True):
             return ChatSampler(tokens, seq_len, seed, vocab_size, pack)
         return Sampler(tokens, seq_len, seed)
     except ValueError as error:
-        raise ValueError(f"{error} in the {PARTS.get(Path(path).stem, 'file')} ({path})") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def assistant_mask(tokens, vocab_size):
@@ -614,8 +582,6 @@ def pack_best_fit(sizes, capacity):
     return bins
 
 
-# --- conversations ----------------------------------------------------------------------------------------
-
 CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' }}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -627,7 +593,6 @@ UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "a
 
 def encode_chat(encoding, chat, answer=False):
     """[(role, content)] -> tokens, as CHAT_TEMPLATE has them; with answer=True the beginning of one follows.
-
     Text that looks like a special token stays text."""
     special = encoding.encode_single_token
     tokens = [special("<|endoftext|>")]
@@ -650,46 +615,44 @@ def read_chat(record):
                         for i, role in enumerate(("user", "assistant"))]
         if record.get("system"):
             messages = [{"role": "system", "content": record["system"]}, *messages]
-        chat = [(str(message.get("role", message.get("from"))), message.get("content", message.get("value")))
-                for message in messages]
+        chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     except (AttributeError, LookupError, TypeError):
-        raise ValueError('neither "messages" (objects with role and content), "conversations" (with from and '
-                         'value) nor "instruction" and "output"; text is read without --chats') from None
+        raise ValueError('neither "messages" (of role and content), "conversations" (of from and value) nor '
+                         '"instruction" and "output"; text is read without --chats') from None
     for part in (record, *messages):
         for name in UNSUPPORTED:
             if part.get(name) not in (None, 1, "", [], {}):
                 raise ValueError(f"{name} {part[name]} is not supported")
     for number, (role, content) in enumerate(chat, 1):
-        if role not in ROLES:
+        if str(role) not in ROLES:
             raise ValueError(f"message {number}: role {role!r} is unknown")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"message {number} ({role}) is no text, or empty")
         content.encode()                                   # UnicodeEncodeError for half a surrogate pair
     chat = [(ROLES[role], content) for role, content in chat]
     if not re.fullmatch("s?(ua)+u?", "".join(role[0] for role, _ in chat)):
-        raise ValueError("roles out of order, or no assistant message: a system message, if any, then user "
-                         "and assistant in turn")
+        raise ValueError("no assistant message, or roles out of order: expected an optional system message, then "
+                         "user and assistant in turn")
     return chat
 
 
+@functools.lru_cache(1)
 def documented_functions():
-    """This Python's documented functions as conversations: the question is the signature, the answer the first
-    paragraph of the docstring.  No answer comes twice."""
-    seen = set()
+    """This Python's documented functions as records of a chat: the question is the signature, the answer the
+    first paragraph of the docstring.  No answer comes twice."""
+    found = {}
 
     def visit(body, name):
         for node in body:
             if isinstance(node, ast.ClassDef):
-                yield from visit(node.body, f"{name}.{node.name}")
+                visit(node.body, f"{name}.{node.name}")
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if answer and answer not in seen:
-                    seen.add(answer)
-                    question = f"What does {name}.{node.name}({ast.unparse(node.args)}) do?"
-                    yield [("user", question), ("assistant", answer)]
-    for path in library_files(LIBRARY):
+                found.setdefault(answer, f"What does {name}.{node.name}({ast.unparse(node.args)}) do?")
+    for path, _ in python_files("stdlib"):
         module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
-        yield from visit(ast.parse(path.read_bytes()).body, module)
+        visit(ast.parse(path.read_bytes()).body, module)
+    return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
 
 
 def is_chat_source(source):
@@ -699,22 +662,18 @@ def is_chat_source(source):
 
 def holds_chats(source):
     """Whether a file or folder has conversations, or their tokens."""
-    file = Path(source) if Path(source).is_file() else Path(source) / "train.bin"
+    file = Path(source) / "train.bin" if Path(source).is_dir() else Path(source)
     return is_chat_source(source) or file.is_file() and read_header(file)[3] == 1
 
 
 def chats_folder(source, encoding):
     """Where train.py keeps the tokens of a chat file (or of the word functions): its name says what went in,
-    so that a file that has changed is another set.  ValueError if there is no such file."""
-    if source != "functions" and not Path(source).is_file():
-        raise ValueError(f"data {source} does not exist; it would be a file of conversations")
+    so that a file that has changed is another set.  OSError if there is no such file."""
     content = sys.version if source == "functions" else file_sha256(source)
     ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     digest = hashlib.sha256(repr((content, encoding._pat_str, ranks)).encode()).hexdigest()
     return Path("data") / f"{Path(source).name.split('.')[0]}-{digest[:8]}"
 
-
-# --- errors and command lines, as all programs have them --------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse with exact names only, and one-line errors."""
@@ -748,20 +707,15 @@ def one_line_errors(who=""):
 
 def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH",
-                        help="files, folders (hidden files aside), or a word: stdlib (the default), "
-                             "installed, with --chats functions (Python's own documented ones, the default)")
-    parser.add_argument("--chats", action="store_true",
-                        help="the sources are conversations: .jsonl, .jsonl.gz or .json of {messages}, "
-                             "{conversations} or {instruction, input, output}; give a --tokenizer")
-    parser.add_argument("--name", metavar="NAME",
-                        help="the folder is data/NAME (default: the name of the first source)")
-    parser.add_argument("--tokenizer", metavar="NAME",
-                        help="bpe (trained on the text, the default), bytes, gpt2, o200k_base, a run or "
-                             "folder that has one, or a tokenizer.json of Hugging Face")
-    parser.add_argument("--vocab_size", type=int, default=2048, metavar="V",
-                        help="vocabulary of bpe, five special tokens included (default 2048, which measured "
-                             "best for the laptop preset; take 8192 or more for a larger model)")
+    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH", help="files, folders, or a word: "
+                        "stdlib (the default), installed, or functions (the default with --chats)")
+    parser.add_argument("--chats", action="store_true", help="the sources are conversations: {messages}, "
+                        "{conversations} or {instruction, input, output}, in .jsonl, .jsonl.gz or .json")
+    parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), bytes, gpt2, "
+                        "o200k_base, a run or folder that has one, or a tokenizer.json of Hugging Face")
+    parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, five special "
+                        "tokens included (2048; take 8192 or more for a model larger than the laptop preset)")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:
