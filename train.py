@@ -225,10 +225,7 @@ def train_step(run, step, stop=None):
             objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
-        # flash attention adds up the gradient of its queries in any order, unless told otherwise
-        torch.use_deterministic_algorithms(s.deterministic and run.device.startswith("cuda"))
         (objective / max(1, n_tokens)).backward()
-        torch.use_deterministic_algorithms(False)
     norm, _ = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
@@ -410,7 +407,7 @@ class Settings:
     device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products (default: bfloat16 on CUDA)")
     compile: str = setting("auto", "run: true or false, for one process in bfloat16 (default: on CUDA)")
-    deterministic: bool = setting(True, "run: true: a GPU repeats a run bit for bit; false: faster (true)")
+    deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
     steps: int = setting(1600, "schedule: updates of the weights; for tuning four epochs")
@@ -686,6 +683,8 @@ def start(plan, grid):
     dtype = compute_dtype(s, config, device)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32
+        # attention adds up the gradient of its queries in any order, unless told otherwise
+        torch.use_deterministic_algorithms(s.deterministic)
         torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
     model = parallel.build_model(config, grid, device, dtype, s.seed)
     masters = parallel.Masters(model, dtype)
@@ -860,6 +859,7 @@ def report(run, seconds):
     if run.done < s.steps:
         print(f"stopped and saved after step {run.done}; the same command resumes")
         return
+    torch.use_deterministic_algorithms(False)                     # sampling cannot be
     top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
         loss, statistics, _ = validation(run, top_k)
