@@ -452,7 +452,6 @@ def bench_gpu(args):
              "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
              "6 layers of the paper's": (paper, 64, 4096, 4),
              "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
-    head = ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer", "peak GiB", "first step, s")
     table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
                                        "peak GiB", "first step, s"), [])
     for name, (config, batch, seq_len, micro) in cases.items():
