@@ -104,24 +104,25 @@ def write_folder(folder, request, encoding):
 
 
 def load_meta(folder):
-    """meta.json of a prepared folder.  ValueError if there is none, or encoding.json is not what it names."""
+    """meta.json of a prepared folder.  ValueError if there is none, or its checksums do not fit."""
     try:
         meta = json.loads((Path(folder) / "meta.json").read_text())
-        meta["request"], meta["train"]["sha256"], meta["val"]["sha256"]
-        if meta["encoding_sha256"] != file_sha256(Path(folder) / "encoding.json"):
-            raise ValueError("encoding.json does not fit the tokens: its sha256 is not that in meta.json")
+        checksums = meta["encoding_sha256"], meta["train"]["sha256"], meta["val"]["sha256"]
+        for name, checksum in zip(("encoding.json", "train.bin", "val.bin"), checksums):
+            if file_sha256(Path(folder) / name) != checksum:
+                raise ValueError(f"{name} does not fit it (its sha256 is another)")
         return meta
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not a folder prepared by data.py ({error})") from None
+        raise ValueError(f"{folder}/meta.json is not that of a prepared folder: {error}") from None
 
 
 def describe(out, meta):
     """What a prepared folder holds, in two lines."""
     train, val, request = meta["train"], meta["val"], meta["request"]
     n_bytes, kind = train["bytes"] + val["bytes"], "conversations" if request["chats"] else "documents"
-    return (f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, "
-            f"{n_bytes / 1e6:.1f} MB, skipped {meta['skipped']:,}; tokenizer {request['tokenizer']}, "
-            f"vocabulary {meta['vocab_size']:,}\n  train {train['tokens']:,} tokens of "
+    return (f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
+            f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {request['tokenizer']}, vocabulary "
+            f"{meta['vocab_size']:,}\n  train {train['tokens']:,} tokens of "
             f"{train['bytes'] / train['tokens']:.2f} bytes; held out {val['tokens']:,} "
             f"({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
 
@@ -142,35 +143,38 @@ def hold_out(files, chats):
     of documents that cannot be read).  ValueError names those if they are more than 1 %.
 
     Each bucket, in order, is held out if that brings the sum closer to a twentieth; else the smallest is."""
-    sizes, problems, n = np.zeros(TAIL + 1, np.int64), [], 0
-    for bucket, first, text in tqdm(read_documents(files, chats, problems), "reading", leave=False, disable=None):
-        sizes[bucket], n = sizes[bucket] + len(text), n + first
-    if len(problems) > 0.01 * (n + len(problems)):
-        raise ValueError(f"{len(problems):,} of {n + len(problems):,} documents cannot be read, more than 1 %: "
-                         + "; ".join(problems[:5]))
+    sizes, n, problems = np.zeros(TAIL + 1, np.int64), 0, []
+    blocks = read_documents(files, chats, problems)
+    for bucket, first, text in tqdm(blocks, "reading", leave=False, disable=None):
+        sizes[bucket] += len(text)
+        n += first
+    n_bad, examples = len(problems), problems[:5]
+    if n_bad > 0.01 * (n + n_bad):
+        raise ValueError(f"{n_bad:,} of {n + n_bad:,} documents cannot be read, more than 1 %: "
+                         + "; ".join(examples))
     if not n:
-        raise ValueError(f"{files[0][0]} is empty: there is no text in it")
-    print("".join(f"skipped: {problem}\n" for problem in problems[:5]), end="", file=sys.stderr)
+        raise ValueError(f"{files[0]} is empty: there is no text in it")
+    print("".join(f"skipped: {problem}\n" for problem in examples), end="", file=sys.stderr)
     target, total, held_out = sizes.sum() / 20, sizes[TAIL], np.arange(TAIL + 1) == TAIL
     for i in np.flatnonzero(sizes[:HEAD]):
         if abs(total + sizes[i] - target) <= abs(total - target):
             held_out[i], total = True, total + sizes[i]
     if not total:
         held_out[np.where(sizes, sizes, sizes.sum()).argmin()] = True
-    return held_out, int(sizes.sum()), len(problems)
+    return held_out, int(sizes.sum()), n_bad
 
 
 def read_documents(files, chats, problems):
     """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
 
-    The bucket is a hash of the document, or of its package: what is equal falls on one side.  What cannot be
-    read goes to `problems`."""
-    large = chats or sum(path.stat().st_size for path, _ in files) / 10
-    for path, package in files:
+    The bucket is a hash of the document: equal ones fall on one side.  `problems` collects what cannot be
+    read."""
+    large = chats or sum(path.stat().st_size for path in files) / 10
+    for path in files:
         if path.suffix.lower() in (".txt", ".md", ".py"):
-            documents = [(path, read_text(path, package, path.stat().st_size > large))]
+            documents = [(path, read_text(path, path.stat().st_size > large))]
         else:
-            documents = ((f"{path}, line {n}", read_line(line, chats)) for n, line in read_lines(path))
+            documents = ((f"{path}, line {i}", read_line(line, chats)) for i, line in read_lines(path))
         for where, blocks in documents:
             try:
                 yield from blocks
@@ -178,22 +182,26 @@ def read_documents(files, chats, problems):
                 problems.append(f"{where}: {error}")
 
 
-def read_text(path, package, large):
+def read_text(path, large):
     """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8.
 
     A file of more than a tenth of all bytes has its last twentieth held out, whatever its hash."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        hashed, n = hashlib.sha256(package.encode()), 0
+        hashed, n = hashlib.sha256(), 0
         while text := file.read(BLOCK):
             if "\0" in text[:1000]:
                 raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
-            hashed.update(b"" if package else text.encode())
+            hashed.update(text.encode())
             n += len(text)
         file.seek(0)
-        bucket = int.from_bytes(hashed.digest()[:2], "big")
-        for bucket, size in ((HEAD, n - n // 20), (TAIL, n // 20)) if large else ((bucket, n),):
+        parts = [(HEAD, n - n // 20), (TAIL, n // 20)] if large else [(bucket_of(hashed), n)]
+        for bucket, size in parts:
             for start in range(0, size, BLOCK):
                 yield bucket, start == 0, file.read(min(BLOCK, size - start))
+
+
+def bucket_of(hashed):
+    return int.from_bytes(hashed.digest()[:2], "big")
 
 
 def read_line(line, chats):
@@ -203,7 +211,7 @@ def read_line(line, chats):
         raise ValueError('no "text" in it (conversations are read with --chats)')
     text = json.dumps(read_chat(record)) if chats else record["text"]
     if text.strip():
-        yield int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big"), True, text
+        yield bucket_of(hashlib.sha256(text.encode())), True, text
 
 
 def read_lines(path):
@@ -214,23 +222,23 @@ def read_lines(path):
             yield from enumerate((json.dumps(item).encode() for item in items), 1)
         else:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+                yield from ((i, line) for i, line in enumerate(file, 1) if line.strip())
     except (gzip.BadGzipFile, EOFError, zlib.error, TypeError, ValueError) as error:
         raise OSError(f"{path} cannot be read: {error}") from None
 
 
 def find_files(sources, chats):
-    """[(path, its package, if packages are held out as wholes)] of all sources."""
+    """The files of all sources.  ValueError if one has none."""
     found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
     for source in sources:
         path = Path(source)
-        if chats and source == "functions":
-            files = [(path, "")]
-        elif not chats and source in ("stdlib", "installed"):
+        if source == "functions" and chats:
+            files = [path]
+        elif source in ("stdlib", "installed") and not chats:
             files = python_files(source)
         else:
-            paths = [path] if path.is_file() else walk(path, set())
-            files = [(file, "") for file in paths if file.name.lower().endswith(suffixes)]
+            files = [path] if path.is_file() else walk(path, set())
+            files = [file for file in files if file.name.lower().endswith(suffixes)]
         if not files:
             raise ValueError(f"source {source} is empty: no file ends in one of {', '.join(suffixes)}")
         found += files
@@ -238,7 +246,7 @@ def find_files(sources, chats):
 
 
 def walk(folder, seen):
-    """Yield the files below a folder, hidden ones aside.  Links are followed, and each folder is read once."""
+    """Yield the files below a folder but hidden ones.  Links are followed; each folder is read once."""
     if (real := folder.resolve()) not in seen:
         seen.add(real)
         for path in sorted(folder.iterdir()):
@@ -253,18 +261,12 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
 def python_files(word):
-    """[(path, "")] of the standard library, or [(path, package)] of it and all "installed" packages, without
-    repeated files."""
-    found, roots = {}, [LIBRARY]
+    """The .py files of the standard library; of all "installed" packages too."""
+    roots = [LIBRARY]
     if word == "installed":
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if not LEFT_OUT & set(parts):
-                key, package = (path.read_bytes(), parts[0]) if word == "installed" else (path, "")
-                found.setdefault(key, (path, package.removesuffix(".py")))
-    return list(found.values())
+    return [path for root in roots for path in sorted(root.rglob("*.py"))
+            if not LEFT_OUT & set(path.relative_to(root).parts)]
 
 
 def build_encoding(name, vocab_size=0, texts=()):
@@ -285,15 +287,14 @@ def build_encoding(name, vocab_size=0, texts=()):
         raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
     except ValueError:
-        raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder with one")
+        raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder "
+                         "that has one") from None
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
 def make_encoding(name, pattern, ranks):
     """A tiktoken encoding with the special tokens behind the ranks; they are there from the start, so that a
     model trained on text needs no new rows for chat."""
-    if not {bytes([i]) for i in range(256)} <= set(ranks) or len(set(ranks.values())) != len(ranks):
-        raise ValueError("single bytes are missing, or a number is there twice")     # tiktoken would panic
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -391,8 +392,9 @@ def read_hf_tokenizer(path):
         if (model["type"], normalizer) != ("BPE", "NFC"):
             raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
         added = {token["content"] for token in saved.get("added_tokens", [])}
-        ranks = {bytes(map(byte_of.get, token)): i for token, i in model["vocab"].items() if token not in added}
-        made = [model["vocab"]["".join(pair).replace(" ", "")] for pair in model["merges"]]
+        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+        made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
         if made != sorted(made) or len(set(made)) != len(ranks) - 256:
             raise ValueError("its tokens are not numbered in the order of its merges")
         return make_encoding(Path(path).parent.name, pattern, ranks)
@@ -408,7 +410,7 @@ class TokenWriter:
     conversations), then tokens as uint16 if the vocabulary allows, else uint32; all little-endian."""
 
     def __init__(self, path, vocab_size, chats=False):
-        self.path, self.vocab_size, self.chats, self.count = Path(path), vocab_size, chats, 0
+        self.vocab_size, self.chats, self.count = vocab_size, chats, 0
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.file = open(path, "wb")
         self.file.write(bytes(HEADER))
@@ -425,7 +427,7 @@ class TokenWriter:
 
 
 def read_header(path):
-    """[bytes per token, vocabulary, count, 1 for conversations] of a token file.  ValueError if it is none."""
+    """[bytes per token, vocabulary, count, 1 for conversations].  ValueError if it is not a token file."""
     header = np.fromfile(path, "<i8", 6).tolist()
     if len(header) < 6 or header[:2] != [MAGIC, VERSION]:
         raise ValueError(f"{path} is not a token file written by data.py, which makes one of text")
@@ -441,7 +443,7 @@ def load_tokens(path):
     itemsize, vocab_size, count, _ = read_header(path)
     size, expected = path.stat().st_size, HEADER + count * itemsize
     if itemsize not in (2, 4) or count < 1 or size != expected:
-        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}; prepare it anew")
+        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
     tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
     if (top := tokens.max()) >= vocab_size:                # one pass, about a second for 1 GB
         raise ValueError(f"{path} is corrupt: it has token {top}, beyond its vocabulary of {vocab_size}")
@@ -502,23 +504,22 @@ class ChatSampler(Sampler):
     A conversation of n tokens takes n - 1 places (the last token predicts nothing).  One that is too long
     for a window ends with the last answer that fits; one whose first answer does not fit is left out."""
 
-    def __init__(self, tokens, seq_len, seed, vocab_size, pack=True):
+    def __init__(self, tokens, seq_len, seed, vocab_size):
         self.tokens, self.seq_len, self.seed, self.vocab_size = tokens, seq_len, seed, vocab_size
         self.spans, self.n_cut, self.n_left_out = [], 0, 0
         starts = np.flatnonzero(tokens == vocab_size + END_OF_TEXT).tolist()
         for start, end in zip(starts, [*starts[1:], len(tokens)]):
             said = np.flatnonzero(assistant_mask(tokens[start:end], vocab_size))
             ends = said[tokens[start + said] == vocab_size + END] + 1             # where its answers end
-            fitting = ends[ends <= seq_len + 1]
-            if len(fitting):
-                self.spans.append((start, start + int(fitting[-1])))
+            fitting = ends[ends <= seq_len + 1].tolist()
+            if fitting:
+                self.spans.append((start, start + fitting[-1]))
             self.n_cut += 0 < len(fitting) < len(ends)
-            self.n_left_out += not len(fitting)
+            self.n_left_out += not fitting
         if not self.spans:
             raise ValueError(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
-                             "has an answer that ends within it; a longer --seq_len has room")
-        sizes = [end - start - 1 for start, end in self.spans]
-        self.windows = pack_best_fit(sizes, seq_len) if pack else [[i] for i in range(len(sizes))]
+                             "has an answer that ends within it")
+        self.windows = pack_best_fit(self.spans, seq_len)
         self.n_windows = len(self.windows)
         self.order = functools.lru_cache(2)(self.order)
 
@@ -529,9 +530,8 @@ class ChatSampler(Sampler):
         targets, doc = np.full_like(tokens, -1), np.full_like(tokens, -1)
         for row, w in enumerate(windows):
             at = 0
-            for number, i in enumerate(self.windows[w]):
-                chat = self.tokens[slice(*self.spans[i])].astype(np.int64)
-                places = slice(at, at + len(chat) - 1)
+            for number, (start, end) in enumerate(self.windows[w]):
+                chat, places = self.tokens[start:end].astype(np.int64), slice(at, at + end - start - 1)
                 tokens[row, places], doc[row, places] = chat[:-1], number
                 targets[row, places] = np.where(assistant_mask(chat, self.vocab_size), chat, -1)[1:]
                 at = places.stop
@@ -543,18 +543,15 @@ class ChatSampler(Sampler):
         return tokens[:tokens.index(self.vocab_size + ASSISTANT) + 1]
 
     def places(self, windows):
-        spans = [self.spans[i] for w in windows for i in self.windows[w]]
         return np.concatenate([start + np.flatnonzero(assistant_mask(self.tokens[start:end], self.vocab_size))
-                               for start, end in spans])
+                               for w in windows for start, end in self.windows[w]])
 
 
-def make_sampler(tokens, path, seq_len, seed=0, pack=True):
+def make_sampler(tokens, path, seq_len, seed=0):
     """The sampler for the tokens of a file, which may be conversations."""
     _, vocab_size, _, chats = read_header(path)
     try:
-        if chats:
-            return ChatSampler(tokens, seq_len, seed, vocab_size, pack)
-        return Sampler(tokens, seq_len, seed)
+        return ChatSampler(tokens, seq_len, seed, vocab_size) if chats else Sampler(tokens, seq_len, seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -568,18 +565,18 @@ def assistant_mask(tokens, vocab_size):
     return (kind[last] == ASSISTANT) & ~opens
 
 
-def pack_best_fit(sizes, capacity):
-    """Best-fit decreasing: put sizes into few bins of a capacity -> [their indices, for each bin]."""
-    bins, rooms = [], []                                   # rooms: (room left, bin), sorted
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        at = bisect.bisect_left(rooms, (sizes[i], 0))      # the fullest bin that still has room
+def pack_best_fit(spans, capacity):
+    """Best-fit decreasing: put conversations (start, end) into few windows -> [those of each window]."""
+    windows, rooms = [], []                                # rooms: (places left, window), sorted
+    for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        at = bisect.bisect_left(rooms, (end - start - 1, 0))        # the fullest window that has room
         if at == len(rooms):
-            rooms.append((capacity, len(bins)))
-            bins.append([])
-        room, place = rooms.pop(at)
-        bins[place].append(i)
-        bisect.insort(rooms, (room - sizes[i], place))
-    return bins
+            rooms.append((capacity, len(windows)))
+            windows.append([])
+        room, w = rooms.pop(at)
+        windows[w].append((start, end))
+        bisect.insort(rooms, (room - (end - start - 1), w))
+    return windows
 
 
 CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
@@ -631,8 +628,8 @@ def read_chat(record):
         content.encode()                                   # UnicodeEncodeError for half a surrogate pair
     chat = [(ROLES[role], content) for role, content in chat]
     if not re.fullmatch("s?(ua)+u?", "".join(role[0] for role, _ in chat)):
-        raise ValueError("no assistant message, or roles out of order: expected an optional system message, then "
-                         "user and assistant in turn")
+        raise ValueError("no assistant message, or roles out of order: a system message, if any, then user "
+                         "and assistant in turn")
     return chat
 
 
@@ -649,7 +646,7 @@ def documented_functions():
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 found.setdefault(answer, f"What does {name}.{node.name}({ast.unparse(node.args)}) do?")
-    for path, _ in python_files("stdlib"):
+    for path in python_files("stdlib"):
         module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
         visit(ast.parse(path.read_bytes()).body, module)
     return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
@@ -707,15 +704,15 @@ def one_line_errors(who=""):
 
 def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH", help="files, folders, or a word: "
-                        "stdlib (the default), installed, or functions (the default with --chats)")
+    parser.add_argument("--source", nargs="+", action="extend", metavar="PATH", help="files, folders, or a "
+                        "word: stdlib (the default), installed, or functions (the default with --chats)")
     parser.add_argument("--chats", action="store_true", help="the sources are conversations: {messages}, "
                         "{conversations} or {instruction, input, output}, in .jsonl, .jsonl.gz or .json")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), bytes, gpt2, "
-                        "o200k_base, a run or folder that has one, or a tokenizer.json of Hugging Face")
-    parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, five special "
-                        "tokens included (2048; take 8192 or more for a model larger than the laptop preset)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
+                        "bytes, gpt2, o200k_base, or a run or folder that has one, of Hugging Face too")
+    parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, "
+                        "special tokens included (2048; 8192 or more for a model larger than the laptop preset)")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:

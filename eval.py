@@ -943,7 +943,7 @@ def look(ckpt, source=None, device="cpu", limit=1 << 20):
                 math.ceil(round(s["switch"] * s["steps"], 6)) if first != top_k else None, top_k, str(folder),
                 loss, Statistics(*(t.cpu() for t in sums)), tokens.flatten()[text],
                 torch.stack([torch.cat(seen)[text] for seen in chosen]),
-                data.largest_share(train, vocab_size), encoding)
+                data.largest_share(train), encoding)
 
 
 def token_experts(tokens, experts, n_expert):

@@ -571,7 +571,7 @@ def resolve(typed):
 
 def tokenizer_of(source):
     """The tokenizer of a run, of a step-N folder in it, or of a folder of Hugging Face."""
-    return data.read_tokenizer(evaluation.run_folder(source))
+    return data.build_encoding(evaluation.run_folder(source))
 
 
 def of_the_run(out, typed):
