@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -166,15 +167,13 @@ def hold_out(files, chats):
 
 def read_documents(files, chats, problems):
     """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
-
-    The bucket is a hash of the document: equal ones fall on one side.  `problems` collects what cannot be
-    read."""
-    large = chats or sum(path.stat().st_size for path in files) / 10
+    `problems` collects what cannot be read."""
+    large = math.inf if chats else sum(path.stat().st_size for path in files) / 10
     for path in files:
         if path.suffix.lower() in (".txt", ".md", ".py"):
-            documents = [(path, read_text(path, path.stat().st_size > large))]
+            documents = [(path, read_text(path, large))]
         else:
-            documents = ((f"{path}, line {i}", read_line(line, chats)) for i, line in read_lines(path))
+            documents = ((f"{path}, line {i}", read_line(line, chats, large)) for i, line in read_lines(path))
         for where, blocks in documents:
             try:
                 yield from blocks
@@ -182,10 +181,16 @@ def read_documents(files, chats, problems):
                 problems.append(f"{where}: {error}")
 
 
-def read_text(path, large):
-    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8.
+def cut_large(hashed, n, large):
+    """[(bucket, characters)] of a document of n characters.  The bucket is a hash: equal documents fall on one
+    side.  Of one with more than a tenth of all bytes the last twentieth is held out."""
+    if large:
+        return [(HEAD, n - n // 20), (TAIL, n // 20)]
+    return [(int.from_bytes(hashed.digest()[:2], "big"), n)]
 
-    A file of more than a tenth of all bytes has its last twentieth held out, whatever its hash."""
+
+def read_text(path, large):
+    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         hashed, n = hashlib.sha256(), 0
         while text := file.read(BLOCK):
@@ -194,24 +199,21 @@ def read_text(path, large):
             hashed.update(text.encode())
             n += len(text)
         file.seek(0)
-        parts = [(HEAD, n - n // 20), (TAIL, n // 20)] if large else [(bucket_of(hashed), n)]
-        for bucket, size in parts:
+        for bucket, size in cut_large(hashed, n, path.stat().st_size > large):
             for start in range(0, size, BLOCK):
                 yield bucket, start == 0, file.read(min(BLOCK, size - start))
 
 
-def bucket_of(hashed):
-    return int.from_bytes(hashed.digest()[:2], "big")
-
-
-def read_line(line, chats):
+def read_line(line, chats, large):
     """Yield the text of a line of JSON, or its conversation as JSON.  ValueError if it has none."""
     record = json.loads(line.decode("utf-8-sig"))
     if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
         raise ValueError('no "text" in it (conversations are read with --chats)')
     text = json.dumps(read_chat(record)) if chats else record["text"]
-    if text.strip():
-        yield bucket_of(hashlib.sha256(text.encode())), True, text
+    for bucket, size in cut_large(hashlib.sha256(text.encode()), len(text), len(line) > large):
+        part, text = text[:size], text[size:]
+        if part.strip():
+            yield bucket, True, part
 
 
 def read_lines(path):
