@@ -556,7 +556,7 @@ def load_foreign(run):
     """Fill the weights from a folder of Hugging Face."""
     s, problem = run.settings, None
     try:
-        from_hf(evaluation.Weights(s.init_from), run.model, lambda name, p, whole: parallel.put_part(
+        from_hf(evaluation.load_hf_weights(s.init_from), run.model, lambda name, p, whole: parallel.put_part(
             run.masters.named[name], whole))
     except (ValueError, OSError) as error:
         problem = f"rank {run.grid.rank}: " * bool(run.grid.rank) + f"{s.init_from}: {error}"
@@ -586,7 +586,8 @@ def open_run(run, exists):
 
 def show_elsewhere(run, out):
     """Begin, or go on with, a run at Weights & Biases, named by the directory."""
-    wandb, name = evaluation.needed("wandb", "log"), re.sub(r"\W+", "-", str(out.resolve()).strip("/"))[-100:]
+    wandb = evaluation.import_extra("wandb", "log")
+    name = re.sub(r"\W+", "-", str(out.resolve()).strip("/"))[-100:]
     try:
         return wandb.init(project="nanosigma", name=out.name, id=name, resume="allow", dir=out,
                           config=dataclasses.asdict(run.settings) | dataclasses.asdict(run.config))
@@ -673,7 +674,7 @@ def cut_log(log, step):
     """Drop the lines after a checkpoint's step, which will be written again, and what a crash left."""
     log.seek(0)
     header, *lines = log.readlines()
-    kept = [line for line in lines if 0 < evaluation.step_of(line) <= step]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         log.seek(0)
         log.truncate()
@@ -1095,11 +1096,13 @@ def write_sample(run, top_k):
     encoding, n = run.corpus.encoding, run.settings.sample_tokens
     if not run.corpus.has_chats():
         print("\nit writes:")
-        print(evaluation.write_text(run.model, encoding, "", n, top_k))
+        prompt = [encoding.encode_single_token("<|endoftext|>")]
     elif run.corpus.val:
         prompt = run.corpus.val.first_question()
-        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
-              *evaluation.reply(run.model, encoding, prompt, n, top_k), sep="")
+        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}", end="")
+    else:
+        return
+    print(*(piece for piece, in evaluation.generate_text(run.model, encoding, [prompt], n, top_k)), sep="")
 
 
 class Console:
