@@ -376,9 +376,9 @@ class Collectives(TorchDispatchMode):
 
 def count_collectives(grid, **changes):
     run = make_run(grid, torch.float32, **changes)
-    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
+    train.train_step(run, 0)                                   # .. which cuts the batch of the next one
     with Collectives() as seen:
-        train.train_step(run, 1, run.settings.batch_size)
+        train.train_step(run, 1)
     return {name: seen.names.count(name) for name in set(seen.names)}
 
 
@@ -398,27 +398,25 @@ def count_collectives_3(grid):
     return count_collectives(grid, accumulate=3)
 
 
-def sent(grid, accumulate, recomputed, no_sync, dtype):
+def sent(grid, accumulate, recomputed, dtype):
     """-> bytes counted, and by the formula, of a step."""
-    run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
-                   top_k=2)
+    run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, top_k=2)
     leaving, mine = [], grid.rank % grid.ep
     for block in run.model.blocks:
         block.moe.router.register_forward_hook(
             lambda m, x, routing: leaving.append(int((routing.experts // (12 // grid.ep) != mine).sum())))
-    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
+    train.train_step(run, 0)                                   # .. which cuts the batch of the next one
     leaving.clear()
     with Traffic() as counted:
-        train.train_step(run, 1, run.settings.batch_size)
+        train.train_step(run, 1)
     rows = sum(leaving) // (2 if recomputed else 1)               # the router was run again, too
     return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate,
-                                 dtype.itemsize, recomputed, no_sync)
+                                 dtype.itemsize, recomputed)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("how", [(1, False, True, torch.float32), (2, True, True, torch.float32),
-                                 (2, False, False, torch.float32), (2, False, True, torch.bfloat16)],
-                         ids=["plain", "recomputed", "each sent", "bf16"])
+@pytest.mark.parametrize("how", [(1, False, torch.float32), (2, True, torch.float32),
+                                 (2, False, torch.bfloat16)], ids=["plain", "recomputed", "bf16"])
 def test_bytes_sent_equal_the_formula(ranks, layout, how):
     answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
     counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
@@ -494,7 +492,7 @@ def bf16_norm(grid, accumulate):
     run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
     rows = run.corpus.train.rows
     run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
-    return train.train_step(run, 0, 0).norm.item()
+    return train.train_step(run, 0).norm.item()
 
 
 def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(ranks):
@@ -544,7 +542,7 @@ def save_after(grid, out, background=False):
     """Two steps, a checkpoint -> what it holds, whole."""
     run = make_run(grid, torch.float32, balance="loss-free", batch_size=10)
     for step in range(2):
-        train.train_step(run, step, 10 * step)
+        train.train_step(run, step)
     state = training_state(run.masters, run.optimizer)
     saver = parallel.Saver(out, 2, grid, background)
     saver.save(2, state)
@@ -578,7 +576,7 @@ def slow_save(grid, out):
     """Steps while a checkpoint is written slowly -> steps done before it was there, and whether it holds the
     weights of the moment of the call."""
     run = make_run(grid, torch.float32, batch_size=8)
-    train.train_step(run, 0, 0)
+    train.train_step(run, 0)
     done, real = threading.Event(), parallel.dcp.save
 
     def slow(*args, **kwargs):
@@ -591,7 +589,7 @@ def slow_save(grid, out):
         saver = parallel.Saver(out, 2, grid, background=True)
         saver.save(1, state)
         for step in range(1, 4):
-            train.train_step(run, step, 8 * step)
+            train.train_step(run, step)
         there = checkpoints(out)
         done.set()
         saver.finish()
