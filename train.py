@@ -656,7 +656,7 @@ def plan_run(argv, world):
     device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, "auto")
     if s.wandb:
-        evaluation.needed("wandb", "log")
+        evaluation.import_extra("wandb", "log")
     if not Path(s.data).exists() and s.data in CORPORA:
         sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
@@ -726,7 +726,7 @@ def load_weights(run, source):
     """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face."""
     masters = run.masters
     if evaluation.is_hf(source):
-        from_hf(evaluation.Weights(source), run.model,
+        from_hf(evaluation.load_hf_weights(source), run.model,
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
         return
     parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
@@ -786,12 +786,12 @@ def open_run(run, plan):
     header, *lines = run.log.readlines() or [json.dumps(settings | {
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
         "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}) + "\n"]
-    kept = [line for line in lines if 0 < evaluation.step_of(line) <= run.done]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.done]
     if len(kept) < len(lines) or not run.log.tell():
         run.log.truncate(0)
         run.log.writelines([header, *kept])
     if s.wandb:                                                   # log.jsonl stays the truth
-        run.wandb = evaluation.needed("wandb", "log").init(project="nanosigma", name=s.out, resume="allow",
+        run.wandb = evaluation.import_extra("wandb", "log").init(project="nanosigma", name=s.out, resume="allow",
                                                            id=re.sub(r"\W+", "-", s.out), config=settings)
 
 
@@ -901,14 +901,17 @@ def report(run, seconds):
 
 def write_sample(run, top_k):
     """Print a text of the model, or its answer to a held-out question."""
-    encoding, n = run.corpus.encoding, run.settings.sample_tokens
-    if not run.corpus.has_chats():
+    corpus, encoding = run.corpus, run.corpus.encoding
+    if not corpus.has_chats():
         print("\nit writes:")
-        print(evaluation.write_text(run.model, encoding, "", n, top_k))
-    elif run.corpus.val:
-        prompt = run.corpus.val.first_question()
-        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
-              *evaluation.reply(run.model, encoding, prompt, n, top_k), sep="")
+        prompt = [encoding.encode_single_token("<|endoftext|>")]
+    elif corpus.val:
+        prompt = corpus.val.first_question()
+        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}", end="")
+    else:
+        return
+    texts = evaluation.generate_text(run.model, encoding, [prompt], run.settings.sample_tokens, top_k)
+    print(*(piece for piece, in texts), sep="")
 
 
 if __name__ == "__main__":
