@@ -141,13 +141,11 @@ class Settings:
 
     ep: int = setting(1, "processes", "expert parallelism: processes that share out a layer's experts")
     replicate: int = setting(1, "processes", "copies of the model, each sharded over its processes")
-    backend: str = setting("auto", "processes", "gloo or nccl (default: what carries the device's tensors)")
     timeout: int = setting(600, "processes", "seconds without an answer in training that make an error")
     activation_checkpointing: bool = setting(False, "processes", "true: of each layer keep the input only, "
                                              "and compute the rest again; for memory")
     no_sync: bool = setting(True, "processes", "true: gradients are added up over the micro-batches, then "
                             "sent; false: each is sent, for memory")
-    background: bool = setting(False, "processes", "true: train on while a checkpoint is written")
 
     def check(self, config):
         for name in ("steps", "batch_size", "accumulate", "seq_len", "keep", "log_every", "ep", "replicate",
@@ -166,8 +164,7 @@ class Settings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
-                   "balance": BALANCE, "lbl_scope": ("global", "micro"),
-                   "backend": ("auto", "gloo", "nccl")}
+                   "balance": BALANCE, "lbl_scope": ("global", "micro")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -204,7 +201,7 @@ TAKEN_OVER = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "compile", "log_every", "eval_every", "eval_tokens", "save_every",
               "keep", "sample_tokens", "wandb", "spike", "bad_steps", "check_every", "ep", "replicate",
-              "backend", "timeout", "activation_checkpointing", "no_sync", "background"}
+              "timeout", "activation_checkpointing", "no_sync"}
 
 
 def parse(argv):
@@ -480,7 +477,7 @@ def decide(argv, world):
     asked = typed.get("data", "")
     s, config, exists = resolve(typed)
     device = parallel.pick_device(s.device)
-    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, s.backend)
+    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if not Path(s.data).exists() and s.data in CORPORA:
         sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
@@ -536,7 +533,7 @@ def start(decided, grid):
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     if decided["exists"]:                                     # nobody else may touch it from here on
-        run.log = parallel.from_rank_0(grid, lambda: open_log(s.out), s.timeout)
+        run.log = parallel.from_rank_0(grid, lambda: open_log(s.out))
     if decided["steps"]:
         run.done = parallel.load_newest(s.out, decided["steps"], state_of(run), grid)
     elif decided["foreign"]:
@@ -548,7 +545,7 @@ def start(decided, grid):
     masters.refresh()
     for block in model.blocks if s.balance == "top1" else ():
         block.moe.router.temperature = s.temperature
-    run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]), s.timeout)
+    run.log = parallel.from_rank_0(grid, lambda: open_run(run, decided["exists"]))
     return run
 
 
@@ -562,7 +559,7 @@ def load_foreign(run):
         problem = f"rank {run.grid.rank}: " * bool(run.grid.rank) + f"{s.init_from}: {error}"
     problem = next(filter(None, parallel.gather(run.grid, problem)), None)
     if problem:
-        parallel.together(run.grid, ValueError(problem))
+        parallel.exit_all(run.grid, ValueError(problem))
 
 
 def state_of(run):
@@ -930,7 +927,7 @@ def train(run):
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     first = consumed(done, s)
     clock, since = time.perf_counter(), 0
-    saver, stopping = parallel.Saver(s.out, s.keep, run.grid, s.background), False
+    stopping = False
     bar = tqdm(total=s.steps, initial=done, disable=True if run.grid.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
@@ -964,20 +961,14 @@ def train(run):
                 write_row(run, row)
                 clock, since = time.perf_counter(), 0
             if due:
-                save(run, saver, last=done == s.steps or stopping)
+                save(run, last=done == s.steps or stopping)
                 clock, since = time.perf_counter(), 0
 
 
-def save(run, saver, last):
+def save(run, last):
     """Save a checkpoint.  If one cannot be written, training goes on; OSError if it is the last."""
     try:
-        saver.finish()                                            # the one before, if in the background
-    except OSError as error:
-        missed(run, error)
-    try:
-        saver.save(run.done, state_of(run))
-        if last:
-            saver.finish()
+        parallel.save_checkpoint(run.settings.out, run.done, state_of(run), run.settings.keep, run.grid)
     except OSError as error:
         if last:
             raise
@@ -1031,7 +1022,7 @@ def end_if_hopeless(run, did, due):
         why = f"{s.bad_steps} steps in a row changed nothing, for {did.skipped}; a lower --lr may help"
     elif s.check_every and run.grid.world > 1 and (due or run.done % s.check_every == 0):
         ranks = ", ".join(map(str, parallel.differing_ranks(run.grid, run.masters)))
-        why = ranks and f"the weights of rank {ranks} are not those of their copies; look at that machine"
+        why = ranks and f"the weights of rank {ranks} are not those of the first replica of the same shard"
     if why:
         end(run, f"the run ends at step {run.done}: {why}; what was saved before is whole", 1)
 
@@ -1144,9 +1135,6 @@ def main(argv=None):
             if not why:
                 raise
             print(f"error: rank {rank}: {why}", file=sys.stderr)
-            if "another process" in why:                      # a save in the background may wait for it, too
-                sys.stdout.flush()
-                os._exit(1)
             raise SystemExit(1) from None
 
 
