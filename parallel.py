@@ -111,16 +111,11 @@ def gather(grid, value):
     return values
 
 
-def exit_all(grid, error):
-    """End on all ranks; rank 0 alone says why."""
-    raise error if grid.rank == 0 else SystemExit(2)
-
-
 def check_layout(world, ep, replicate, n_expert, device):
     """ValueError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world}, "
-                         "which torchrun starts)")
+        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world}) "
+                         "that torchrun starts")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
     if world > 1 and device not in ("cuda", "cpu"):
@@ -484,7 +479,8 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
     except FAILURES as error:
         problem = reason(error)
     if problem:
-        exit_all(grid, ValueError(f"checkpoint {path} is corrupt or of another model: {problem}"))
+        error = ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
+        raise error if grid.rank == 0 else SystemExit(2)
 
 
 def find_corruption(path):

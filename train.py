@@ -559,7 +559,7 @@ def load_foreign(run):
         problem = f"rank {run.grid.rank}: " * bool(run.grid.rank) + f"{s.init_from}: {error}"
     problem = next(filter(None, parallel.gather(run.grid, problem)), None)
     if problem:
-        parallel.exit_all(run.grid, ValueError(problem))
+        raise SystemExit(2) if run.grid.rank else ValueError(problem)
 
 
 def state_of(run):
