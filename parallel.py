@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import warnings
@@ -397,8 +396,7 @@ def differing_ranks(grid, masters):
 
 def checkpoints(out):
     """Steps of the complete checkpoints in a run directory, oldest first."""
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in Path(out).glob("step-*"))
-    return sorted(int(m[1]) for m in found if m)
+    return sorted(int(p.name[5:]) for p in Path(out).glob("step-*") if p.name[5:].isdecimal())
 
 
 def save_checkpoint(out, step, state, keep, grid=ALONE):
@@ -485,17 +483,16 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 def find_corruption(path):
     """What is wrong with the files of a checkpoint, or None.  OSError if they cannot be read just now."""
-    names = sorted(file.name for file in path.iterdir() if file.name != "manifest.json")
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if sorted(manifest) != names:
-            return "manifest.json does not list its files"
         with ThreadPoolExecutor() as threads:                     # sha256 takes longer than reading
-            for name, value in zip(names, threads.map(checksum, map(path.joinpath, names))):
-                if value != manifest[name]:
-                    return f"{name} does not have the size and checksum of manifest.json"
+            found = dict(zip((file.name for file in files), threads.map(checksum, files)))
+        wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
+        if wrong:
+            return f"{', '.join(wrong)} does not match manifest.json"
         Reader(path).read_metadata()
-    except (FileNotFoundError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         return f"{type(error).__name__}: {error}"
 
 

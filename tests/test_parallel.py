@@ -24,27 +24,18 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, ModelConfig
-from parallel import (
-    ALONE,
-    Masters,
-    adamw,
-    checkpoints,
-    clip_gradients,
-    load_checkpoint,
-    save_checkpoint,
-    training_state,
-)
+from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
 
 
 def build(dtype=torch.float32, seed=0, **changes):
     model = Model(small(**changes), seed=seed)
-    masters = Masters(model, dtype)
-    return model, masters, adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    masters = parallel.Masters(model, dtype)
+    return model, masters, parallel.adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
 
 
-def backward(model, seed, scale=1.0):
+def backward(model, seed):
     tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
-    (model(tokens, tokens).loss * scale / tokens.numel()).backward()
+    (model(tokens, tokens).loss / tokens.numel()).backward()
 
 
 def step(model, masters, optimizer, seed=0):
@@ -327,43 +318,6 @@ def test_the_timeout_reaches_every_group(ranks, group):
     assert 1 < ranks(4, silent_rank, group)[0].value < 6
 
 
-class Collectives(TorchDispatchMode):
-    """Names of the collectives that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("c10d::"):
-            self.names.append(func.name().removeprefix("c10d::"))
-        return func(*args, **(kwargs or {}))
-
-
-def count_collectives(grid, **changes):
-    run = make_run(grid, torch.float32, **changes)
-    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
-    with Collectives() as seen:
-        train.train_step(run, 1, run.settings.batch_size)
-    return {name: seen.names.count(name) for name in set(seen.names)}
-
-
-def test_how_many_collectives_a_step_has(ranks):
-    """One sum for the counts of the step, one per micro-batch, one for the norm; gathered twice per layer and
-    micro-batch (experts, attention), once in all (tables, the rest); gradients sent once."""
-    assert count_collectives(ALONE, accumulate=3) == {} and not dist.is_initialized()
-    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(1, 1)))
-    layers, micro = 2, 3
-    assert found == {"allreduce_": 2 + micro, "_allgather_base_": micro * (2 * 2 * layers + 2),
-                     "_reduce_scatter_base_": 2 * layers + 2}
-    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(4, 1)))
-    assert found["alltoall_base_"] == micro * layers * 5          # counts; rows, there and back, twice
-
-
-def count_collectives_3(grid):
-    return count_collectives(grid, accumulate=3)
-
-
 def sent(grid, accumulate, recomputed, no_sync, dtype):
     """-> bytes counted, and by the formula, of a step."""
     run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
@@ -393,39 +347,32 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
     assert (counted["rows"] > 0) == (layout[0] > 1) and (counted["copies"] > 0) == (layout[1] > 1)
 
 
-def count_syncs(grid):
-    """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
-    run, calls = make_run(grid, torch.float32, n_expert=12), []
-    tokens, targets = run.corpus.train.rows(0, 4)
-    real = torch.Tensor.tolist
-    torch.Tensor.tolist = lambda t: calls.append("tolist") or real(t)
-    try:
-        with Waiting() as waiting:
-            run.model(tokens, targets).loss.backward()
-    finally:
-        torch.Tensor.tolist = real
-    return calls + waiting.names
-
-
 class Waiting(TorchDispatchMode):
     """Operators that wait for a GPU, since sizes or Python depend on what it computed."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = []
+    names = ()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.name().removeprefix("aten::"), kwargs or {}
         masks = name == "index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1])
         unsized = name == "repeat_interleave.Tensor" and kwargs.get("output_size") is None
         if masks or unsized or name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount"):
-            self.names.append(name)
+            self.names += (name,)
         return func(*args, **kwargs)
 
 
+def count_syncs(grid):
+    """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
+    run, calls = make_run(grid, torch.float32, n_expert=12), []
+    with pytest.MonkeyPatch.context() as patch, Waiting() as waiting:
+        real = torch.Tensor.tolist
+        patch.setattr(torch.Tensor, "tolist", lambda t: calls.append("tolist") or real(t))
+        run.model(*run.corpus.train.rows(0, 4)).loss.backward()
+    return [*calls, *waiting.names]
+
+
 def test_one_device_synchronisation_per_layer(ranks):
-    assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [
-        ["tolist"] * 2] * 2
+    assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [["tolist"] * 2] * 2
     assert count_syncs(ALONE) == []
 
 
@@ -434,7 +381,7 @@ def test_one_device_synchronisation_per_layer(ranks):
 def dtypes_seen(grid):
     """-> dtypes that a bf16 model computes in, and those of weights and gradients."""
     model = parallel.build_model(small(n_expert=12), grid, "cpu", torch.bfloat16, 0)
-    named = Masters(model).named
+    named = parallel.Masters(model).named
     seen = {}
     for name, module in model.named_modules():
         if name.endswith(("router", "attn_norm", "attn.qkv", "experts", "head", "embed")):
@@ -539,25 +486,17 @@ def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
 
 
 def failing_save(grid, out):
-    """Rank 1 cannot write."""
-    run, real = make_run(grid, torch.float32, batch_size=8), parallel.checksum
-    state = training_state(run.masters, run.optimizer)
+    """Rank 1 cannot read what it wrote."""
+    state = training_state(make_run(grid, torch.float32).masters)
     save_checkpoint(out, 1, state, 2, grid)
-
-    def fails(path):
-        raise OSError(errno.EIO, "Input/output error")
-    parallel.checksum = fails if grid.rank == 1 else real
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="Not a directory"):
+        if grid.rank == 1:
+            patch.setattr(parallel, "checksum", lambda path: os.listdir(path))
         save_checkpoint(out, 2, state, 2, grid)
-    except OSError as error:
-        return str(error)
-    finally:
-        parallel.checksum = real
 
 
 def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
-    answers = ranks(3, failing_save, tmp_path, layout=(1, 1))
-    assert all("Input/output error" in a.value for a in answers)
+    ranks(3, failing_save, tmp_path, layout=(1, 1))
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
@@ -601,12 +540,9 @@ def train_until(argv, last):
 
 @pytest.mark.parametrize("more, message", [
     (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
-    (["--replicate", "4"], "must divide the number of processes (2)"),
     (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
-    (["--batch_size", "9", "--accumulate", "2"], "batch_size (9) must be a multiple of accumulate (2)"),
     (["--data", "nowhere"], "nowhere"), (["--data", "SHORT"], "seq_len (16) is too long for the 9 tokens"),
-    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
-    (["--init_from", "nowhere"], "nowhere")])
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"), (["--init_from", "nowhere"], "nowhere")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
     short = tmp_path / "short.bin"
     writer = data.TokenWriter(short, 64)
