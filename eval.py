@@ -304,7 +304,7 @@ def describe_routing(run):
         # [V, E]: how often each token id went to each expert; an id seen once says nothing of context
         counts = torch.bincount(run.tokens * E + run.experts[layer], minlength=V * E).view(V, E)
         often = counts[counts.sum(-1) > 1]
-        context = 100 - 100 * often.amax(-1).sum() / often.sum()  # not to the expert that most of their id are
+        context = 100 - 100 * often.amax(-1).sum() / often.sum()  # not to the favourite of its id
         lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:7.3f} {sums.top_sum[layer] / n:9.3f} "
                      f"{sums.entropy_sum[layer] / n:9.2f} {context:17.0f} %")
         if layer in (0, L - 1):
