@@ -58,8 +58,10 @@ from router import (
     Statistics,
     active_experts,
     differentiate_at,
+    drawn_experts,
     load_balancing_loss,
     noise_floor,
+    quantile_bias,
     update_bias,
 )
 
@@ -147,12 +149,12 @@ def train(run):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
                 if validate:
-                    row["val_loss"] = validation(run, did.top_k)[0]
+                    row["val_loss"] = validation(run)[0]
                     bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
                 write_row(run, row)
             if save:
-                save_checkpoint(run, did.top_k)
+                save_checkpoint(run)
             if log or validate or save:
                 clock, n_tokens = time.perf_counter(), 0
 
@@ -206,6 +208,8 @@ def train_step(run, step, stop=None):
     """
     s, model, grid = run.settings, run.model, run.grid
     top_k = top_k_at(step, s, run.config)
+    if s.top_k_choices:
+        top_k = drawn_experts(step, s.seed, s.top_k_choices, run.config.n_layer)
     batch = run.ahead if run.ahead and run.ahead.step == step else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*batch.counts))
     loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
@@ -226,7 +230,7 @@ def train_step(run, step, stop=None):
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
         (objective / max(1, n_tokens)).backward()
-    norm, _ = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
+    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
@@ -236,8 +240,11 @@ def train_step(run, step, stop=None):
             group["lr"] = learning_rate(step, s)
         run.optimizer.step()
         run.masters.refresh()
-        for block, load in zip(model.blocks, total.load) if s.balance == "loss-free" else ():
-            update_bias(block.moe.router.bias, load, s.bias_rate)
+        for block, load, margins, k in zip(model.blocks, total.load, total.margins, top_k):
+            if s.balance == "loss-free":
+                update_bias(block.moe.router.bias, load, s.bias_rate)
+            elif s.balance == "quantile" and k < run.config.n_expert:
+                block.moe.router.bias.copy_(quantile_bias(margins, k))
     # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
     in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
     run.optimizer.zero_grad(set_to_none=not in_place)
@@ -363,20 +370,22 @@ def write_row(run, row):
         run.wandb.log(row, step=row["step"])
 
 
-def validation(run, top_k):
-    """Loss, Statistics and windows of held-out text, or conversations."""
-    s = run.settings
+def validation(run):
+    """Loss, Statistics and windows of held-out text, or conversations, with the K of the last step."""
+    s, top_k = run.settings, top_k_at(max(0, run.done - 1), run.settings, run.config)
     return evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens, grid=run.grid)
 
 
-def save_checkpoint(run, top_k):
+def save_checkpoint(run):
     """Write step-N, unless copies of the model differ.  meta.json in it says what it was trained with."""
     ranks = parallel.differing_ranks(run.grid, run.masters) if run.grid.world > 1 else []
     if ranks:
         end_all(run, f"the run ends at step {run.done}: the weights of rank {', '.join(map(str, ranks))} "
-                "are not those of their copies; look at that machine; what was saved before is whole")
+                "are not those of the first replica; what was saved before is whole")
     s = run.settings
-    parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid)
+    meta = {"step": run.done, "top_k": top_k_at(run.done - 1, s, run.config), "seq_len": s.seq_len,
+            "rope_base": run.config.rope_base}
+    parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid, meta)
 
 
 def end_all(run, why, code=1):
@@ -430,6 +439,7 @@ class Settings:
     bias_rate: float = setting(1e-3, "balance: step of the selection biases in loss-free")
     z_coef: float = setting(0.0, "balance: weight of each layer's router z-loss")
     initial_top_k: list = setting([], "balance: K of layer 0, 1, .. before the switch, as in 8,4,2")
+    top_k_choices: list = setting([], "balance: K that each layer draws from in each step, as in 1,2,4")
     switch: float = setting(0.9, "balance: fraction of the steps before all layers use top_k; 1: never")
 
     bad_steps: int = setting(10, "guard: steps in a row with a loss or gradient not finite that end the run")
@@ -471,6 +481,11 @@ class Settings:
                              f"({self.accumulate})")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
+        if self.top_k_choices and self.initial_top_k:
+            raise ValueError("top_k_choices and initial_top_k are two schedules: leave one out")
+        if not all(1 <= k <= config.n_expert for k in self.top_k_choices):
+            raise ValueError(f"top_k_choices ({self.top_k_choices}) must be from 1 to {config.n_expert} "
+                             "(n_expert)")
         possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)
         if len(self.initial_top_k) > config.n_layer or not possible:
             raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
@@ -517,7 +532,7 @@ def parse(argv):
         return text.lower() == "true"
 
     def numbers(text):
-        return [int(n) for n in text.split(",") if n]
+        return [int(n) for n in text.split(",")] if text else []
     parser, groups = data.Parser(prog="train.py", description=__doc__), {}
     fields = [(f, *f.metadata["help"].split(": ", 1)) for f in dataclasses.fields(Settings)]
     fields += [(f, "model (default: the preset's)", SIZES[f.name]) for f in dataclasses.fields(ModelConfig)]
@@ -566,6 +581,8 @@ def resolve(typed):
     if "initial_top_k" not in typed:                              # a preset's list may be longer
         s.initial_top_k = s.initial_top_k[:config.n_layer]
     s.check(config)
+    if "lbl_coef" in typed and not BALANCE[s.balance]:
+        raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
 
 
@@ -628,7 +645,7 @@ def open_corpus(s):
     if (folder / "meta.json").exists():
         data.load_meta(folder)                                    # does the tokenizer fit the tokens?
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    return Corpus(train, val, data.vocabulary(file), encoding, file)
+    return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
 
 def plan_run(argv, world):
@@ -639,9 +656,9 @@ def plan_run(argv, world):
     asked = typed.get("data", "")
     s, config, exists = resolve(typed)
     device = parallel.pick_device(s.device)
-    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, "auto")
+    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
-        evaluation.needed("wandb", "log")
+        evaluation.import_extra("wandb", "log")
     if not Path(s.data).exists() and s.data in CORPORA:
         sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
@@ -692,9 +709,10 @@ def start(plan, grid):
         parallel.compile_blocks(model, masters)
     if s.activation_checkpointing:
         parallel.recompute_blocks(model)
-    for block in model.blocks if s.balance == "top1" else ():
-        block.moe.router.temperature = s.temperature
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
+    for block in model.blocks:
+        block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
+        block.moe.router.counts_margins = s.balance == "quantile"
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
     if plan["steps"]:
@@ -710,12 +728,13 @@ def load_weights(run, source):
     """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face."""
     masters = run.masters
     if evaluation.is_hf(source):
-        from_hf(evaluation.Weights(source), run.model,
+        from_hf(evaluation.load_hf_weights(source), run.model,
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
         return
     parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-    for bias in masters.buffers.values() if run.settings.balance != "loss-free" else ():
-        bias.zero_()                                              # nothing would ever move them again
+    if run.settings.balance not in ("loss-free", "quantile"):     # nothing would ever move them again
+        for bias in masters.buffers.values():
+            bias.zero_()
 
 
 def compute_dtype(s, config, device):
@@ -769,13 +788,13 @@ def open_run(run, plan):
     header, *lines = run.log.readlines() or [json.dumps(settings | {
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
         "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}) + "\n"]
-    kept = [line for line in lines if 0 < evaluation.step_of(line) <= run.done]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.done]
     if len(kept) < len(lines) or not run.log.tell():
         run.log.truncate(0)
         run.log.writelines([header, *kept])
     if s.wandb:                                                   # log.jsonl stays the truth
-        run.wandb = evaluation.needed("wandb", "log").init(project="nanosigma", name=s.out, resume="allow",
-                                                           id=re.sub(r"\W+", "-", s.out), config=settings)
+        run.wandb = evaluation.import_extra("wandb", "log").init(
+            project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
 
 
 def commit():
@@ -849,7 +868,7 @@ def introduce(run, exists):
               f"{text.n_left_out:,}, whose first answer does not, are left out")
     print("Ctrl-C saves and ends; the same command resumes")
     if corpus.val is not None:
-        print(f"step 0: held out {validation(run, top_k_at(0, s, config))[0]:.4f}")
+        print(f"step 0: held out {validation(run)[0]:.4f}")
     return True
 
 
@@ -862,7 +881,7 @@ def report(run, seconds):
     torch.use_deterministic_algorithms(False)                     # sampling cannot be
     top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
-        loss, statistics, _ = validation(run, top_k)
+        loss, statistics, _ = validation(run)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:
@@ -884,14 +903,17 @@ def report(run, seconds):
 
 def write_sample(run, top_k):
     """Print a text of the model, or its answer to a held-out question."""
-    encoding, n = run.corpus.encoding, run.settings.sample_tokens
-    if not run.corpus.has_chats():
+    corpus, encoding = run.corpus, run.corpus.encoding
+    if not corpus.has_chats():
         print("\nit writes:")
-        print(evaluation.write_text(run.model, encoding, "", n, top_k))
-    elif run.corpus.val:
-        prompt = run.corpus.val.first_question()
-        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}",
-              *evaluation.reply(run.model, encoding, prompt, n, top_k), sep="")
+        prompt = [encoding.encode_single_token("<|endoftext|>")]
+    elif corpus.val:
+        prompt = corpus.val.first_question()
+        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}", end="")
+    else:
+        return
+    texts = evaluation.generate_text(run.model, encoding, [prompt], run.settings.sample_tokens, top_k)
+    print(*(piece for piece, in texts), sep="")
 
 
 if __name__ == "__main__":
