@@ -452,11 +452,6 @@ def load_tokens(path):
     return tokens
 
 
-def vocabulary(path):
-    """Size of the vocabulary that a token file was written with."""
-    return read_header(path)[1]
-
-
 def largest_share(tokens):
     """Share of the most frequent token; of up to ten million, evenly spaced, in a larger file."""
     sample = tokens[::1 + len(tokens) // 10 ** 7]

@@ -385,7 +385,7 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     writer.close()
     tokens = data.load_tokens(tmp_path / "t.bin")
     assert tokens.dtype == dtype and tokens.tolist() == [1, 2, vocab_size - 1, 7]
-    assert data.vocabulary(tmp_path / "t.bin") == vocab_size
+    assert data.read_header(tmp_path / "t.bin")[1] == vocab_size
 
 
 @pytest.mark.parametrize("harm, message", [
