@@ -593,7 +593,7 @@ def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, me
 
 def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
-    run = train.start(train.decide(argv, 1), ALONE)
+    run = train.start(train.plan_run(argv, 1), ALONE)
     with run.log:
         answers = ranks(2, train.main, argv)
     assert [a.code for a in answers] == [2, 2]
