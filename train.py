@@ -427,6 +427,8 @@ class Settings:
     warmup: float = setting(0.03, "schedule: fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule: fraction of the steps, the last ones, in which it falls to 0")
 
+    optimizer: str = setting("adamw", "optimizer: adamw, or muon for the matrices of attention and experts")
+    momentum: float = setting(0.95, "optimizer: Muon's decay of the average gradient")
     beta1: float = setting(0.9, "optimizer: AdamW's decay of the average gradient")
     beta2: float = setting(0.95, "optimizer: AdamW's decay of the average squared gradient")
     weight_decay: float = setting(0.1, "optimizer: on matrices only")
@@ -462,12 +464,12 @@ class Settings:
     def check(self, config):
         """ValueError, naming the field, for what is impossible."""
         choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
-                   "balance": BALANCE, "lbl_scope": ("global", "micro")}
+                   "optimizer": ("adamw", "muon"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        fractions = ("warmup", "decay", "beta1", "beta2", "switch")
-        may_be_0 = (*fractions[:4], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
+        fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch")
+        may_be_0 = (*fractions[:5], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
                     "lbl_coef", "bias_rate", "z_coef", "spike")
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -517,7 +519,8 @@ CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 
 CHAT_EPOCHS = 4
 CHAT_LR = 0.3
 INHERITED = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
-             "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "clip")
+             "temperature", "bias_rate", "z_coef", "optimizer", "momentum", "weight_decay", "beta1", "beta2",
+             "clip")
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "compile", "deterministic", "log_every", "eval_every", "eval_tokens",
               "save_every", "keep", "sample_tokens", "wandb", "spike", "bad_steps", "ep", "replicate",
@@ -712,7 +715,8 @@ def start(plan, grid):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
         block.moe.router.counts_margins = s.balance == "quantile"
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                        s.momentum)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
     if plan["steps"]:

@@ -59,7 +59,8 @@ def make_run(**changes):
     s.check(config)
     model = Model(config, seed=0).double()
     masters = parallel.Masters(model)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(
+        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
         block.moe.router.counts_margins = s.balance == "quantile"
@@ -255,9 +256,10 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
                                      ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--optimizer", "muon", "--dtype", "bfloat16"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
                          ids=["plain", "bf16", "switch", "loss-free", "quantile",
-                              "top1"])
+                              "muon", "top1"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
