@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -413,6 +414,7 @@ class Settings:
                         "gpu and gpu-1b data/installed, made if missing); with --init_from also a file of "
                         "conversations, or the word functions: Python's own documented ones")
     init_from: str = setting("", "run: start from the weights of a run, of its step-N, or of a Qwen3-MoE")
+    growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
     device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products (default: bfloat16 on CUDA)")
     compile: str = setting("auto", "run: true or false, for one process in bfloat16 (default: on CUDA)")
@@ -427,6 +429,8 @@ class Settings:
     warmup: float = setting(0.03, "schedule: fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule: fraction of the steps, the last ones, in which it falls to 0")
 
+    optimizer: str = setting("adamw", "optimizer: adamw, or muon for the matrices of attention and experts")
+    momentum: float = setting(0.95, "optimizer: Muon's decay of the average gradient")
     beta1: float = setting(0.9, "optimizer: AdamW's decay of the average gradient")
     beta2: float = setting(0.95, "optimizer: AdamW's decay of the average squared gradient")
     weight_decay: float = setting(0.1, "optimizer: on matrices only")
@@ -462,13 +466,13 @@ class Settings:
     def check(self, config):
         """ValueError, naming the field, for what is impossible."""
         choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
-                   "balance": BALANCE, "lbl_scope": ("global", "micro")}
+                   "optimizer": ("adamw", "muon"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        fractions = ("warmup", "decay", "beta1", "beta2", "switch")
-        may_be_0 = (*fractions[:4], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
-                    "lbl_coef", "bias_rate", "z_coef", "spike")
+        fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch")
+        may_be_0 = (*fractions[:5], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
+                    "lbl_coef", "bias_rate", "z_coef", "spike", "growth_noise")
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
@@ -517,7 +521,8 @@ CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 
 CHAT_EPOCHS = 4
 CHAT_LR = 0.3
 INHERITED = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
-             "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "clip")
+             "temperature", "bias_rate", "z_coef", "optimizer", "momentum", "weight_decay", "beta1", "beta2",
+             "clip")
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "compile", "deterministic", "log_every", "eval_every", "eval_tokens",
               "save_every", "keep", "sample_tokens", "wandb", "spike", "bad_steps", "ep", "replicate",
@@ -612,8 +617,11 @@ def of_a_new_run(preset, source, tuned, chats, typed):
         values |= {name: tuned[name] for name in INHERITED if name in tuned} | {"initial_top_k": []}
         values["lr"] = CHAT_LR * tuned.get("lr", values["lr"])
     if source:
-        values |= evaluation.read_hf_config(source) if evaluation.is_hf(source) else (
-            evaluation.read_settings(evaluation.run_folder(source))["model"])
+        values |= dataclasses.asdict(source_config(source))
+        for name in ("n_layer", "n_expert"):
+            if name in typed and typed[name] % values[name]:
+                raise ValueError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of "
+                                 f"{source}: a model grows by copies")
         values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
     return values
 
@@ -712,7 +720,8 @@ def start(plan, grid):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
         block.moe.router.counts_margins = s.balance == "quantile"
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                        s.momentum)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
     if plan["steps"]:
@@ -724,17 +733,56 @@ def start(plan, grid):
     return run
 
 
+@torch.no_grad()
 def load_weights(run, source):
-    """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face."""
-    masters = run.masters
-    if evaluation.is_hf(source):
+    """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face; grow them if
+    that model has fewer layers or experts."""
+    s, config, masters = run.settings, run.config, run.masters
+    old = source_config(source)
+    if (old.n_layer, old.n_expert) != (config.n_layer, config.n_expert):
+        small = Model(old, 0)                                     # whole, on the CPU of every rank
+        if evaluation.is_hf(source):
+            from_hf(evaluation.load_hf_weights(source), small)
+        else:
+            parallel.load_checkpoint(source, parallel.training_state(parallel.Masters(small)), run.grid)
+        weights = dict(small.named_parameters())
+        for name, p in masters.named.items():
+            parallel.put_part(p, grown(name, config, old, weights, s.growth_noise, s.seed).to(run.device))
+    elif evaluation.is_hf(source):
         from_hf(evaluation.load_hf_weights(source), run.model,
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
-        return
-    parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-    if run.settings.balance not in ("loss-free", "quantile"):     # nothing would ever move them again
-        for bias in masters.buffers.values():
-            bias.zero_()
+    else:
+        parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
+        if s.balance not in ("loss-free", "quantile"):            # nothing would ever move them again
+            for bias in masters.buffers.values():
+                bias.zero_()
+
+
+def source_config(source):
+    """ModelConfig of a run, a step-N folder in it, or a folder of Hugging Face."""
+    if evaluation.is_hf(source):
+        return ModelConfig(**evaluation.read_hf_config(source))
+    return ModelConfig(**evaluation.read_settings(evaluation.run_folder(source))["model"])
+
+
+@torch.no_grad()
+def grown(name, config, old, weights, noise, seed):
+    """The whole parameter `name` of a model that grew from `old` (arXiv 2510.08008), whose weights are given.
+
+    Layers are repeated in place (l1 l1 l2 l2), experts with their router rows too; the copies get Gaussian
+    noise, as a part of the weight's standard deviation."""
+    if not name.startswith("blocks."):
+        return weights[name].detach()
+    _, layer, rest = name.split(".", 2)
+    layers, experts = config.n_layer // old.n_layer, config.n_expert // old.n_expert
+    w = weights[f"blocks.{int(layer) // layers}.{rest}"].detach()
+    is_copy = torch.full(w.shape[:1], int(layer) % layers > 0)
+    if ".experts." in name or ".router." in name:
+        w = w.repeat_interleave(experts, 0)
+        is_copy = is_copy.repeat_interleave(experts) | (torch.arange(len(w)) % experts > 0)
+    generator = torch.Generator().manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+    change = noise * w.std(correction=0) * torch.randn(w.shape, generator=generator)
+    return w + change * is_copy.view(-1, *[1] * (w.dim() - 1))
 
 
 def compute_dtype(s, config, device):

@@ -27,10 +27,10 @@ from model import Model, ModelConfig
 from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
 
 
-def build(dtype=torch.float32, seed=0, **changes):
+def build(dtype=torch.float32, seed=0, kind="adamw", **changes):
     model = Model(small(**changes), seed=seed)
     masters = parallel.Masters(model, dtype)
-    return model, masters, parallel.adamw(masters, 1e-2, (0.9, 0.95), 0.1)
+    return model, masters, parallel.make_optimizer(masters, kind, 1e-2, (0.9, 0.95), 0.1)
 
 
 def backward(model, seed):
@@ -94,6 +94,48 @@ def test_clipping_equals_torch(max_norm):
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (3, 8, 30), (16, 16)])
+def test_newton_schulz_against_the_svd(shape):
+    """The singular vectors are kept; the singular values come near 1, also small ones."""
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    got = parallel.newton_schulz(matrices)
+    rotated = u.mT @ got @ v.mT                                   # diagonal in the basis of the SVD
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(rotated, torch.diag_embed(values), atol=1e-9, rtol=0)
+    big = s > 0.1 * s.amax(-1, keepdim=True)
+    assert 0.6 < values[big].min() and values.max() < 1.25
+    assert not parallel.newton_schulz(torch.zeros(2, 3)).any()
+
+
+def test_muon_is_what_its_paper_says():
+    """Matrices of attention and experts, one expert at a time; everything else as with AdamW."""
+    (a, masters, muon), (b, _, adamw) = build(kind="muon"), build()
+    for i in range(3):
+        before = {name: p.detach().clone() for name, p in a.named_parameters()}
+        momentum = {name: muon.state[p]["momentum"].clone() for name, p in a.named_parameters()
+                    if "momentum" in muon.state[p]}
+        assert {name.split(".", 2)[2] for name in momentum} == {
+            "attn.qkv.weight", "attn.out.weight", "moe.experts.w_in", "moe.experts.w_out"}
+        backward(a, i)
+        backward(b, i)
+        gradient = {name: p.grad.clone() for name, p in a.named_parameters()}
+        clip_gradients(masters, 1e9, muon)
+        muon.step()
+        adamw.step()
+        for name, p in a.named_parameters():
+            if name in momentum:
+                m = 0.95 * momentum[name] + 0.05 * gradient[name]
+                u = 0.05 * gradient[name] + 0.95 * m
+                each = u.unbind() if u.dim() == 3 else [u]
+                u = torch.stack([parallel.newton_schulz(e) for e in each]).view_as(u)
+                want = before[name] * (1 - 1e-2 * 0.1) - 1e-2 * 0.2 * max(p.shape[-2:]) ** 0.5 * u
+                torch.testing.assert_close(p, want)
+            elif i == 0:
+                torch.testing.assert_close(p, dict(b.named_parameters())[name])
+        b.load_state_dict(a.state_dict())
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------

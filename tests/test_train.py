@@ -59,7 +59,8 @@ def make_run(**changes):
     s.check(config)
     model = Model(config, seed=0).double()
     masters = parallel.Masters(model)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(
+        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
         block.moe.router.counts_margins = s.balance == "quantile"
@@ -255,9 +256,10 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
                                      ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--optimizer", "muon", "--dtype", "bfloat16"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
                          ids=["plain", "bf16", "switch", "loss-free", "quantile",
-                              "top1"])
+                              "muon", "top1"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
@@ -335,6 +337,50 @@ def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
     saved = list(evaluation.load_run(f"{first}/step-3")[0].buffers())
     assert all(torch.equal(a, b) for a, b in zip(*starts))
     assert all(torch.equal(a, b) for a, b in zip(starts[0][-2:], saved)) and any(b.any() for b in saved)
+
+
+@pytest.mark.parametrize("gate, kept", [("normalized", True), ("softmax", False)])
+def test_experts_grow_and_keep_the_function(corpus, tmp_path, gate, kept, capsys):
+    """Copies with their router rows: with a normalized gate the loss stays; a dense run is upcycled."""
+    base = ["--data", str(corpus), *SIZES, "--gate", gate, "--sample_tokens", "0", "--steps", "4"]
+    train.main([*base, "--n_expert", "1", "--out", str(tmp_path / "dense")])
+    before = rows(tmp_path / "dense")[-1]["val_loss"]
+    train.main([*base, "--init_from", str(tmp_path / "dense"), "--n_expert", "6", "--steps", "1", "--out",
+                str(tmp_path / "sparse"), "--growth_noise", "0"])
+    after = float(re.findall(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[-1])
+    assert (after == pytest.approx(before, abs=1e-4)) == kept
+
+
+def test_layers_and_experts_grow_in_place():
+    old, config = small(n_layer=2, n_expert=3), small(n_layer=4, n_expert=6)
+    weights = dict(Model(old, 0).named_parameters())
+    for name, p in Model(config, 1).named_parameters():
+        exact = train.grown(name, config, old, weights, 0.0, 0)
+        noisy = train.grown(name, config, old, weights, 0.01, 0)
+        assert exact.shape == p.shape == noisy.shape
+        if not name.startswith("blocks."):
+            assert torch.equal(exact, weights[name]) and torch.equal(noisy, exact)
+            continue
+        _, layer, rest = name.split(".", 2)
+        source = weights[f"blocks.{int(layer) // 2}.{rest}"]      # l1 l1 l2 l2
+        each = range(len(p))
+        grows = len(p) != len(source)
+        for i in each:
+            first = int(layer) % 2 == 0 and (i % 2 == 0 or not grows)
+            assert torch.equal(exact[i], source[i // 2 if grows else i])
+            assert torch.equal(noisy[i], exact[i]) == first or p.dim() == 1      # norms are all 1: no spread
+        assert torch.equal(noisy, train.grown(name, config, old, weights, 0.01, 0))
+        if p.dim() > 1:
+            change = (noisy - exact).square().mean().sqrt() / source.std()
+            assert 0.005 < change < 0.011 or int(layer) % 2 == 0
+
+
+@pytest.mark.parametrize("sizes", [["--n_layer", "4"], ["--n_layer", "4", "--n_expert", "12"]])
+def test_a_grown_run_trains_on(finished, corpus, tmp_path, sizes):
+    argv = ["--data", str(corpus), *SIZES, *sizes, "--init_from", str(finished), "--out", str(tmp_path)]
+    train.main([*argv, "--steps", "3"])
+    assert rows(tmp_path)[-1]["val_loss"] < 1.1 * rows(finished)[-1]["val_loss"]
+    assert len(rows(tmp_path)[-1]["load_max"]) == 4
 
 
 def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
