@@ -775,8 +775,8 @@ def open_run(run, plan):
         run.log.truncate(0)
         run.log.writelines([header, *kept])
     if s.wandb:                                                   # log.jsonl stays the truth
-        run.wandb = evaluation.import_extra("wandb", "log").init(project="nanosigma", name=s.out, resume="allow",
-                                                           id=re.sub(r"\W+", "-", s.out), config=settings)
+        run.wandb = evaluation.import_extra("wandb", "log").init(
+            project="nanosigma", name=s.out, resume="allow", id=re.sub(r"\W+", "-", s.out), config=settings)
 
 
 def commit():

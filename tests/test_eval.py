@@ -83,7 +83,7 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     table, n, _ = evaluation.compare_losses([finished])
     last = [r["val_loss"] for r in evaluation.read_log(finished)[1:] if "val_loss" in r][-1]
     assert table[2][1] == pytest.approx(last, rel=1e-6) and n == len(text)
-    assert table[2][2] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
+    assert table[2][3] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
 
 
 def test_a_row_for_each_top_k(finished, capsys):
