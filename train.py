@@ -58,8 +58,10 @@ from router import (
     Statistics,
     active_experts,
     differentiate_at,
+    drawn_experts,
     load_balancing_loss,
     noise_floor,
+    quantile_bias,
     update_bias,
 )
 
@@ -147,12 +149,12 @@ def train(run):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
                 if validate:
-                    row["val_loss"] = validation(run, did.top_k)[0]
+                    row["val_loss"] = validation(run)[0]
                     bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
                 write_row(run, row)
             if save:
-                save_checkpoint(run, did.top_k)
+                save_checkpoint(run)
             if log or validate or save:
                 clock, n_tokens = time.perf_counter(), 0
 
@@ -206,6 +208,8 @@ def train_step(run, step, stop=None):
     """
     s, model, grid = run.settings, run.model, run.grid
     top_k = top_k_at(step, s, run.config)
+    if s.top_k_choices:
+        top_k = drawn_experts(step, s.seed, s.top_k_choices, run.config.n_layer)
     batch = run.ahead if run.ahead and run.ahead.step == step else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*batch.counts))
     loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
@@ -225,10 +229,7 @@ def train_step(run, step, stop=None):
             objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
-        # flash attention adds up the gradient of its queries in any order, unless told otherwise
-        torch.use_deterministic_algorithms(s.deterministic and run.device.startswith("cuda"))
         (objective / max(1, n_tokens)).backward()
-        torch.use_deterministic_algorithms(False)
     norm, _ = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
@@ -239,8 +240,11 @@ def train_step(run, step, stop=None):
             group["lr"] = learning_rate(step, s)
         run.optimizer.step()
         run.masters.refresh()
-        for block, load in zip(model.blocks, total.load) if s.balance == "loss-free" else ():
-            update_bias(block.moe.router.bias, load, s.bias_rate)
+        for block, load, margins, k in zip(model.blocks, total.load, total.margins, top_k):
+            if s.balance == "loss-free":
+                update_bias(block.moe.router.bias, load, s.bias_rate)
+            elif s.balance == "quantile" and k < run.config.n_expert:
+                block.moe.router.bias.copy_(quantile_bias(margins, k))
     # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
     in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
     run.optimizer.zero_grad(set_to_none=not in_place)
@@ -366,13 +370,13 @@ def write_row(run, row):
         run.wandb.log(row, step=row["step"])
 
 
-def validation(run, top_k):
-    """Loss, Statistics and windows of held-out text, or conversations."""
-    s = run.settings
+def validation(run):
+    """Loss, Statistics and windows of held-out text, or conversations, with the K of the last step."""
+    s, top_k = run.settings, top_k_at(max(0, run.done - 1), run.settings, run.config)
     return evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens, grid=run.grid)
 
 
-def save_checkpoint(run, top_k):
+def save_checkpoint(run):
     """Write step-N, unless copies of the model differ.  meta.json in it says what it was trained with."""
     ranks = parallel.differing_ranks(run.grid, run.masters) if run.grid.world > 1 else []
     if ranks:
@@ -410,7 +414,7 @@ class Settings:
     device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products (default: bfloat16 on CUDA)")
     compile: str = setting("auto", "run: true or false, for one process in bfloat16 (default: on CUDA)")
-    deterministic: bool = setting(True, "run: true: a GPU repeats a run bit for bit; false: faster (true)")
+    deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
     steps: int = setting(1600, "schedule: updates of the weights; for tuning four epochs")
@@ -433,6 +437,7 @@ class Settings:
     bias_rate: float = setting(1e-3, "balance: step of the selection biases in loss-free")
     z_coef: float = setting(0.0, "balance: weight of each layer's router z-loss")
     initial_top_k: list = setting([], "balance: K of layer 0, 1, .. before the switch, as in 8,4,2")
+    top_k_choices: list = setting([], "balance: K that each layer draws from in each step, as in 1,2,4")
     switch: float = setting(0.9, "balance: fraction of the steps before all layers use top_k; 1: never")
 
     bad_steps: int = setting(10, "guard: steps in a row with a loss or gradient not finite that end the run")
@@ -474,6 +479,11 @@ class Settings:
                              f"({self.accumulate})")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
+        if self.top_k_choices and self.initial_top_k:
+            raise ValueError("top_k_choices and initial_top_k are two schedules: leave one out")
+        if not all(1 <= k <= config.n_expert for k in self.top_k_choices):
+            raise ValueError(f"top_k_choices ({self.top_k_choices}) must be from 1 to {config.n_expert} "
+                             "(n_expert)")
         possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)
         if len(self.initial_top_k) > config.n_layer or not possible:
             raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
@@ -520,7 +530,7 @@ def parse(argv):
         return text.lower() == "true"
 
     def numbers(text):
-        return [int(n) for n in text.split(",") if n]
+        return [int(n) for n in text.split(",")] if text else []
     parser, groups = data.Parser(prog="train.py", description=__doc__), {}
     fields = [(f, *f.metadata["help"].split(": ", 1)) for f in dataclasses.fields(Settings)]
     fields += [(f, "model (default: the preset's)", SIZES[f.name]) for f in dataclasses.fields(ModelConfig)]
@@ -569,6 +579,8 @@ def resolve(typed):
     if "initial_top_k" not in typed:                              # a preset's list may be longer
         s.initial_top_k = s.initial_top_k[:config.n_layer]
     s.check(config)
+    if "lbl_coef" in typed and not BALANCE[s.balance]:
+        raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
 
 
@@ -686,6 +698,8 @@ def start(plan, grid):
     dtype = compute_dtype(s, config, device)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32
+        # attention adds up the gradient of its queries in any order, unless told otherwise
+        torch.use_deterministic_algorithms(s.deterministic)
         torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
     model = parallel.build_model(config, grid, device, dtype, s.seed)
     masters = parallel.Masters(model, dtype)
@@ -693,8 +707,9 @@ def start(plan, grid):
         parallel.compile_blocks(model, masters)
     if s.activation_checkpointing:
         parallel.recompute_blocks(model)
-    for block in model.blocks if s.balance == "top1" else ():
-        block.moe.router.temperature = s.temperature
+    for block in model.blocks:
+        block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
+        block.moe.router.counts_margins = s.balance == "quantile"
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
@@ -715,8 +730,9 @@ def load_weights(run, source):
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
         return
     parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-    for bias in masters.buffers.values() if run.settings.balance != "loss-free" else ():
-        bias.zero_()                                              # nothing would ever move them again
+    if run.settings.balance not in ("loss-free", "quantile"):     # nothing would ever move them again
+        for bias in masters.buffers.values():
+            bias.zero_()
 
 
 def compute_dtype(s, config, device):
@@ -850,7 +866,7 @@ def introduce(run, exists):
               f"{text.n_left_out:,}, whose first answer does not, are left out")
     print("Ctrl-C saves and ends; the same command resumes")
     if corpus.val is not None:
-        print(f"step 0: held out {validation(run, top_k_at(0, s, config))[0]:.4f}")
+        print(f"step 0: held out {validation(run)[0]:.4f}")
     return True
 
 
@@ -860,9 +876,10 @@ def report(run, seconds):
     if run.done < s.steps:
         print(f"stopped and saved after step {run.done}; the same command resumes")
         return
+    torch.use_deterministic_algorithms(False)                     # sampling cannot be
     top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
-        loss, statistics, _ = validation(run, top_k)
+        loss, statistics, _ = validation(run)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:

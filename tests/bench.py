@@ -147,11 +147,10 @@ def product(dtype, device):
 
 # --- candidates -------------------------------------------------------------------------------------------
 
-def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumulate=1, deterministic=True):
+def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumulate=1):
     """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
-                       warmup=0, decay=0, accumulate=accumulate, deterministic=deterministic)
-    torch.backends.cuda.enable_cudnn_sdp(not deterministic)       # as train.start has it
+                       warmup=0, decay=0, accumulate=accumulate)
     model = parallel.build_model(config, grid, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
     if train.compiles(s, device, dtype, grid):
@@ -453,31 +452,29 @@ def bench_gpu(args):
              "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
              "6 layers of the paper's": (paper, 64, 4096, 4),
              "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
-    head = ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer", "peak GiB", "first step, s")
-    table("one card, bf16, compiled; second rows: --deterministic false", head, [])
+    table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
+                                       "peak GiB", "first step, s"), [])
     for name, (config, batch, seq_len, micro) in cases.items():
-        for deterministic in (True, False):
-            config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
-            run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro,
-                          deterministic=deterministic)
-            work, tokens = our_step(run), batch * seq_len
-            began = time.perf_counter()
-            work()
-            if card:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            first = time.perf_counter() - began
-            times = [seconds(work, args.device) for _ in range(args.warm + args.rounds)][args.warm:]
-            memory = torch.cuda.max_memory_allocated() / 2 ** 30 if card else 0
-            rate = tokens / median(times)
-            mfu = train.utilisation(run, config.layer_top_k(), rate)
-            print(f"| {name} | {tokens:,} in {micro} | {median(times) * 1e3:.1f} | {rate:,.0f} | "
-                  f"{f'{mfu:.1%}' if mfu else 'unknown'} | {optimizer_share(run):.0%} | {memory:.1f} | "
-                  f"{first:.0f} |", flush=True)
-            if name == "gpu-1b" and not deterministic:
-                print_kernels(work)
-            del run, work
-            gc.collect()
+        config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
+        run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
+        work, tokens = our_step(run), batch * seq_len
+        began = time.perf_counter()
+        work()
+        if card:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        first = time.perf_counter() - began
+        times = [seconds(work, args.device) for _ in range(args.warm + args.rounds)][args.warm:]
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if card else 0
+        rate = tokens / median(times)
+        mfu = train.utilisation(run, config.layer_top_k(), rate)
+        print(f"| {name} | {tokens:,} in {micro} | {median(times) * 1e3:.1f} | {rate:,.0f} | "
+              f"{f'{mfu:.1%}' if mfu else 'unknown'} | {optimizer_share(run):.0%} | {memory:.1f} | "
+              f"{first:.0f} |", flush=True)
+        if name == "gpu-1b":
+            print_kernels(work)
+        del run, work
+        gc.collect()
     config, batch, seq_len = (PRESETS["gpu-1b"], 16, 1024) if card else (small, 8, 64)
     model = Model(config, 0).to(args.device, torch.bfloat16)
     bench_generation(model, args)

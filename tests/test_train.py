@@ -23,7 +23,7 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, flops_per_token
-from router import active_experts, noise_floor
+from router import active_experts, drawn_experts, noise_floor
 from train import Corpus, Run, Settings, describe, learning_rate, train_step
 
 ROOT = Path(train.__file__).parent
@@ -62,6 +62,7 @@ def make_run(**changes):
     optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
+        block.moe.router.counts_margins = s.balance == "quantile"
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
     corpus = Corpus(data.Sampler(tokens, 8, 0))
     return Run(s, config, model, masters, optimizer, corpus, "cpu", torch.float64)
@@ -170,7 +171,8 @@ def test_what_is_reported_is_of_the_whole_step():
 
 
 @pytest.mark.parametrize("balance", [dict(balance="lbl"), dict(balance="top1", temperature=0.3),
-                                     dict(balance="loss-free", bias_rate=0.01)], ids=lambda b: b["balance"])
+                                     dict(balance="loss-free", bias_rate=0.01), dict(balance="quantile")],
+                         ids=lambda b: b["balance"])
 def test_every_method_balances(balance):
     """Forty steps on random tokens: the worst expert is far less loaded than without it."""
     worst = []
@@ -193,8 +195,9 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
         assert block.moe.router.bias.tolist() == want
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing():
-    run = make_run(balance="loss-free", lbl_coef=0.5)
+@pytest.mark.parametrize("balance", ["loss-free", "quantile"])
+def test_a_step_without_a_finite_gradient_changes_nothing(balance):
+    run = make_run(balance=balance, lbl_coef=0.5)
     train_step(run, 0)
     state = parallel.training_state(run.masters, run.optimizer)
     before = {name: value.clone() for name, value in state.items()}
@@ -204,6 +207,17 @@ def test_a_step_without_a_finite_gradient_changes_nothing():
     handle.remove()
     assert not train_step(run, 2).skipped
     assert not torch.equal(before["model.blocks.0.moe.router.bias"], state["model.blocks.0.moe.router.bias"])
+
+
+def test_every_layer_draws_its_k_from_the_choices():
+    """A pure function of seed and step; validation and what is saved use the model's own K."""
+    run = make_run(top_k_choices=[1, 2, 4], accumulate=2)
+    drawn = [train_step(run, step).top_k for step in range(10)]
+    again = make_run(top_k_choices=[1, 2, 4], accumulate=2)
+    assert drawn[7] == train_step(again, 7).top_k and {k for ks in drawn for k in ks} == {1, 2, 4}
+    assert any(a != b for a, b in drawn) and make_run(seed=1).settings.top_k_choices == []
+    assert train.top_k_at(7, run.settings, run.config) == [1, 1]
+    assert [drawn_experts(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
@@ -240,8 +254,10 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
 @pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
+                                     ["--balance", "quantile", "--top_k_choices", "1,2,6"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
-                         ids=["plain", "bf16", "switch", "loss-free", "top1"])
+                         ids=["plain", "bf16", "switch", "loss-free", "quantile",
+                              "top1"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
