@@ -273,14 +273,14 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
 def routing_command(args):
     """Which expert takes which token, and how evenly: text, and with --png pictures."""
     if args.png:                                                  # before minutes of work
-        pyplot = import_extra("matplotlib.pyplot", "plot")
+        Figure = import_extra("matplotlib.figure", "plot").Figure
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [snapshot(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    for draw in (draw_load_map, draw_deviation, draw_gate, draw_switch) if args.png else ():
-        path = Path(args.png) / f"{draw.__name__.removeprefix('draw_')}.png"
-        draw(pyplot, runs).savefig(path)
-        print(f"drawn: {path}")
+    pictures = {"load": draw_load_map, "deviation": draw_deviation, "gate": draw_gate, "switch": draw_switch}
+    for name, draw in pictures.items() if args.png else ():
+        draw(Figure, runs).savefig(Path(args.png) / f"{name}.png")
+        print(f"drawn: {args.png}/{name}.png")
 
 
 def describe_routing(run):
@@ -328,21 +328,21 @@ def draw_load(load, width=48):
 
 # --- pictures (extra: plot) -------------------------------------------------------------------------------
 
-def draw_load_map(pyplot, runs):
+def draw_load_map(Figure, runs):
     """Layers x experts, one panel for each run: load relative to a fair share."""
-    figure, axes = pyplot.subplots(len(runs), squeeze=False, figsize=(9, 3 * len(runs)), layout="constrained")
-    for axis, run in zip(axes[:, 0], runs):
+    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
+    for axis, run in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs):
         share = run.statistics.load / run.statistics.load.sum(-1, keepdim=True)
         image = axis.imshow((share * share.shape[1]).numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
         axis.set(title=run.name, ylabel="layer", xlabel="expert")
-    figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
+    figure.colorbar(image, ax=figure.axes, extend="max", label="load / fair share")
     return figure
 
 
-def draw_deviation(pyplot, runs):
+def draw_deviation(Figure, runs):
     """Largest and smallest deviation of the load over time (arXiv 2512.16248, Figures 2a, 3 and 4)."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
-    for axis, layer in zip(axes, (0, -1)):
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axis, layer in zip(figure.subplots(1, 2, sharey=True), (0, -1)):
         for color, run in enumerate(runs):
             for side, label in (("load_max", run.name), ("load_min", None)):
                 axis.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
@@ -357,9 +357,9 @@ def draw_deviation(pyplot, runs):
     return figure
 
 
-def draw_gate(pyplot, runs):
+def draw_gate(Figure, runs):
     """Share of tokens f and mean probability p of each expert (Figures 2b and 2c)."""
-    figure = pyplot.figure(figsize=(9, 3 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
     for row, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
         for axis, layer in zip(row, (0, -1)):
             f = run.statistics.load[layer] / run.statistics.load[layer].sum()
@@ -372,9 +372,9 @@ def draw_gate(pyplot, runs):
     return figure
 
 
-def draw_switch(pyplot, runs):
+def draw_switch(Figure, runs):
     """Held-out loss over time; dashed where a run switched to fewer experts."""
-    figure, axis = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
+    axis = Figure(figsize=(9, 3.8), layout="constrained").subplots()
     for color, run in enumerate(runs):
         val = [(row["step"], row["val_loss"]) for row in run.rows if row.get("val_loss")]
         axis.plot([step for step, _ in val], [loss for _, loss in val], f"C{color}.-", label=run.name)
@@ -382,7 +382,7 @@ def draw_switch(pyplot, runs):
         axis.vlines(changes, 0, 1, f"C{color}", "--", transform=axis.get_xaxis_transform())
     axis.set(title="dashed: the switch to fewer experts", xlabel="step", ylabel="held-out nats per token")
     axis.legend()
-    return figure
+    return axis.figure
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------
@@ -457,8 +457,8 @@ def load_hf_weights(folder):
 
 @torch.no_grad()
 def log_likelihoods(model, pairs, top_k=None, rows=32):
-    """[(context, continuation)] in tokens -> [(log-probability in nats, whether it is the greedy one)].  Pads on
-    the right.  As in lm-evaluation-harness the front of what is too long is cut."""
+    """[(context, continuation)] in tokens -> [(log-probability in nats, whether it is the greedy one)].  As
+    in lm-evaluation-harness the front of what is too long is cut; padding is on the right."""
     window, device, found = model.config.max_seq_len, model.embed.weight.device, [None] * len(pairs)
     if any(len(continuation) > window for _, continuation in pairs):
         raise ValueError(f"a continuation is longer than max_seq_len ({window})")

@@ -143,12 +143,12 @@ CASES = [
      "unrecognized arguments: --ckpt"),
     ("routing of another vocabulary", lambda: (T()(), data.prepare(Path("big"), ["text"], vocab_size=400),
                                                os.remove("big/encoding.json")),
-     E("routing", "run", "--data", "big"), "vocab_size of run"),
+     E("routing", "run", "--data", "big"), "big/encoding.json"),
     ("routing of nothing", None, E("routing", "nowhere"), "nowhere"),
     ("routing without held-out text", lambda: (T()(), os.remove("small/val.bin")), E("routing", "run"),
      "small has no held-out text"),
     ("routing without matplotlib", lambda: (T()(), sys.modules.update(matplotlib=None)),
-     E("routing", "run", "--png", "p"), "pip install 'nanosigma[plot]'"),
+     E("routing", "run", "--png", "p"), "pip install -e '.[plot]'"),
 ]
 
 

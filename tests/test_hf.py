@@ -173,7 +173,7 @@ def test_many_processes_start_from_a_folder(ranks, exported, corpus, tmp_path, l
     (dict(num_hidden_layers=1), ["model.layers.1.mlp.gate.weight is unknown"]),
     (dict(moe_intermediate_size=16), ["experts.0.gate_proj.weight is (8, 16), should be (16, 16)"])])
 def test_a_folder_that_does_not_fit(ranks, corpus, tmp_path, changes, messages):
-    """One line, of one of the processes, and nothing is written."""
+    """One line on rank 0."""
     folder = tmp_path / "hf"
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "1"])
     evaluation.main(["export", "--ckpt", str(tmp_path / "run"), "--to", str(folder)])
@@ -182,13 +182,13 @@ def test_a_folder_that_does_not_fit(ranks, corpus, tmp_path, changes, messages):
     answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "new"), "--init_from",
                                     str(folder), "--seq_len", "16", "--device", "cpu"])
     assert [a.code for a in answers] == [2, 2]
-    line, = (answers[0].err + answers[1].err).splitlines()
+    line, = answers[0].err.splitlines()
     assert all(message in line for message in messages)
 
 
 @pytest.mark.parametrize("how, message", [
-    ("no weights", "model.safetensors is missing or corrupt"),
-    ("cut", "is corrupt"), ("tokenizer", "is not that of"), ("neither", "is not a directory of train.py")])
+    ("no weights", "model.safetensors is missing or corrupt"), ("cut", "is missing or corrupt"),
+    ("tokenizer", "is not that of"), ("neither", "is not a directory of train.py")])
 def test_a_folder_that_is_no_model(exported, corpus, tmp_path, capsys, how, message):
     folder = tmp_path / "hf"
     shutil.copytree(exported[1], folder)
