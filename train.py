@@ -230,7 +230,7 @@ def train_step(run, step, stop=None):
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
         (objective / max(1, n_tokens)).backward()
-    norm, _ = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
+    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
@@ -381,9 +381,11 @@ def save_checkpoint(run):
     ranks = parallel.differing_ranks(run.grid, run.masters) if run.grid.world > 1 else []
     if ranks:
         end_all(run, f"the run ends at step {run.done}: the weights of rank {', '.join(map(str, ranks))} "
-                "are not those of their copies; look at that machine; what was saved before is whole")
+                "are not those of the first replica; what was saved before is whole")
     s = run.settings
-    parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid)
+    meta = {"step": run.done, "top_k": top_k_at(run.done - 1, s, run.config), "seq_len": s.seq_len,
+            "rope_base": run.config.rope_base}
+    parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid, meta)
 
 
 def end_all(run, why, code=1):
@@ -654,7 +656,7 @@ def plan_run(argv, world):
     asked = typed.get("data", "")
     s, config, exists = resolve(typed)
     device = parallel.pick_device(s.device)
-    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device, "auto")
+    parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
         evaluation.import_extra("wandb", "log")
     if not Path(s.data).exists() and s.data in CORPORA:
@@ -710,7 +712,7 @@ def start(plan, grid):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
         block.moe.router.counts_margins = s.balance == "quantile"
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
     if plan["steps"]:
@@ -792,7 +794,7 @@ def open_run(run, plan):
         run.log.writelines([header, *kept])
     if s.wandb:                                                   # log.jsonl stays the truth
         run.wandb = evaluation.import_extra("wandb", "log").init(
-            project="nanosigma", name=s.out, resume="allow", id=re.sub(r"\W+", "-", s.out), config=settings)
+            project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
 
 
 def commit():

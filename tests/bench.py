@@ -155,7 +155,7 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumula
     masters = parallel.Masters(model, dtype)
     if train.compiles(s, device, dtype, grid):
         parallel.compile_blocks(model, masters)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
 
@@ -197,7 +197,7 @@ def their_step(model, config, batch, seq_len, dtype, device):
     """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
     backward, its own balance loss."""
     masters = AllCopied(model, dtype)
-    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 1e-8, 0.1)
+    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 0.1)
     sampler, done = Tokens(config.vocab_size, seq_len), 0
 
     def step():

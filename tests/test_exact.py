@@ -76,7 +76,7 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
         block.moe.router.temperature = s.temperature
         block.moe.router.counts_margins = s.balance == "quantile"
         block.moe.router.bias[list(chosen)] = 100.0
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), 1e-8, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     return Run(s, config, model, masters, optimizer, Corpus(Rows(documents)), "cpu", dtype, grid)
 
 

@@ -3,12 +3,10 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,27 +24,18 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, ModelConfig
-from parallel import (
-    ALONE,
-    Masters,
-    adamw,
-    checkpoints,
-    clip_gradients,
-    load_checkpoint,
-    save_checkpoint,
-    training_state,
-)
+from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
 
 
 def build(dtype=torch.float32, seed=0, **changes):
     model = Model(small(**changes), seed=seed)
-    masters = Masters(model, dtype)
-    return model, masters, adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    masters = parallel.Masters(model, dtype)
+    return model, masters, parallel.adamw(masters, 1e-2, (0.9, 0.95), 0.1)
 
 
-def backward(model, seed, scale=1.0):
+def backward(model, seed):
     tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
-    (model(tokens, tokens).loss * scale / tokens.numel()).backward()
+    (model(tokens, tokens).loss / tokens.numel()).backward()
 
 
 def step(model, masters, optimizer, seed=0):
@@ -58,13 +47,10 @@ def step(model, masters, optimizer, seed=0):
 
 # --- precision --------------------------------------------------------------------------------------------
 
-def test_in_fp32_the_masters_are_the_model():
-    model, masters, _ = build()
-    assert all(masters.named[name] is p for name, p in model.named_parameters()) and not masters.copies
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_bf16_copies_follow_fp32_masters(tied):
+    model, masters, _ = build()
+    assert all(masters.named[name] is p for name, p in model.named_parameters()) and not masters.copies
     model, masters, optimizer = build(torch.bfloat16, tie_embeddings=tied)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["blocks.0.moe.experts.w_in"] == kinds["embed.weight"] == torch.bfloat16
@@ -88,18 +74,6 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert (master.grad == 1000).all()
 
 
-def test_bf16_training_learns_like_fp32():
-    losses = {}
-    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.bfloat16):
-        model, masters, optimizer = build(dtype)
-        for _ in range(40):
-            step(model, masters, optimizer)
-        losses[dtype] = model(tokens, tokens).loss.item() / tokens.numel()
-    assert losses[torch.float32] < 2
-    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
-
-
 def test_decay_is_on_matrices_only():
     _, masters, optimizer = build()
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
@@ -112,7 +86,7 @@ def test_clipping_equals_torch(max_norm):
     (a, masters, optimizer), (b, _, theirs) = build(), build()
     backward(a, 0)
     backward(b, 0)
-    total, norms = clip_gradients(masters, max_norm, optimizer)
+    total = clip_gradients(masters, max_norm, optimizer)
     want = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
     torch.testing.assert_close(total, want)
     optimizer.step()                                              # scales the gradients as it reads them
@@ -120,7 +94,6 @@ def test_clipping_equals_torch(max_norm):
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(p, q)
-    assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())  # before scaling
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -188,47 +161,36 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(tmp_path / "step-1", training_state(build(d_model=32)[1]))
 
 
-@pytest.mark.parametrize("where", ["writing", "renaming"])
+@pytest.mark.parametrize("where", ["checksum", "fsync", "rename"])
 def test_a_save_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch, where):
+    """On a real full disk: test_train.py."""
     _, masters, _ = build()
     save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(*((parallel.dcp, "save") if where == "writing" else (parallel.os, "rename")), full)
-    with pytest.raises(OSError, match="No space left"):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(parallel.os if where == "rename" else parallel, where, fail)
+    with pytest.raises(OSError, match="could not write .*MB are free; .*Input/output error"):
         save_checkpoint(tmp_path, 2, training_state(masters), keep=1)
     monkeypatch.undo()
-    assert checkpoints(tmp_path) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     load_checkpoint(tmp_path / "step-1", training_state(masters))
-    shutil.rmtree(tmp_path / "step-2.tmp", ignore_errors=True)
     save_checkpoint(tmp_path, 2, training_state(masters), keep=1)                # and the next one works
     assert checkpoints(tmp_path) == [2]
 
 
-def test_the_old_one_is_deleted_last(tmp_path, monkeypatch):
+def test_durable_then_renamed_then_the_old_one_is_deleted(tmp_path, monkeypatch):
     """At every moment there is a whole checkpoint."""
     _, masters, _ = build()
     save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
-    real, seen = parallel.shutil.rmtree, []
-
-    def rmtree(path, **kwargs):
-        seen.append((path.name, checkpoints(tmp_path)))
-        real(path, **kwargs)
-    monkeypatch.setattr(parallel.shutil, "rmtree", rmtree)
+    calls = []
+    for module, name in ((parallel, "fsync"), (parallel.os, "rename"), (parallel.shutil, "rmtree")):
+        monkeypatch.setattr(module, name, lambda path, *args, real=getattr(module, name), name=name, **kwargs:
+                            calls.append((name, Path(path).name)) or real(path, *args, **kwargs))
     save_checkpoint(tmp_path, 2, training_state(masters), keep=1)
-    assert seen[-1] == ("step-1", [1, 2]) and checkpoints(tmp_path) == [2]
-
-
-def test_everything_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
-    _, masters, _ = build()
-    real, seen = parallel.os.fsync, []
-    monkeypatch.setattr(parallel.os, "fsync", lambda fd: seen.append("sync") or real(fd))
-    rename = parallel.os.rename
-    monkeypatch.setattr(parallel.os, "rename", lambda a, b: seen.append(str(b)) or rename(a, b))
-    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
-    place = next(i for i, what in enumerate(seen) if what.endswith("step-1"))
-    assert seen[place - 2:place] == ["sync", "sync"] and seen[place + 1:] == ["sync"]  # manifest, folder; run
+    calls = [call for call in calls if call[1] != ".metadata.tmp"]                # torch's own
+    assert calls == [("fsync", "meta.json"), ("fsync", "manifest.json"), ("fsync", "step-2.tmp"),
+                     ("rename", "step-2.tmp"), ("fsync", tmp_path.name), ("rmtree", "step-1")]
 
 
 def test_checkpoints_are_those_of_torch(tmp_path):
@@ -257,70 +219,64 @@ def test_the_ranks_of_one_ep_are_neighbours(ranks):
 @pytest.mark.parametrize("changes, named", [
     (dict(world=6, ep=4), "ep x replicate"), (dict(ep=3, replicate=2), "number of processes"),
     (dict(ep=2, world=1), "number of processes"), (dict(ep=4, n_expert=6), "must divide n_expert"),
-    (dict(device="mps"), "device"), (dict(backend="nccl"), "backend"),
-    (dict(device="cuda", backend="gloo"), "does not carry tensors on cuda")])
-def test_an_impossible_layout_is_refused(changes, named):
-    possible = dict(world=4, ep=1, replicate=1, n_expert=12, device="cpu", backend="auto")
+    (dict(device="mps"), "device"), (dict(device="cuda"), "is above the 2 GPUs")])
+def test_an_impossible_layout_is_refused(monkeypatch, changes, named):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    possible = dict(world=4, ep=1, replicate=1, n_expert=12, device="cpu")
     parallel.check_layout(**possible)
     with pytest.raises(ValueError, match=named):
         parallel.check_layout(**possible | changes)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(ValueError, match="8 processes on a machine with 4 GPUs"):
-        parallel.check_layout(8, 1, 1, 96, "cuda", "auto")
-
-
-def slow_work(timeout, seconds):
-    """Longer than the processes would wait for anything else."""
+def work_of_rank_0(timeout, seconds):
+    """It takes longer than the processes would wait for anything else."""
     grid = parallel.meet(timeout)
 
     def work():
         time.sleep(seconds)
-        return {"asked": grid.rank, "file": sys.stdout}
+        return {"rank": grid.rank, "file": sys.stdout}
     answer = parallel.from_rank_0(grid, work)
-    return answer["asked"], answer["file"] is not None
+    return answer["rank"], answer["file"] is not None
 
 
-def test_the_others_wait_for_rank_0_without_a_timeout(ranks):
-    ranks(3, slow_work, 60, 0)                                    # so that they have all been started
-    assert [a.value for a in ranks(3, slow_work, 2, 4)] == [(0, True), (0, False), (0, False)]
+def test_the_others_wait_for_rank_0(ranks):
+    ranks(3, work_of_rank_0, 60, 0)                               # so that they have all been started
+    assert [a.value for a in ranks(3, work_of_rank_0, 2, 4)] == [(0, True), (0, False), (0, False)]
 
 
-def impatient(seconds):
-    grid = parallel.meet()
-    return parallel.from_rank_0(grid, lambda: time.sleep(seconds), timeout=1)
-
-
-def says(function, *args):
-    try:
-        return function(*args)
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_a_wait_for_rank_0_can_have_a_limit(ranks):
-    assert [a.value for a in ranks(2, says, impatient, 3)] == [None, "timed out waiting for rank 0"]
-
-
-def failing_work(kind):
+def failing_work(error):
     grid = parallel.meet()
 
     def work():
-        if grid.rank == 0:
-            raise kind("once")
+        raise error
     try:
         parallel.from_rank_0(grid, work)
-    except (ValueError, MemoryError) as error:
-        return str(error)
+    except (ValueError, MemoryError) as raised:
+        return str(raised)
 
 
-@pytest.mark.parametrize("kind, code", [(ValueError, 2), (MemoryError, 1)])
-def test_if_rank_0_fails_all_end(ranks, kind, code):
-    first, *others = ranks(3, failing_work, kind)
-    assert first.value == "once" and [(a.code, a.err) for a in others] == [(code, "")] * 2
+@pytest.mark.parametrize("error, code", [(ValueError("why"), 2), (MemoryError("why"), 1), (SystemExit(0), 0)])
+def test_if_rank_0_fails_all_end_with_its_exit_code(ranks, error, code):
+    first, *others = ranks(3, failing_work, error)
+    assert first.code == 0 if isinstance(error, SystemExit) else first.value == "why"
+    assert [(a.code, a.err) for a in others] == [(code, "")] * 2
+
+
+@pytest.mark.parametrize("owner", [False, True], ids=["the others do not come", "the port is taken"])
+def test_processes_that_cannot_meet_are_one_line(monkeypatch, owner):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+        if owner:
+            other.listen()
+        else:
+            other.close()
+        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port}: .*") as error:
+            parallel.meet(timeout=1)
+    assert "\n" not in str(error.value) and ("in use" in str(error.value)) == owner
 
 
 # --- sums and what is sent --------------------------------------------------------------------------------
@@ -425,39 +381,32 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
     assert (counted["rows"] > 0) == (layout[0] > 1) and (counted["copies"] > 0) == (layout[1] > 1)
 
 
-def count_syncs(grid):
-    """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
-    run, calls = make_run(grid, torch.float32, n_expert=12), []
-    tokens, targets = run.corpus.train.rows(0, 4)
-    real = torch.Tensor.tolist
-    torch.Tensor.tolist = lambda t: calls.append("tolist") or real(t)
-    try:
-        with Waiting() as waiting:
-            run.model(tokens, targets).loss.backward()
-    finally:
-        torch.Tensor.tolist = real
-    return calls + waiting.names
-
-
 class Waiting(TorchDispatchMode):
     """Operators that wait for a GPU, since sizes or Python depend on what it computed."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = []
+    names = ()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.name().removeprefix("aten::"), kwargs or {}
         masks = name == "index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1])
         unsized = name == "repeat_interleave.Tensor" and kwargs.get("output_size") is None
         if masks or unsized or name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount"):
-            self.names.append(name)
+            self.names += (name,)
         return func(*args, **kwargs)
 
 
+def count_syncs(grid):
+    """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
+    run, calls = make_run(grid, torch.float32, n_expert=12), []
+    with pytest.MonkeyPatch.context() as patch, Waiting() as waiting:
+        real = torch.Tensor.tolist
+        patch.setattr(torch.Tensor, "tolist", lambda t: calls.append("tolist") or real(t))
+        run.model(*run.corpus.train.rows(0, 4)).loss.backward()
+    return [*calls, *waiting.names]
+
+
 def test_one_device_synchronisation_per_layer(ranks):
-    assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [
-        ["tolist"] * 2] * 2
+    assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [["tolist"] * 2] * 2
     assert count_syncs(ALONE) == []
 
 
@@ -466,7 +415,7 @@ def test_one_device_synchronisation_per_layer(ranks):
 def dtypes_seen(grid):
     """-> dtypes that a bf16 model computes in, and those of weights and gradients."""
     model = parallel.build_model(small(n_expert=12), grid, "cpu", torch.bfloat16, 0)
-    named = Masters(model).named
+    named = parallel.Masters(model).named
     seen = {}
     for name, module in model.named_modules():
         if name.endswith(("router", "attn_norm", "attn.qkv", "experts", "head", "embed")):
@@ -530,23 +479,21 @@ def memory_of_start(grid):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
 @pytest.mark.parametrize("layout", [(1, 1), (4, 1)], ids=str)
-def test_a_rank_never_holds_more_than_its_shard_and_one_parameter(ranks, layout):
+def test_a_rank_never_holds_more_than_its_shard_and_a_parameter_twice(ranks, layout):
     ranks.stop()                                                  # new ones have no memory to use again
     for grown, total, largest in (a.value for a in ranks(4, memory_of_start, layout=layout)):
-        assert total > 400e6 and largest > 64e6 and total / 5 < grown < total / 4 + 1.4 * largest
+        assert total > 400e6 and largest > 64e6 and total / 5 < grown < total / 4 + 2.2 * largest
 
 
 # --- checkpoints of any grid ------------------------------------------------------------------------------
 
-def save_after(grid, out, background=False):
+def save_after(grid, out):
     """Two steps, a checkpoint -> what it holds, whole."""
     run = make_run(grid, torch.float32, balance="loss-free", batch_size=10)
     for step in range(2):
         train.train_step(run, step)
     state = training_state(run.masters, run.optimizer)
-    saver = parallel.Saver(out, 2, grid, background)
-    saver.save(2, state)
-    saver.finish()
+    save_checkpoint(out, 2, state, 2, grid)
     return {name: whole(t) for name, t in state.items()}
 
 
@@ -572,78 +519,19 @@ def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
                 assert torch.equal(found[name], t), (other, name)
 
 
-def slow_save(grid, out):
-    """Steps while a checkpoint is written slowly -> steps done before it was there, and whether it holds the
-    weights of the moment of the call."""
-    run = make_run(grid, torch.float32, batch_size=8)
-    train.train_step(run, 0)
-    done, real = threading.Event(), parallel.dcp.save
-
-    def slow(*args, **kwargs):
-        done.wait(60)
-        return real(*args, **kwargs)
-    parallel.dcp.save = slow
-    try:
-        state = training_state(run.masters, run.optimizer)
-        want = {name: whole(t).clone() for name, t in state.items()}
-        saver = parallel.Saver(out, 2, grid, background=True)
-        saver.save(1, state)
-        for step in range(1, 4):
-            train.train_step(run, step)
-        there = checkpoints(out)
-        done.set()
-        saver.finish()
-    finally:
-        parallel.dcp.save = real
-    new = make_run(grid, torch.float32, batch_size=8)
-    load_checkpoint(out / "step-1", state := training_state(new.masters, new.optimizer), grid)
-    return there, all(torch.equal(whole(state[name]), t) for name, t in want.items())
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_steps_go_on_while_a_checkpoint_is_written(ranks, tmp_path, world):
-    answers = [slow_save(ALONE, tmp_path)] if world == 1 else [
-        a.value for a in ranks(2, slow_save, tmp_path, layout=(2, 1))]
-    assert answers == [([], True)] * world and checkpoints(tmp_path) == [1]
-
-
 def failing_save(grid, out):
-    """Rank 1 cannot write."""
-    run, real = make_run(grid, torch.float32, batch_size=8), parallel.sha256
-    state = training_state(run.masters, run.optimizer)
+    """Rank 1 cannot read what it wrote."""
+    state = training_state(make_run(grid, torch.float32).masters)
     save_checkpoint(out, 1, state, 2, grid)
-
-    def fails(path):
-        raise OSError(errno.EIO, "Input/output error")
-    parallel.sha256 = fails if grid.rank == 1 else real
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="Not a directory"):
+        if grid.rank == 1:
+            patch.setattr(parallel, "checksum", lambda path: os.listdir(path))
         save_checkpoint(out, 2, state, 2, grid)
-    except OSError as error:
-        return str(error)
-    finally:
-        parallel.sha256 = real
 
 
 def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
-    answers = ranks(3, failing_save, tmp_path, layout=(1, 1))
-    assert all("Input/output error" in a.value for a in answers)
+    ranks(3, failing_save, tmp_path, layout=(1, 1))
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
-
-
-@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp", ".metadata"])
-def test_damage_that_one_rank_finds_is_known_to_all(ranks, tmp_path, file):
-    ranks(3, save_after, tmp_path, layout=(3, 1))
-    flip(tmp_path / "step-2" / file)
-    answers = ranks(3, load_or_say, tmp_path, layout=(1, 1))
-    assert f"corrupt or of another model: {file} does not have" in answers[0].value
-    assert [a.code for a in answers[1:]] == [2, 2]
-
-
-def load_or_say(grid, out):
-    try:
-        load_into(grid, out)
-    except ValueError as error:
-        return str(error)
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -660,7 +548,7 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
     train.main([*base, "--out", str(tmp_path / "one"), "--steps", "8", "--eval_every", "2"])
     out = tmp_path / "many"
     for world, steps, more in ((4, 2, ["--ep", "2"]), (2, 4, ["--ep", "1", "--replicate", "2"]),
-                               (1, 6, ["--replicate", "1"]), (4, 8, ["--background", "true"])):
+                               (1, 6, ["--replicate", "1"]), (4, 8, [])):
         # each is told of all 8 steps, for the schedule's sake, and asked to stop before
         argv = [*base, "--out", str(out), "--steps", "8", "--eval_every", "2", *more]
         answers = ranks(world, train_until, argv, steps)
@@ -686,13 +574,9 @@ def train_until(argv, last):
 
 @pytest.mark.parametrize("more, message", [
     (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
-    (["--replicate", "4"], "must divide the number of processes (2)"),
     (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
-    (["--batch_size", "9", "--accumulate", "2"], "batch_size (9) must be a multiple of accumulate (2)"),
-    (["--backend", "nccl"], "backend (nccl) does not carry tensors on cpu; gloo does"),
     (["--data", "nowhere"], "nowhere"), (["--data", "SHORT"], "seq_len (16) is too long for the 9 tokens"),
-    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
-    (["--init_from", "nowhere"], "nowhere")])
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"), (["--init_from", "nowhere"], "nowhere")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
     short = tmp_path / "short.bin"
     writer = data.TokenWriter(short, 64)
@@ -719,38 +603,6 @@ def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
 def test_help_is_shown_once(ranks):
     answers = ranks(2, train.main, ["--help"])
     assert [a.code for a in answers] == [0, 0] and "--replicate" in answers[0].out and answers[1].out == ""
-
-
-def test_restarts_that_would_hang_are_refused(monkeypatch):
-    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", TORCHELASTIC_MAX_RESTARTS="3",
-                            TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1").items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        parallel.meet(1)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as error:
-        parallel.meet(1)
-    assert error.value.code == 2
-
-
-def test_an_address_in_use_is_one_line_and_nobody_hangs(tmp_path):
-    """Without torchrun, which has an address of its own to find."""
-    program = "import parallel, train; parallel.meet.__defaults__ = (2,); train.main(['--out', 'run'])"
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        processes = []
-        for rank in "01":
-            variables = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                                      "MASTER_PORT": port, "PYTHONPATH": str(Path(train.__file__).parent)}
-            processes.append(subprocess.Popen([sys.executable, "-c", program], env=variables, cwd=tmp_path,
-                                              text=True, stderr=subprocess.PIPE))
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2] and errors[1] == ""
-    lines = [line for line in errors[0].splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and f"cannot meet at 127.0.0.1:{port}" in lines[0] and "in use" in lines[0]
-    assert "Traceback" not in errors[0]
 
 
 def test_torchrun_trains_and_stops_when_asked(corpus, tmp_path):
