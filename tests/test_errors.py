@@ -152,12 +152,12 @@ CASES = [
      "unrecognized arguments: --ckpt"),
     ("routing of another vocabulary", lambda: (T()(), data.prepare(Path("big"), ["text"], vocab_size=400),
                                                os.remove("big/encoding.json")),
-     E("routing", "run", "--data", "big"), "vocab_size of run"),
+     E("routing", "run", "--data", "big"), "big/encoding.json"),
     ("routing of nothing", None, E("routing", "nowhere"), "nowhere"),
     ("routing without held-out text", lambda: (T()(), os.remove("small/val.bin")), E("routing", "run"),
      "small has no held-out text"),
-    ("routing without matplotlib", lambda: (T()(), sys.modules.update(matplotlib=None)),
-     E("routing", "run", "--png", "p"), "pip install 'nanosigma[plot]'"),
+    ("routing without matplotlib", lambda: (T()(), sys.modules.update({"matplotlib.figure": None})),
+     E("routing", "run", "--png", "p"), "pip install -e '.[plot]'"),
 ]
 
 
@@ -168,11 +168,10 @@ def workshop(corpus, in_folder, monkeypatch):
     monkeypatch.setattr(data.tiktoken.registry, "ENCODINGS", {})  # tiktoken keeps what it loaded once
     shutil.copytree(corpus, "small")
     write_corpus(Path("text"))
-    hidden = sys.modules.get("matplotlib")
+    hidden = sys.modules.pop("matplotlib.figure", None)
     yield in_folder
-    if "matplotlib" in sys.modules and sys.modules["matplotlib"] is None:       # a case has hidden it
-        del sys.modules["matplotlib"]
-        sys.modules.update({"matplotlib": hidden} if hidden else {})
+    sys.modules.pop("matplotlib.figure", None)                    # a case has hidden it
+    sys.modules.update({"matplotlib.figure": hidden} if hidden else {})
 
 
 def contents(folder):
