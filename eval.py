@@ -87,7 +87,7 @@ def same_tokenizer(out, folder):
     """ValueError if a run (or Hugging Face folder) and a data folder have different tokenizers."""
     files = Path(out) / ("tokenizer.json" if is_hf(out) else "encoding.json"), Path(folder) / "encoding.json"
     if all(file.exists() for file in files):
-        theirs, ours = map(data.read_tokenizer, files)
+        theirs, ours = map(data.build_encoding, files)
         if (theirs._mergeable_ranks, theirs._pat_str) != (ours._mergeable_ranks, ours._pat_str):
             raise ValueError(f"the tokenizer of {out} is not that of {folder}")
 
@@ -267,7 +267,7 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
         tokens=tokens.flatten()[text],                            # [N]
         experts=torch.stack([torch.cat(seen)[text] for seen in chosen]),      # [L, N]: the best of K
-        top_share=data.largest_share(train, model.config.vocab_size))         # of the most frequent token
+        top_share=data.largest_share(train))         # of the most frequent token
 
 
 def routing_command(args):

@@ -593,7 +593,7 @@ def resolve(typed):
 
 def tokenizer_of(source):
     """The tokenizer of a run, of a step-N folder in it, or of a folder of Hugging Face."""
-    return data.read_tokenizer(evaluation.run_folder(source))
+    return data.build_encoding(evaluation.run_folder(source))
 
 
 def of_the_run(out, typed):
@@ -653,7 +653,7 @@ def open_corpus(s):
     if (folder / "meta.json").exists():
         data.load_meta(folder)                                    # does the tokenizer fit the tokens?
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    return Corpus(train, val, data.vocabulary(file), encoding, file)
+    return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
 
 def plan_run(argv, world):

@@ -256,7 +256,7 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
     saved["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    ours = data.read_tokenizer(str(tmp_path))
+    ours = data.build_encoding(str(tmp_path))
     data.save_encoding(ours, tmp_path / "encoding.json")
     for found in (ours, data.load_encoding(tmp_path)):
         for text in ("def f(x):\n    return x", "naïve 日本語 🙂", "  \r\n\t12345"):
