@@ -403,10 +403,10 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats,
     again = train.resolve(typed)[0]
     assert again.out == "out/laptop" and again.lr == train.Settings.lr         # text: as ever
     argv = ["--init_from", str(base), "--data", str(chats), "--seq_len", "64"]
-    decided = train.decide(list(argv), 1)
-    n = decided["corpus"].train.n_windows
-    assert 4 * n <= 8 * decided["settings"]["steps"] < 4 * n + 8
-    assert train.decide([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
+    plan = train.plan_run(list(argv), 1)
+    n = train.open_corpus(train.Settings(**plan["settings"])).train.n_windows
+    assert 4 * n <= 8 * plan["settings"]["steps"] < 4 * n + 8
+    assert train.plan_run([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -440,15 +440,8 @@ def test_the_log_is_of_the_answers(tuned):
 
 def test_padding_is_no_speed(base, chats, in_folder, monkeypatch):
     two_second_steps(monkeypatch)
-    train.main(tune(base, chats, "run", "--steps", "3", "--pack", "false"))
+    train.main(tune(base, chats, "run", "--steps", "3"))
     assert all(row["tokens_per_s"] == row["tokens"] / 2 < 8 * 64 / 2 for row in rows("run"))
-
-
-def test_unpacked_is_a_setting_of_training(base, chats, in_folder):
-    for pack, full in (("true", False), ("false", True)):
-        corpus = train.decide(tune(base, chats, "run", "--pack", pack), 1)["corpus"]
-        for sampler in (corpus.train, corpus.val)[:1 + full]:
-            assert (sampler.n_windows == len(sampler.spans)) == full
 
 
 def test_tuning_lowers_the_loss_of_held_out_answers(in_folder, base, chats):
