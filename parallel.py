@@ -155,9 +155,7 @@ def pick_device(name="auto"):
 
 
 def all_sum(grid, tensors):
-    """Sums over all ranks, in one reduction: of the same shapes and dtypes, without gradient.
-
-    In float64, in which counts are exact."""
+    """Sums over all ranks, without gradient: one reduction, in float64, in which counts are exact."""
     tensors = [t.detach() for t in tensors]
     if grid.world == 1:
         return tensors
@@ -273,7 +271,7 @@ def local(t):
 
 
 def synchronize(model, grid, now):
-    """Whether the next backward pass sends its gradients and those that were kept before, or keeps them."""
+    """Whether the next backward pass reduces gradients over ranks, or accumulates them locally."""
     if grid.world > 1:
         model.set_requires_gradient_sync(now)
 
@@ -353,10 +351,8 @@ def adamw(masters, lr, betas, eps, weight_decay):
 
 @torch.no_grad()
 def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
-    """Scale the gradients so that the norm of all together is at most max_norm.  One reduction, for every
-    rank has a part of each, in `replicate` copies.
-
-    -> (that norm before scaling [], the norm of each tensor {name: []})."""
+    """Scale the gradients so that the norm of all together is at most max_norm.  One reduction: each rank has
+    a shard of each, in `replicate` copies.  -> (that norm before scaling [], of each tensor {name: []})."""
     named = {name: local(p.grad) for name, p in masters.named.items() if p.grad is not None}
     squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
     squares = all_sum(grid, [squares])[0] / grid.replicate
@@ -383,9 +379,7 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(grid, masters):
-    """Ranks whose parameters or biases are not, bit for bit, those of the first replica of the same shard.
-
-    Compared are sums of the bits of what each rank holds, in which one flipped bit shows."""
+    """Ranks that hold other bits than the first replica of the same shard: one flipped bit changes a sum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
@@ -422,9 +416,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
 
 
 def publish(aside, path, parts, keep):
-    """Write the manifest of all ranks' (checksums, problem), rename the checkpoint, delete old ones.
-
-    -> what went wrong, or None."""
+    """Write the manifest of all ranks' (checksums, problem), rename, delete old ones -> what went wrong."""
     try:
         for _, problem in parts:
             if problem:
@@ -451,9 +443,7 @@ def load_newest(out, steps, state, grid=ALONE):
 
 
 def newest_whole(out, steps):
-    """Step of the newest whole checkpoint.  Corrupt ones are renamed to step-N.corrupt, never deleted.
-
-    ValueError if none is whole."""
+    """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
     corrupt = []
     for step in reversed(steps):
         path = out / f"step-{step}"
@@ -482,7 +472,7 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 
 def find_corruption(path):
-    """What is wrong with the files of a checkpoint, or None.  OSError if they cannot be read just now."""
+    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -497,7 +487,7 @@ def find_corruption(path):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, which would unpickle .metadata without looking, and what that says are no tensors."""
+    """torch's reader, but it unpickles only descriptions of tensors."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -507,7 +497,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Metadata(pickle.Unpickler):
-    """Only what describes tensors.  UnpicklingError for everything else, before it is called."""
+    """Calls only what describes tensors; UnpicklingError for everything else."""
 
     KNOWN = {"torch": ["Size"], "torch.serialization": ["_get_layout"],
              "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
