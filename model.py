@@ -436,13 +436,13 @@ class Model(nn.Module):
         return torch.cat([tokens, *(column[:, None] for column in new)], 1)
 
     @torch.no_grad()
-    def stream(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=None,
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=(),
                generator=None, lengths=None, compiled=None):
         """Continue tokens [B, T] by sampling: yields the next token of every sequence [B], again and again.
 
         temperature  0 is greedy
         top_p        keep the most probable tokens that together reach it
-        stop         a token that a finished sequence repeats; when all are finished, the text ends
+        stop         token ids that end a sequence, which then repeats the first; when all are over, it ends
         lengths      [B], of rows padded on the right; all must fit into the context, which else, when it is
                      full, forgets its older half
         compiled     compile the step (default: on CUDA)"""
@@ -453,7 +453,7 @@ class Model(nn.Module):
         if tokens.is_cuda if compiled is None else compiled:
             step = torch.compile(step, mode="reduce-overhead", dynamic=False)
         text, new, cache = tokens[:, -window:], None, None
-        done = torch.zeros(B, dtype=torch.bool, device=device)
+        done, ends = torch.zeros(B, dtype=torch.bool, device=device), torch.tensor(stop, device=device)
         for _ in range(max_new_tokens):
             if text.shape[1] > window:
                 text, cache = text[:, -max(1, window // 2):], None
@@ -466,12 +466,12 @@ class Model(nn.Module):
             else:
                 logits = step(new, last, cache, top_k)
             new, last = sample(logits, temperature, top_p, generator), last + 1
-            if stop is not None:
-                new = new.masked_fill(done, stop)
-                done |= new == stop
+            if stop:
+                new = new.masked_fill(done, stop[0])
+                done |= torch.isin(new, ends)
             text = torch.cat([text, new[:, None]], 1)
             yield new
-            if stop is not None and done.all():
+            if stop and done.all():
                 break
 
     def kv_cache(self, batch, length):

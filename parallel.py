@@ -270,12 +270,6 @@ def local(t):
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def synchronize(model, grid, now):
-    """Whether the next backward pass reduces gradients over ranks, or accumulates them locally."""
-    if grid.world > 1:
-        model.set_requires_gradient_sync(now)
-
-
 def compile_blocks(model, masters, backend="inductor"):
     """Compile every block, the loss of a chunk of rows, and the addition of gradients.  Blocks share compiled
     code, one for each K, shape and grad mode: the switch of K and validation need more than dynamo's 8.
@@ -337,12 +331,12 @@ class Masters:
             torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
 
 
-def adamw(masters, lr, betas, eps, weight_decay):
+def adamw(masters, lr, betas, weight_decay):
     """AdamW with decay on matrices only.  Its state exists at once: checkpoints are loaded in place."""
     params = masters.named.values()
     groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     for p in params:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -351,18 +345,18 @@ def adamw(masters, lr, betas, eps, weight_decay):
 
 @torch.no_grad()
 def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
-    """Scale the gradients so that the norm of all together is at most max_norm.  One reduction: each rank has
-    a shard of each, in `replicate` copies.  -> (that norm before scaling [], of each tensor {name: []})."""
-    named = {name: local(p.grad) for name, p in masters.named.items() if p.grad is not None}
-    squares = torch.stack(torch._foreach_norm(list(named.values()))).square()
-    squares = all_sum(grid, [squares])[0] / grid.replicate
-    total = squares.sum().sqrt()
+    """Scale the gradients so that the norm of all together is at most max_norm -> the norm before that [].
+
+    One reduction: every rank has a part of each gradient, in `replicate` copies."""
+    gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
+    square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    total = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
     excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
     if grid.world == 1 and total.device.type in ("cpu", "cuda") and total.dtype == torch.float32:
         optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
     else:
-        torch._foreach_div_(list(named.values()), excess)
-    return total, dict(zip(named, squares.sqrt()))
+        torch._foreach_div_(gradients, excess)
+    return total
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -393,8 +387,8 @@ def checkpoints(out):
     return sorted(int(p.name[5:]) for p in Path(out).glob("step-*") if p.name[5:].isdecimal())
 
 
-def save_checkpoint(out, step, state, keep, grid=ALONE):
-    """Write out/step-N, every rank its part, and delete all but the newest `keep`.
+def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
+    """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta is its meta.json.
 
     OSError, on every rank, if that fails (a full disk, say); the checkpoints that were there stay whole."""
     path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
@@ -405,7 +399,11 @@ def save_checkpoint(out, step, state, keep, grid=ALONE):
     try:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
         dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)  # and fsync
-        mine = [*aside.glob(f"__{grid.rank}_*"), *[aside / ".metadata"] * (grid.rank == 0)]
+        mine = list(aside.glob(f"__{grid.rank}_*"))
+        if grid.rank == 0:
+            (aside / "meta.json").write_text(json.dumps(meta))
+            fsync(aside / "meta.json")
+            mine += [aside / ".metadata", aside / "meta.json"]
         sums = {file.name: checksum(file) for file in mine}
     except FAILURES as error:
         problem = reason(error)

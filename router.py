@@ -14,6 +14,8 @@ The statistics of a forward pass are SUMS over tokens (counts, sums of probabili
 micro-batches and over processes, means do not, so every loss here is a function of sums.
 """
 
+import math
+import random
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ class Statistics(NamedTuple):
     z_sum: torch.Tensor = None          # [] squared logsumexp of the logits, with gradient
     top_sum: torch.Tensor = None        # [] the largest p of each token
     entropy_sum: torch.Tensor = None    # [] entropy of p in nats; log E is a flat gate
+    margins: torch.Tensor = None        # [E, BINS] int64 histograms for quantile balancing, else [E, 0]
 
 
 class Routing(NamedTuple):
@@ -61,7 +64,7 @@ class Router(nn.Module):
       normalized   p_k / detach(sum of the chosen p): sums to one for every K, so the size of the output does
                    not change with K; its gradient is that of log p
 
-    The choice is made by score + bias.  The bias [E] is 0 unless loss-free balancing moves it (update_bias);
+    The choice is made by score + bias.  The bias [E] is 0 unless loss-free or quantile balancing moves it;
     it is no parameter, has no gradient, and never enters the weights.
     """
 
@@ -70,7 +73,8 @@ class Router(nn.Module):
         self.gate = gate
         self.weight = nn.Parameter(torch.empty(n_expert, d_model))
         self.register_buffer("bias", torch.zeros(n_expert))
-        self.temperature = 1.0                                    # of sharp_sum; train.py sets it
+        self.temperature = 1.0                                    # of sharp_sum; train.py sets it,
+        self.counts_margins = False                               # and this, for quantile balancing
 
     def forward(self, h, top_k, mask=None, with_stats=True):
         """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding."""
@@ -88,6 +92,8 @@ class Router(nn.Module):
         if mask is not None:
             weights = weights * mask[:, None]
         statistics = self.statistics(logits, prob, experts, rows, mask) if with_stats else None
+        if with_stats and self.counts_margins and top_k < len(rows):
+            statistics = statistics._replace(margins=count_margins(score.detach(), choice, top_k, mask))
         return Routing(weights, experts, rows, statistics)
 
     def statistics(self, logits, prob, experts, rows, mask):
@@ -104,7 +110,8 @@ class Router(nn.Module):
         with torch.no_grad():
             entropy_sum = total(log_total - torch.linalg.vecdot(prob, logits))
         return Statistics(load, prob_sum, sharp_sum, sharp_top_sum, total(log_total.square()),
-                          total(top.detach()), entropy_sum)
+                          total(top.detach()), entropy_sum, rows.new_zeros(
+                              len(rows), BINS if self.counts_margins else 0))
 
 
 def count_rows(experts, n_expert, mask=None):
@@ -147,6 +154,7 @@ def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
 BALANCE = {"lbl": (load_balancing_loss, ("load", "prob_sum")),
            "top1": (top1_balancing_loss, ("sharp_sum", "sharp_top_sum")),
            "loss-free": None,
+           "quantile": None,
            "none": None}
 
 
@@ -184,6 +192,31 @@ def update_bias(bias, load, rate):
 
     Integers, so that an exactly fair share moves nothing."""
     bias += rate * (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
+
+
+BINS, SCALE, LIMIT = 512, 1e-3, math.asinh(2 / 1e-3)              # from -2 to 2, and finest around 0
+
+
+def count_margins(score, choice, top_k, mask=None):
+    """Histograms [E, BINS] int64 of c_i - s_ij over the tokens i, for quantile_bias.
+
+    c_i is the (K+1)-th largest of token i's biased scores choice [N, E], s_ij = score [N, E]: token i takes
+    expert j if its bias is above that margin."""
+    margin = choice.topk(top_k + 1, -1).values[:, -1:] - score
+    bins = ((margin / SCALE).asinh() / LIMIT * (BINS / 2) + BINS / 2).long().clamp(0, BINS - 1)
+    bins = bins + BINS * torch.arange(score.shape[1], device=score.device)
+    return count_rows(bins, score.shape[1] * BINS, mask).view(-1, BINS)
+
+
+def quantile_bias(margins, top_k):
+    """Quantile balancing (J. Su, 2026): the bias [E] with which K/E of a step's tokens would have taken each
+    expert, centred.  A function of histograms [E, BINS], so exact over ranks and micro-batches."""
+    below = margins.cumsum(-1).double()
+    wanted = below[:, -1:] * top_k / len(margins)
+    at = (below < wanted).sum(-1, keepdim=True)                   # the quantile's bin, and where in it
+    inside = 1 - (below.gather(1, at) - wanted) / margins.gather(1, at)
+    bias = SCALE * (((at + inside) / BINS * 2 - 1) * LIMIT).sinh()[:, 0]
+    return bias - bias.mean()
 
 
 # --- yardsticks -------------------------------------------------------------------------------------------
@@ -230,3 +263,9 @@ def active_experts(step, steps, initial, target, switch, n_layer):
     before = switch >= 1 or step < round(switch * steps, 6)      # 0.29 * 100 is 28.999999999999996
     initial = list(initial or [])[:n_layer] if before else []
     return initial + [target] * (n_layer - len(initial))
+
+
+def drawn_experts(step, seed, choices, n_layer):
+    """Matryoshka training (arXiv 2509.26520): every layer draws its K anew in every step, so that one model
+    serves every K of `choices`.  A pure function of seed and step -> n_layer integers."""
+    return random.Random(f"K of step {step}, seed {seed}").choices(choices, k=n_layer)

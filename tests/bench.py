@@ -155,7 +155,7 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumula
     masters = parallel.Masters(model, dtype)
     if train.compiles(s, device, dtype, grid):
         parallel.compile_blocks(model, masters)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
 
@@ -166,7 +166,7 @@ def our_step(run):
 
     def work():
         nonlocal done
-        train.train_step(run, done, done * run.settings.batch_size)
+        train.train_step(run, done)
         done += 1
     return work
 
@@ -197,7 +197,7 @@ def their_step(model, config, batch, seq_len, dtype, device):
     """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
     backward, its own balance loss."""
     masters = AllCopied(model, dtype)
-    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 1e-8, 0.1)
+    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 0.1)
     sampler, done = Tokens(config.vocab_size, seq_len), 0
 
     def step():
@@ -262,7 +262,7 @@ def optimizer_share(run, steps=5):
     """Median over some steps of the time in clipping, AdamW and the copies, as a part of the whole."""
     shares = []
     for i in range(steps):
-        whole = seconds(lambda i=i: train.train_step(run, i, i * run.settings.batch_size), run.device)
+        whole = seconds(lambda i=i: train.train_step(run, i), run.device)
         for p in run.masters.named.values():
             p.grad = torch.zeros_like(p)
 
@@ -452,7 +452,8 @@ def bench_gpu(args):
              "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
              "6 layers of the paper's": (paper, 64, 4096, 4),
              "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
-    rows = []
+    table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
+                                       "peak GiB", "first step, s"), [])
     for name, (config, batch, seq_len, micro) in cases.items():
         config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
         run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
@@ -467,15 +468,13 @@ def bench_gpu(args):
         memory = torch.cuda.max_memory_allocated() / 2 ** 30 if card else 0
         rate = tokens / median(times)
         mfu = train.utilisation(run, config.layer_top_k(), rate)
-        rows.append((name, f"{tokens:,} in {micro}", f"{median(times) * 1e3:.1f}", f"{rate:,.0f}",
-                     f"{mfu:.1%}" if mfu else "unknown", f"{optimizer_share(run):.0%}", f"{memory:.1f}",
-                     f"{first:.0f}"))
+        print(f"| {name} | {tokens:,} in {micro} | {median(times) * 1e3:.1f} | {rate:,.0f} | "
+              f"{f'{mfu:.1%}' if mfu else 'unknown'} | {optimizer_share(run):.0%} | {memory:.1f} | "
+              f"{first:.0f} |", flush=True)
         if name == "gpu-1b":
             print_kernels(work)
         del run, work
         gc.collect()
-    table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
-                                       "peak GiB", "first step, s"), rows)
     config, batch, seq_len = (PRESETS["gpu-1b"], 16, 1024) if card else (small, 8, 64)
     model = Model(config, 0).to(args.device, torch.bfloat16)
     bench_generation(model, args)
@@ -538,7 +537,7 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=False, no_sync=True):
+def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=False):
     """The same by formula: {kind: bytes that a rank sends in a step}.
 
     rows: that leave the rank on their way to an expert, in all layers and micro-batches; with even experts
@@ -556,12 +555,12 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
     gathered = 2 * size * (experts * away(edp) + attention * away(shard))     # forward and backward
     gathered += (size * tables + 4 * small) * away(shard)                     # once
     reduced = 4 * (experts * away(edp) + (total - experts * ep) * away(shard))
-    counted = 3 * micro + micro * (2 + world + L * (3 * E + 6)) + 9 * L + (2 if config.tie_embeddings else 3)
+    counted = 2 * micro + micro * (2 + world + L * (3 * E + 4)) + 9 * L + (2 if config.tie_embeddings else 3)
     return {"rows": (6 if recomputed else 4) * rows * D * size,
             "loads": (2 if recomputed else 1) * micro * L * E * 8 * away(ep),
             "weights": micro * gathered,
-            "gradients": reduced * (1 if no_sync else micro),
-            "copies": 2 * away(replicate) * 4 * total / shard * (1 if no_sync else micro),
+            "gradients": micro * reduced,
+            "copies": micro * 2 * away(replicate) * 4 * total / shard,
             "sums": 2 * away(world) * 8 * counted}
 
 
@@ -615,7 +614,7 @@ def one_of_many(args):
     times = []
     for step in range(args.warm + 5):
         began = time.perf_counter()
-        train.train_step(run, step, step * batch * grid.world)
+        train.train_step(run, step)
         times.append(time.perf_counter() - began)
     share = config.n_expert // args.layout[0]
     mine = grid.rank % args.layout[0]                             # the rank in its group of ep
@@ -624,7 +623,7 @@ def one_of_many(args):
         block.moe.router.register_forward_hook(
             lambda module, inputs, routing: leaving.append(int((routing.experts // share != mine).sum())))
     with Traffic() as counted:
-        train.train_step(run, 99, 0)
+        train.train_step(run, 99)
     everyone = parallel.gather(grid, (sum(leaving), counted.sent))
     sent = sum((Counter(sent) for _, sent in everyone), Counter())
     if grid.rank == 0:

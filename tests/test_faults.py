@@ -28,7 +28,7 @@ import data
 import eval as evaluation
 import parallel
 import train
-from train import Guard, Settings, train_step
+from train import train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -177,10 +177,12 @@ def twenty_steps(grid, out, write):
     run = make_run(grid, torch.float32, steps=100, lr=3e-3)
     if write:
         for step in range(3):
-            train_step(run, step, 12 * step)
-        parallel.save_checkpoint(out, 3, train.state_of(run), 2, grid)
-    parallel.load_checkpoint(out / "step-3", train.state_of(run), grid)
-    steps = (train_step(run, step, 12 * (step % 5)) for step in range(3, 23))
+            train_step(run, step)
+        parallel.save_checkpoint(out, 3, run.state(), 2, grid)
+    parallel.load_checkpoint(out / "step-3", run.state(), grid)
+    rows = run.corpus.train.rows
+    run.corpus.train.rows = lambda first, *rest: rows(first % 60, *rest)
+    steps = (train_step(run, step) for step in range(3, 23))
     return [(float(did.loss), did.statistics.load) for did in steps]
 
 
@@ -281,13 +283,12 @@ def test_what_cannot_be_read_now_is_not_set_aside(three_checkpoints, tmp_path, m
 
 
 def test_a_resumed_log_is_bit_by_bit_the_old_one(corpus, tmp_path):
-    """Also the figures of a window that a checkpoint lies in, across the switch, and what a crash left."""
+    """Also across the switch, and what a crash left."""
     argv = ["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "30", "--save_every", "5",
             "--keep", "9", "--log_every", "7", "--initial_top_k", "3", "--switch", "0.5", "--balance",
             "loss-free"]
     train.main(argv)
     before = rows(tmp_path)
-    assert len({row["window"] for row in before}) > 1
     for last in (25, 15, 5):
         for step in parallel.checkpoints(tmp_path):
             if step > last:
@@ -370,20 +371,20 @@ def steps_with_nan(grid, bad):
         if step == 2 and grid.rank == bad:
             run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
         before = everything(run)
-        did = train_step(run, step, 12 * step)
+        did = train_step(run, step)
         run.model.forward = real
         found.append((did.skipped, not equal(everything(run), before)))
-    return found, run.guard.counts.tolist(), sequences
+    return found, run.counts.tolist(), sequences
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_on_any_rank(ranks):
     alone, counts, sequences = steps_with_nan(parallel.ALONE, 0)
     assert [changed for _, changed in alone] == [True, True, False, True]
-    assert alone[2][0] == "its loss is not finite" and counts == [3, 0, 0, 1, 0]
+    assert alone[2][0] == "the loss is not finite" and counts == [3, 1, 0]
     assert sequences == list(range(0, 60, 4))                     # the data advances, one batch ahead
     for found, counts, _ in (a.value for a in ranks(3, steps_with_nan, 1, layout=(3, 1))):
         assert [changed for _, changed in found] == [True, True, False, True]
-        assert found[2][0] == "the loss of rank 1 is not finite" and counts == [3, 0, 0, 1, 0]
+        assert found[2][0] == "the loss of rank 1 is not finite" and counts == [3, 1, 0]
 
 
 def nan_from(argv, first):
@@ -406,7 +407,7 @@ def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path, wo
         with pytest.raises(SystemExit) as error:
             nan_from(argv, 9)
         code, err = error.value.code, capsys.readouterr().err
-        who = "its loss"
+        who = "the loss"
     else:
         answers = ranks(2, nan_from, argv, 9)
         code, err = answers[0].code, answers[0].err
@@ -414,86 +415,48 @@ def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path, wo
         who = "the loss of rank 1"
     for step in (10, 11, 12):
         assert f"step {step} changed nothing: {who} is not finite" in err
-    assert code == 1 and "error: the run ends at step 12: 3 steps in a row changed nothing" in err
+    assert code == 1 and "3 steps in a row changed nothing" in err
     assert parallel.checkpoints(out) == [4, 8] and not parallel.find_corruption(out / "step-8")
-    assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1] * 2     # it ends before the last line
+    assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1, 2]     # it ends before the last line
 
 
-def guarded(values, **changes):
-    """What a guard says to a sequence of losses in the constant part of a run; norms are 1."""
-    s = Settings(**dict(steps=100000, warmup=0, decay=0) | changes)
-    guard, rng = Guard(), np.random.default_rng(0)
-    config = type("Config", (), dict(top_k=1, n_layer=1, rope_base=1.0))
-    norms = rng.normal(1, 0.1, len(values))
-    return guard, [guard.objection(v, n, i, s, config) for i, (v, n) in enumerate(zip(values, norms))]
+def spikes(losses, spike=6.0):
+    """Which of a sequence of losses are skipped; norms are noise around 1."""
+    run, rng = make_run(parallel.ALONE, torch.float32, spike=spike), np.random.default_rng(0)
+    reasons = [train.reason_to_skip(run, loss, rng.normal(1, 0.1), None) for loss in losses]
+    assert run.counts.tolist() == [len(losses), len(list(filter(None, reasons))), 0]
+    return [i for i, reason in enumerate(reasons) if reason]
 
 
 def noise(n, mean=3.0, spread=0.05, seed=1):
     return list(np.random.default_rng(seed).normal(mean, spread, n))
 
 
-def test_a_spike_is_skipped_and_noise_is_not():
-    _, said = guarded(noise(1000))
-    assert not any(said)
-    guard, said = guarded(noise(200) + [3.5] + noise(10, seed=2))
-    assert [i for i, why in enumerate(said) if why] == [200] and "loss (3.5" in said[200]
-    assert guard.counts.tolist() == [211, 1, 0, 0, 0]
-    assert not any(guarded(noise(200) + [2.0])[1]) and not any(guarded(noise(200) + [3.5], spike=0.0)[1])
-    assert not any(guarded(noise(127) + [3.5])[1])                # nothing to compare with yet
-
-
-def test_a_lasting_change_of_level_is_accepted():
-    _, said = guarded(noise(200) + noise(300, mean=4.0, seed=2))
-    skipped = [i for i, why in enumerate(said) if why]
-    assert skipped[0] == 200 and skipped[-1] < 206 and len(skipped) <= 5
-    _, said = guarded(noise(200) + [10.0 ** i for i in range(1, 12)])     # each a spike beside those before
-    runs = "".join("x" if why else "." for why in said).split(".")
-    assert max(map(len, runs)) == 5
-
-
-def test_the_guard_begins_anew_at_the_borders_of_schedules():
-    s = Settings(steps=1000, warmup=0.1, decay=0.2, initial_top_k=[4], switch=0.5)
-    config = type("Config", (), dict(top_k=1, n_layer=2, rope_base=1.0))
-    guard = Guard()
-    seen = []
-    for step in range(1000):
-        guard.objection(3.0 + 0.01 * (step % 7), 1.0, step, s, config)
-        seen.append(int(guard.counts[0]))
-    assert [step for step in range(1000) if seen[step] == 1] == [0, 99, 500, 800]
-    for warmup, skipped in ((0.3, False), (0.0, True)):           # not in warm-up
-        s, guard = Settings(steps=1000, warmup=warmup), Guard()
-        said = [guard.objection(3.0 + (step == 250), 1.0, step, s, config) for step in range(299)]
-        assert [step for step, why in enumerate(said) if why] == [250] * skipped
+def test_spikes_are_skipped_if_asked():
+    assert not spikes(noise(1000)) and not spikes(noise(200) + [2.0])
+    assert spikes(noise(200) + [3.5] + noise(10, seed=2)) == [200]
+    assert not spikes(noise(200) + [3.5], spike=0.0)              # the default
+    assert not spikes(noise(127) + [3.5])                         # nothing to compare with yet
+    skipped = spikes(noise(200) + noise(300, mean=4.0, seed=2))   # a lasting change of level is accepted
+    assert skipped[0] == 200 and skipped[-1] < 206
 
 
 def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_path, capsys):
-    """A quiet past is written into a checkpoint, beside which real steps are spikes, until they are no news.
-    """
+    """A quiet past is written into a checkpoint, beside which real steps are spikes."""
     base = ["--data", str(corpus), *SIZES, "--balance", "loss-free", "--steps", "12", "--save_every", "6",
-            "--warmup", "0", "--decay", "0"]
+            "--spike", "6", "--warmup", "0", "--decay", "0"]
     train.main([*base, "--out", str(tmp_path / "run")])
     shutil.rmtree(tmp_path / "run/step-12")
-    state = {"guard.recent": torch.full((128, 2), 0.5, dtype=torch.float64), "guard.counts": torch.tensor(
-        [128, 0, 0, 0, 0])}
-    run = train.start(train.decide([*base, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
+    run = train.start(train.plan_run([*base, "--out", str(tmp_path / "run")], 1), parallel.ALONE)
     with run.log:
-        assert run.done == 6 and run.guard.counts.tolist() == [6, 0, 0, 0, 0]     # as it was then
+        assert run.done == 6 and run.counts.tolist() == [6, 0, 0]         # as it was then
         losses = torch.tensor([row["loss"] for row in rows(tmp_path / "run")])
-        assert torch.equal(run.guard.recent[:6, 0].float(), losses)
-        for name, value in run.guard.state().items():
-            value.copy_(state[name])
-        shutil.rmtree(tmp_path / "run/step-6")
-        parallel.save_checkpoint(tmp_path / "run", 6, train.state_of(run), 2)
+        assert torch.equal(run.recent[:6, 0].float(), losses)
+        run.recent.fill_(0.5)
+        run.counts[0] = 128
         before = everything(run)
-        did = train_step(run, 6, 6 * 8)
-        assert "is a spike" in did.skipped and equal(everything(run), before)
-    capsys.readouterr()
-    train.main([*base, "--out", str(tmp_path / "run")])
-    assert [row["skipped"] for row in rows(tmp_path / "run")[6:]] == [1, 1, 1, 1, 1, 0]
-    assert capsys.readouterr().err.count("is a spike") == 5
-    state = {"guard.counts": torch.zeros(5, dtype=torch.int64)}
-    parallel.load_checkpoint(tmp_path / "run/step-12", state)
-    assert state["guard.counts"].tolist() == [134, 5, 0, 0, 0]
+        assert "are a spike" in train_step(run, 6).skipped and equal(everything(run), before)
+        assert run.counts.tolist() == [129, 1, 0]
 
 
 def flipped_bit(argv, at, what):
@@ -508,32 +471,21 @@ def flipped_bit(argv, at, what):
     train_with(argv, flipped)
 
 
-@pytest.mark.parametrize("flips, check, save", [("weight", 8, 3), ("bias", 8, 3), ("weight", 999, 4),
-                                                ("", 4, 4)])
-def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips, check, save):
-    """.. at the next comparison, which there is before every save: no checkpoint has the flipped bit."""
+@pytest.mark.parametrize("flips", ["weight", "bias", ""])
+def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, flips):
+    """.. before the next save: no checkpoint has the flipped bit."""
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "12", "--replicate",
-            "2", "--check_every", str(check), "--save_every", str(save), "--balance", "loss-free"]
+            "2", "--save_every", "4", "--balance", "loss-free"]
     answers = ranks(4, flipped_bit, argv, 7 if flips else 99, flips)
     if flips:
         assert [a.code for a in answers] == [1] * 4 and [a.err for a in answers[1:]] == [""] * 3
-        assert "ends at step 8: the weights of rank 3 are not those of the first replica" in answers[0].err
-        assert parallel.checkpoints(tmp_path / "run") == ([3, 6] if save == 3 else [4])
+        assert "ends at step 8: the weights of rank 3 are not those of the first" in answers[0].err
+        assert parallel.checkpoints(tmp_path / "run") == [4]
     else:
         assert [a.code for a in answers] == [None] * 4
 
 
 # --- disks, memory, data ----------------------------------------------------------------------------------
-
-def test_a_lost_line_of_the_log_is_counted(corpus, tmp_path, capsys):
-    run = train.start(train.decide(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES], 1),
-                      parallel.ALONE)
-    run.log.close()
-    with open("/dev/full", "w") as run.log:
-        for run.done in (1, 2):
-            train.write_row(run, {"step": run.done})
-    assert run.lost == 2 and "step 2: a line of the log is lost" in capsys.readouterr().err
-
 
 def test_a_console_that_takes_nothing_does_not_end_a_run(corpus, tmp_path):
     """A full disk under nohup.out: the run has all its steps, and says so by its exit code."""
@@ -586,90 +538,14 @@ def test_out_of_memory_is_one_line(corpus, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
 
 
-@pytest.mark.parametrize("what", ["train.bin", "val.bin", "train.bin and meta.json", "a bare file"])
-def test_data_that_changed_are_refused(corpus, tmp_path, capsys, what):
-    folder = tmp_path / "data"
-    shutil.copytree(corpus, folder)
-    if what == "a bare file":
-        (folder / "meta.json").unlink()
-    argv = ["--data", str(folder / "train.bin" if what == "a bare file" else folder), "--out",
-            str(tmp_path / "run"), *SIZES]
-    train.main([*argv, "--steps", "2"])
-    file = folder / ("val.bin" if what == "val.bin" else "train.bin")
-    tokens = np.array(data.load_tokens(file))
-    with open(file, "r+b") as changed:
-        changed.seek(1024)
-        changed.write(tokens[::-1].tobytes())
-    if what == "train.bin and meta.json":
-        meta = json.loads((folder / "meta.json").read_text())
-        meta["train"]["sha256"] = data.file_sha256(file)
-        (folder / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(SystemExit) as error:
-        train.main([*argv, "--steps", "4"])
-    said = "is not what data.py wrote" if what in ("train.bin", "val.bin") else "its sha256 is another"
-    assert error.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_a_token_beyond_the_vocabulary_is_found_before_the_embedding(corpus, tmp_path, capsys):
-    """The file changes while it is mapped."""
+def test_data_that_changed_are_refused(corpus, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "data")
     argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES]
-    run = train.start(train.decide(argv, 1), parallel.ALONE)
-    with run.log:
-        train_step(run, 0, 0)
-        with open(tmp_path / "data/train.bin", "r+b") as file:
-            file.seek(1000)
-            file.write(b"\xff" * 5000)
-        with pytest.raises(SystemExit) as error:
-            for step in range(1, 1000):
-                train_step(run, step, 8 * step)
-    assert error.value.code == 2
-    assert "tokens of step 4 are beyond the vocabulary (320)" in capsys.readouterr().err
-
-
-def change_a_token(argv):
-    """train.main on two ranks, in whose third step a token of every sequence of rank 1 is 9999."""
-    def changed(real, run, step, *rest):
-        if step == 1 and run.grid.rank == 1:
-            sampler, third = run.corpus.train, torch.tensor([3])
-            rows = sampler.rows
-            sampler.rows = lambda *rest: (rows(*rest)[0].index_fill(1, third, 9999), rows(*rest)[1])
-        return real(run, step, *rest)
-    train_with(argv, changed)
-
-
-def test_all_ranks_end_for_a_token_of_one(ranks, corpus, tmp_path):
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--save_every", "1", "--steps",
-            "9"]
-    answers = ranks(2, change_a_token, argv)
-    assert [a.code for a in answers] == [2, 2] and answers[1].err == ""
-    assert "4 tokens of step 3 are beyond the vocabulary (320)" in answers[0].err
-    assert parallel.checkpoints(tmp_path / "run") == [1, 2]
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_held_out_tokens_beyond_the_vocabulary(ranks, corpus, tmp_path, world, capsys):
-    shutil.copytree(corpus, tmp_path / "data")
-    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SIZES, "--steps", "4",
-            "--eval_every", "2"]
-    if world == 2:
-        answers = ranks(2, spoil_held_out, argv, tmp_path / "data/val.bin")
-        assert [a.code for a in answers] == [2, 2] and answers[1].err == ""
-        err = answers[0].err
-    else:
-        with pytest.raises(SystemExit) as error:
-            spoil_held_out(argv, tmp_path / "data/val.bin")
-        err = capsys.readouterr().err
-        assert error.value.code == 2
-    assert "100 held-out tokens are beyond the vocabulary (320)" in err
-
-
-def spoil_held_out(argv, file):
-    """train.main, after whose first step held-out tokens change (while the file is mapped)."""
-    def spoiled(real, run, step, *rest):
-        if run.grid.rank == 0:
-            with open(file, "r+b") as changed:
-                changed.seek(1024 + 2 * 16)                       # at the beginning of a window
-                changed.write(b"\xff" * 200)
-        return real(run, step, *rest)
-    train_with(argv, spoiled)
+    train.main([*argv, "--steps", "2"])
+    tokens = np.array(data.load_tokens(tmp_path / "data"))
+    with open(tmp_path / "data/train.bin", "r+b") as changed:
+        changed.seek(1024)
+        changed.write(tokens[::-1].tobytes())
+    with pytest.raises(SystemExit) as error:
+        train.main([*argv, "--steps", "4"])
+    assert error.value.code == 2 and "its sha256 is another" in capsys.readouterr().err

@@ -480,10 +480,10 @@ def test_generation_stops_and_repeats_with_its_seed():
     a, b = (model.generate(tokens, 20, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(a, b)
     stop = int(a[0, 5])
-    out = model.generate(tokens, 20, stop=stop, generator=torch.Generator().manual_seed(4))
+    out = model.generate(tokens, 20, stop=(stop,), generator=torch.Generator().manual_seed(4))
     assert (out[0, 5:] == stop).all() and torch.equal(out[0, :6], a[0, :6])
     alone = model.generate(tokens[:1], 20, temperature=0)
-    assert model.generate(tokens[:1], 20, temperature=0, stop=int(alone[0, 5])).shape[1] <= 6     # ends early
+    assert model.generate(tokens[:1], 20, temperature=0, stop=(int(alone[0, 5]),)).shape[1] <= 6  # early
 
 
 # --- counting ---------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_c
 def build(dtype=torch.float32, seed=0, **changes):
     model = Model(small(**changes), seed=seed)
     masters = parallel.Masters(model, dtype)
-    return model, masters, parallel.adamw(masters, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    return model, masters, parallel.adamw(masters, 1e-2, (0.9, 0.95), 0.1)
 
 
 def backward(model, seed):
@@ -86,7 +86,7 @@ def test_clipping_equals_torch(max_norm):
     (a, masters, optimizer), (b, _, theirs) = build(), build()
     backward(a, 0)
     backward(b, 0)
-    total, norms = clip_gradients(masters, max_norm, optimizer)
+    total = clip_gradients(masters, max_norm, optimizer)
     want = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
     torch.testing.assert_close(total, want)
     optimizer.step()                                              # scales the gradients as it reads them
@@ -94,7 +94,6 @@ def test_clipping_equals_torch(max_norm):
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(p, q)
-    assert torch.stack(list(norms.values())).norm().item() == pytest.approx(total.item())  # before scaling
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -171,8 +170,8 @@ def test_durable_then_renamed_then_the_old_one_is_deleted(tmp_path, monkeypatch)
                             calls.append((name, Path(path).name)) or real(path, *args, **kwargs))
     save_checkpoint(tmp_path, 2, training_state(masters), keep=1)
     calls = [call for call in calls if call[1] != ".metadata.tmp"]                # torch's own
-    assert calls == [("fsync", "manifest.json"), ("fsync", "step-2.tmp"), ("rename", "step-2.tmp"),
-                     ("fsync", tmp_path.name), ("rmtree", "step-1")]
+    assert calls == [("fsync", "meta.json"), ("fsync", "manifest.json"), ("fsync", "step-2.tmp"),
+                     ("rename", "step-2.tmp"), ("fsync", tmp_path.name), ("rmtree", "step-1")]
 
 
 def test_checkpoints_are_those_of_torch(tmp_path):
@@ -297,27 +296,62 @@ def test_the_timeout_reaches_every_group(ranks, group):
     assert 1 < ranks(4, silent_rank, group)[0].value < 6
 
 
-def sent(grid, accumulate, recomputed, no_sync, dtype):
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("c10d::"):
+            self.names.append(func.name().removeprefix("c10d::"))
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(grid, **changes):
+    run = make_run(grid, torch.float32, **changes)
+    train.train_step(run, 0)                                   # .. which cuts the batch of the next one
+    with Collectives() as seen:
+        train.train_step(run, 1)
+    return {name: seen.names.count(name) for name in set(seen.names)}
+
+
+def test_how_many_collectives_a_step_has(ranks):
+    """One sum for the counts of the step, one per micro-batch, one for the norm; gathered twice per layer and
+    micro-batch (experts, attention), once in all (tables, the rest); gradients sent once."""
+    assert count_collectives(ALONE, accumulate=3) == {} and not dist.is_initialized()
+    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(1, 1)))
+    layers, micro = 2, 3
+    assert found == {"allreduce_": 2 + micro, "_allgather_base_": micro * (2 * 2 * layers + 2),
+                     "_reduce_scatter_base_": 2 * layers + 2}
+    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(4, 1)))
+    assert found["alltoall_base_"] == micro * layers * 5          # counts; rows, there and back, twice
+
+
+def count_collectives_3(grid):
+    return count_collectives(grid, accumulate=3)
+
+
+def sent(grid, accumulate, recomputed, dtype):
     """-> bytes counted, and by the formula, of a step."""
-    run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, no_sync=no_sync,
-                   top_k=2)
+    run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, top_k=2)
     leaving, mine = [], grid.rank % grid.ep
     for block in run.model.blocks:
         block.moe.router.register_forward_hook(
             lambda m, x, routing: leaving.append(int((routing.experts // (12 // grid.ep) != mine).sum())))
-    train.train_step(run, 0, 0)                                   # .. which cuts the batch of the next one
+    train.train_step(run, 0)                                   # .. which cuts the batch of the next one
     leaving.clear()
     with Traffic() as counted:
-        train.train_step(run, 1, run.settings.batch_size)
+        train.train_step(run, 1)
     rows = sum(leaving) // (2 if recomputed else 1)               # the router was run again, too
     return counted.sent, traffic(run.config, grid.world, grid.ep, grid.replicate, rows, accumulate,
-                                 dtype.itemsize, recomputed, no_sync)
+                                 dtype.itemsize, recomputed)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("how", [(1, False, True, torch.float32), (2, True, True, torch.float32),
-                                 (2, False, False, torch.float32), (2, False, True, torch.bfloat16)],
-                         ids=["plain", "recomputed", "each sent", "bf16"])
+@pytest.mark.parametrize("how", [(1, False, torch.float32), (2, True, torch.float32),
+                                 (2, False, torch.bfloat16)], ids=["plain", "recomputed", "bf16"])
 def test_bytes_sent_equal_the_formula(ranks, layout, how):
     answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
     counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
@@ -386,7 +420,7 @@ def bf16_norm(grid, accumulate):
     run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
     rows = run.corpus.train.rows
     run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
-    return train.train_step(run, 0, 0).norm.item()
+    return train.train_step(run, 0).norm.item()
 
 
 def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(ranks):
@@ -436,7 +470,7 @@ def save_after(grid, out):
     """Two steps, a checkpoint -> what it holds, whole."""
     run = make_run(grid, torch.float32, balance="loss-free", batch_size=10)
     for step in range(2):
-        train.train_step(run, step, 10 * step)
+        train.train_step(run, step)
     state = training_state(run.masters, run.optimizer)
     save_checkpoint(out, 2, state, 2, grid)
     return {name: whole(t) for name, t in state.items()}
@@ -538,7 +572,7 @@ def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, me
 
 def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
-    run = train.start(train.decide(argv, 1), ALONE)
+    run = train.start(train.plan_run(argv, 1), ALONE)
     with run.log:
         answers = ranks(2, train.main, argv)
     assert [a.code for a in answers] == [2, 2]

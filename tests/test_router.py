@@ -15,6 +15,7 @@ from router import (
     differentiate_at,
     load_balancing_loss,
     noise_floor,
+    quantile_bias,
     router_z_loss,
     top1_balancing_loss,
     update_bias,
@@ -249,3 +250,39 @@ def test_z_loss_is_the_mean_squared_logsumexp():
 ])
 def test_schedule_of_active_experts(step, steps, initial, target, switch, n_layer, want):
     assert active_experts(step, steps, initial, target, switch, n_layer) == want
+
+
+# --- quantile balancing -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_quantile_biases_are_quantiles(K, gate):
+    """Against torch.quantile of all margins, to the width of a bin; parts of the tokens add up."""
+    router = Router(16, 12, gate)
+    torch.nn.init.normal_(router.weight)
+    router.bias.copy_(torch.linspace(-0.01, 0.01, 12))
+    router.counts_margins = True
+    h, mask = torch.randn(4000, 16), torch.rand(4000) < 0.9
+    margins = router(h, K, mask).statistics.margins
+    assert torch.equal(margins, sum(router(*part).statistics.margins for part in zip(
+        h.chunk(7), [K] * 7, mask.chunk(7))))
+    assert margins.sum(-1).tolist() == [int(mask.sum())] * 12
+    logits = h[mask] @ router.weight.T
+    score = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
+    limit = (score + router.bias).sort(-1, descending=True).values[:, K:K + 1]
+    want = torch.quantile((limit - score).double(), K / 12, dim=0)
+    torch.testing.assert_close(quantile_bias(margins, K), want - want.mean(), rtol=0.03, atol=2e-3)
+    worst = []
+    for _ in range(40):                                           # again and again: the load becomes even
+        statistics = router(h, K, mask).statistics
+        worst.append((statistics.load / statistics.load.double().mean() - 1).abs().max())
+        router.bias.copy_(quantile_bias(statistics.margins, K))
+    assert worst[-1] < 0.1 < 0.5 * worst[0]
+
+
+def test_margins_are_only_counted_where_there_is_a_choice():
+    router = Router(8, 4, "softmax")
+    assert router(torch.randn(9, 8), 2).statistics.margins.shape == (4, 0)
+    router.counts_margins = True
+    assert router(torch.randn(9, 8), 2).statistics.margins.sum() == 36
+    assert router(torch.randn(9, 8), 4).statistics.margins.sum() == 0

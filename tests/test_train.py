@@ -1,5 +1,6 @@
 """Schedules, the training step against a slow reference, the loop, its log, and resuming."""
 
+import fcntl
 import json
 import math
 import os
@@ -22,8 +23,8 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, flops_per_token
-from router import active_experts, noise_floor
-from train import Corpus, Run, Settings, describe, learning_rate, sequences, train_step
+from router import active_experts, drawn_experts, noise_floor
+from train import Corpus, Run, Settings, describe, learning_rate, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -44,17 +45,8 @@ def test_learning_rate_warms_up_stays_and_decays():
 
 def test_the_optimizer_follows_the_schedule():
     run = make_run()
-    train_step(run, 8, 0)
+    train_step(run, 8)
     assert {g["lr"] for g in run.optimizer.param_groups} == {learning_rate(8, run.settings)} != {1e-2}
-
-
-def test_batch_ramp_grows_in_multiples_of_accumulate():
-    s = Settings(steps=100, batch_size=32, accumulate=4, ramp_from=4, ramp=0.5)
-    sizes = [sequences(i, s) for i in range(100)]
-    assert sizes[0] == 4 and sizes[50:] == [32] * 50
-    assert sizes == sorted(sizes) and not any(n % 4 for n in sizes)
-    assert [sizes[i] for i in (0, 7, 8, 25, 49)] == [4, 4, 8, 16, 28]
-    assert [sequences(i, Settings(batch_size=7)) for i in (0, 999)] == [7, 7]
 
 
 # --- one step ---------------------------------------------------------------------------------------------
@@ -67,20 +59,18 @@ def make_run(**changes):
     s.check(config)
     model = Model(config, seed=0).double()
     masters = parallel.Masters(model)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.eps, s.weight_decay)
+    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
+        block.moe.router.counts_margins = s.balance == "quantile"
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
-    corpus = Corpus(data.Sampler(tokens, 8, 0), 64, top_share=0.5)
+    corpus = Corpus(data.Sampler(tokens, 8, 0))
     return Run(s, config, model, masters, optimizer, corpus, "cpu", torch.float64)
 
 
 def logged(run, step):
     """Do a step -> what the log says of it."""
-    did = train_step(run, step, 12 * step)
-    run.window.clear()
-    run.window.add(did)
-    return describe(run, step, did)
+    return describe(run, train_step(run, step))
 
 
 def slow_balance_loss(s, E, chosen, logits):
@@ -140,10 +130,8 @@ def test_a_step_has_the_gradient_of_its_definition(changes, monkeypatch):
     row = logged(run, 0)
     for (name, g), w in zip(got.items(), want):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-13, msg=name)
-    norms = [w.norm() for w in want]
-    assert row["grad_norm"] == pytest.approx(torch.stack(norms).norm().item(), rel=1e-9)
-    layer = [w.norm() for (n, _), w in zip(got.items(), want) if n.startswith("blocks.1.")]
-    assert row["grad_norm_layer"][1] == pytest.approx(torch.stack(layer).norm().item(), rel=1e-9)
+    norm = torch.stack([w.norm() for w in want]).norm().item()
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-9)
 
 
 @pytest.mark.parametrize("balance", ["none", "loss-free"])
@@ -176,16 +164,15 @@ def test_what_is_reported_is_of_the_whole_step():
         want = {
             "load_max": load.max() * E / N - 1, "load_min": load.min() * E / N - 1,
             "lbl_layer": E * (load / N * p.mean(0)).sum(), "top_prob": p.amax(-1).mean(),
-            "top1_lbl_layer": slow_balance_loss(run.settings, E, None, z),
-            "z_layer": z.logsumexp(-1).square().mean(), "gate_entropy": -(p * p.log()).sum(-1).mean(),
-            "zipf": 0.5 * E - 1, "bias_range": 0.0, "noise_max": noise_floor(N, E, 1)[0]}
+            "gate_entropy": -(p * p.log()).sum(-1).mean(), "noise_max": noise_floor(N, E, 1)[0]}
         for name, value in want.items():
             assert row[name][layer] == pytest.approx(float(value), rel=1e-6), name
     assert row["lbl"] == pytest.approx(sum(row["lbl_layer"]) / 2)
 
 
 @pytest.mark.parametrize("balance", [dict(balance="lbl"), dict(balance="top1", temperature=0.3),
-                                     dict(balance="loss-free", bias_rate=0.01)], ids=lambda b: b["balance"])
+                                     dict(balance="loss-free", bias_rate=0.01), dict(balance="quantile")],
+                         ids=lambda b: b["balance"])
 def test_every_method_balances(balance):
     """Forty steps on random tokens: the worst expert is far less loaded than without it."""
     worst = []
@@ -202,39 +189,35 @@ def test_every_method_balances(balance):
 
 def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
     run = make_run(balance="loss-free", bias_rate=0.25, accumulate=3)
-    load = train_step(run, 0, 0).statistics.load
+    load = train_step(run, 0).statistics.load
     for block, counts in zip(run.model.blocks, load.tolist()):
         want = [0.25 * ((n < 16) - (n > 16)) for n in counts]     # 96 tokens over 6 experts
         assert block.moe.router.bias.tolist() == want
-    row = logged(run, 1)
-    biases = [block.moe.router.bias.tolist() for block in run.model.blocks]
-    assert row["bias_range"] == [max(b) - min(b) for b in biases] and max(row["bias_range"]) > 0
 
 
-def test_a_window_is_of_one_list_and_counts_its_tokens():
-    run = make_run(initial_top_k=[3], switch=0.2, ramp_from=4, ramp=0.4)
-    seen = []
-    for step in range(4):                                         # 4, 6, 8, 10 sequences; the switch after 2
-        did = train_step(run, step, 0)
-        run.window.add(did)
-        seen.append((*run.window.counts[:2].tolist(), run.window.load.sum(-1).tolist()))
-        assert describe(run, step, did)["zipf"] == ([0.0, 2.0] if step < 2 else [2.0, 2.0])
-    assert seen == [(1, 32, [96, 32]), (2, 80, [240, 80]), (1, 64, [64, 64]), (2, 144, [144, 144])]
-    row = describe(run, 3, did)
-    assert row["window"] == 2 and row["window_noise_max"][0] == noise_floor(144, 6, 1)[0]
-
-
-def test_a_step_without_a_finite_gradient_changes_nothing():
-    run = make_run(balance="loss-free", lbl_coef=0.5)
-    train_step(run, 0, 0)
+@pytest.mark.parametrize("balance", ["loss-free", "quantile"])
+def test_a_step_without_a_finite_gradient_changes_nothing(balance):
+    run = make_run(balance=balance, lbl_coef=0.5)
+    train_step(run, 0)
     state = parallel.training_state(run.masters, run.optimizer)
     before = {name: value.clone() for name, value in state.items()}
     handle = run.model.blocks[1].attn.out.weight.register_hook(lambda g: g * float("nan"))
-    assert train_step(run, 1, 12).skipped
+    assert train_step(run, 1).skipped
     assert all(torch.equal(before[name], value) for name, value in state.items())
     handle.remove()
-    assert not train_step(run, 2, 24).skipped
+    assert not train_step(run, 2).skipped
     assert not torch.equal(before["model.blocks.0.moe.router.bias"], state["model.blocks.0.moe.router.bias"])
+
+
+def test_every_layer_draws_its_k_from_the_choices():
+    """A pure function of seed and step; validation and what is saved use the model's own K."""
+    run = make_run(top_k_choices=[1, 2, 4], accumulate=2)
+    drawn = [train_step(run, step).top_k for step in range(10)]
+    again = make_run(top_k_choices=[1, 2, 4], accumulate=2)
+    assert drawn[7] == train_step(again, 7).top_k and {k for ks in drawn for k in ks} == {1, 2, 4}
+    assert any(a != b for a, b in drawn) and make_run(seed=1).settings.top_k_choices == []
+    assert train.top_k_at(7, run.settings, run.config) == [1, 1]
+    assert [drawn_experts(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
@@ -242,15 +225,14 @@ def test_a_step_without_a_finite_gradient_changes_nothing():
 def test_a_run_explains_itself(finished, corpus):
     header, *lines = evaluation.read_log(finished)
     assert header["settings"]["steps"] == 12 and header["model"]["n_expert"] == 6
-    assert {"python", "torch", "numpy", "tiktoken"} <= set(header["versions"]) and "cpu" in header["device"]
+    assert {"python", "torch"} <= set(header["versions"]) and "cpu" in header["device"]
     assert [r["step"] for r in lines] == list(range(1, 13))
     for r in lines:
         assert {"loss", "lbl", "lr", "grad_norm", "tokens_per_s", "mfu", "top_k", "load_max",
                 "load_min"} <= set(r)
         assert r["mfu"] is None and r["top_k"] == [1, 1]
-        assert len(r["load_max"]) == len(r["grad_norm_layer"]) == 2
+        assert len(r["load_max"]) == len(r["lbl_layer"]) == 2
         assert -1 <= min(r["load_min"]) <= 0 <= max(r["load_max"]) <= 5
-        assert np.linalg.norm(r["grad_norm_layer"]) <= r["grad_norm"]
     assert [r["step"] for r in lines if "val_loss" in r] == [3, 6, 9, 12]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert parallel.checkpoints(finished) == [9, 12]
@@ -272,19 +254,20 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
 @pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
-                                     ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"],
-                                     ["--ramp_from", "2", "--ramp", "0.8", "--accumulate", "2"]],
-                         ids=["plain", "bf16", "switch", "loss-free", "top1", "ramp"])
+                                     ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
+                         ids=["plain", "bf16", "switch", "loss-free", "quantile",
+                              "top1"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
     real = train.train_step
 
-    def crash(run, step, first, asked):
+    def crash(run, step, stop):
         if step == 8 and not (tmp_path / "crashed").exists():
             (tmp_path / "crashed").touch()
             raise KeyError
-        return real(run, step, first, asked)
+        return real(run, step, stop)
     monkeypatch.setattr(train, "train_step", crash)
     with pytest.raises(KeyError):                                 # after step 8; the checkpoint is of step 6
         train.main([*base, "--out", str(tmp_path / "cut")])
@@ -335,7 +318,7 @@ def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_
 
 def prepared(*argv):
     """-> Run: all that comes before the first step."""
-    return train.start(train.decide(argv, 1), parallel.ALONE)
+    return train.start(train.plan_run(argv, 1), parallel.ALONE)
 
 
 def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
@@ -348,35 +331,18 @@ def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
         with run.log:
             assert run.done == 0
             starts.append([t.clone() for t in parallel.training_state(run.masters).values()])
-            assert train_step(run, 0, 0).top_k == ([3, 2] if name == "keep" else [1, 1])
+            assert train_step(run, 0).top_k == ([3, 2] if name == "keep" else [1, 1])
     saved = list(evaluation.load_run(f"{first}/step-3")[0].buffers())
     assert all(torch.equal(a, b) for a, b in zip(*starts))
     assert all(torch.equal(a, b) for a, b in zip(starts[0][-2:], saved)) and any(b.any() for b in saved)
 
 
-def test_a_window_is_the_load_of_the_steps_since_the_last_line(corpus, tmp_path):
-    """Logged every second step, and every step: the window is the sum of two loads."""
-    runs = [tmp_path / name for name in ("every", "second")]
-    for out, every in zip(runs, ("1", "2")):
-        train.main(["--data", str(corpus), "--out", str(out), "--steps", "4", "--eval_every", "4", *SIZES,
-                    "--log_every", every])
-    every, second = rows(runs[0]), rows(runs[1])
-    assert [r["window"] for r in second] == [2, 2] and all(r["window"] == 1 for r in every)
-    for a, b, w in zip(every[::2], every[1::2], second):
-        assert w["load_max"] == b["load_max"] and b["window_max"] == b["load_max"]
-        for layer in (0, 1):
-            assert w["window_max"][layer] <= (a["load_max"][layer] + b["load_max"][layer]) / 2 + 1e-6
-            assert w["window_min"][layer] >= (a["load_min"][layer] + b["load_min"][layer]) / 2 - 1e-6
-        assert w["window_noise_max"][0] == noise_floor(2 * 8 * 16, 6, 1)[0] < w["noise_max"][0]
-    assert any(w["window_max"] != w["load_max"] for w in second)
-
-
 def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
     base = ["--data", str(corpus), "--steps", "3", *SIZES]
     train.main([*base, "--balance", "loss-free", "--bias_rate", "0.1", "--out", str(tmp_path / "free")])
-    assert max(rows(tmp_path / "free")[-1]["bias_range"]) > 0
     train.main([*base, "--init_from", str(tmp_path / "free"), "--out", str(tmp_path / "lbl")])
-    assert [row["bias_range"] for row in rows(tmp_path / "lbl")] == [[0, 0]] * 3
+    free, lbl = (list(evaluation.load_run(tmp_path / name)[0].buffers()) for name in ("free", "lbl"))
+    assert all(bias.any() for bias in free) and not any(bias.any() for bias in lbl)
 
 
 def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsys):
@@ -384,12 +350,11 @@ def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsy
     norms = iter([1.0, math.nan, math.inf, 1.0, 1.0, 1.0])
 
     def clip(masters, max_norm, optimizer, grid):
-        total, each = real(masters, max_norm, optimizer, grid)
-        return total * next(norms), each
+        return real(masters, max_norm, optimizer, grid) * next(norms)
     monkeypatch.setattr(train.parallel, "clip_gradients", clip)
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "6", *SIZES, "--log_every",
                 "2"])
-    assert [row["skipped"] for row in rows(tmp_path / "run") if row["step"] % 2 == 0] == [1, 1, 0]
+    assert [row["skipped"] for row in rows(tmp_path / "run") if row["step"] % 2 == 0] == [1, 2, 2]
     err = capsys.readouterr().err
     assert "step 2 changed nothing" in err and "step 3 changed nothing" in err and "step 4 ch" not in err
 
@@ -403,9 +368,9 @@ def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
 
 def test_settings_reach_the_optimizer(corpus, tmp_path):
     run = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7",
-                      "--beta2", "0.8", "--eps", "1e-5", "--weight_decay", "0.3")
+                      "--beta2", "0.8", "--weight_decay", "0.3")
     matrices, others = run.optimizer.param_groups
-    assert matrices["betas"] == (0.7, 0.8) and matrices["eps"] == 1e-5
+    assert matrices["betas"] == (0.7, 0.8)
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
 
 
@@ -440,19 +405,20 @@ def test_speed_is_tokens_over_the_time_of_steps(corpus, tmp_path, monkeypatch):
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
-    path, whole = tmp_path / "log.jsonl", (finished / "log.jsonl").read_text()
-    path.write_text(whole + '{"step": 13, "lo')
-    with train.open_log(tmp_path) as log:
-        train.cut_log(log, 12)
-        log.write("next\n")
-    assert path.read_text() == whole + "next\n"
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    whole = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text(whole + '{"step": 13, "lo')
+    train.main(["--out", str(out)])
+    assert (out / "log.jsonl").read_text() == whole
 
 
 def test_two_processes_cannot_train_the_same_run(finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     (out / "step-12/manifest.json").write_text("being written, by the other one")
-    with train.open_log(out):
+    with open(out / "log.jsonl", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(SystemExit) as end:
             train.main(["--out", str(out), "--steps", "20"])
     assert end.value.code == 2 and "in use by another process" in capsys.readouterr().err
@@ -474,9 +440,10 @@ def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGINT)
     with train.Stop() as stop:
-        assert not stop.asked
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)                                           # a thread reads it
+        assert stop.requested
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -510,7 +477,7 @@ def test_the_second_interrupt_ends_at_once(corpus, tmp_path):
 
 
 def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
-    """The same numbers, one for each layer of a list; without the package one line says what is missing."""
+    """The same numbers; without the package one line says what is missing, and no directory is made."""
     argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", "--wandb", "true"]
     wandb = pytest.importorskip("wandb", reason="needs the extra log")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -520,24 +487,24 @@ def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
                         lambda self, row, step: sent.append(row) or real(self, row, step=step))
     train.main(argv)
     assert len(sent) == 2 and sent[1]["loss"] == rows(tmp_path / "run")[1]["loss"]
-    assert sent[1]["load_max/1"] == rows(tmp_path / "run")[1]["load_max"][1]
+    assert sent[1]["load_max"] == rows(tmp_path / "run")[1]["load_max"]
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit):
-        train.main([*argv, "--steps", "3"])
-    assert "pip install -e '.[log]'" in capsys.readouterr().err
+        train.main([*argv, "--out", str(tmp_path / "none")])
+    assert "pip install -e '.[log]'" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     run = make_run()
-    row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5], "deep": {"x": [[-math.inf]]}}
+    row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5]}
     with open(tmp_path / "log.jsonl", "a+", buffering=1) as run.log:
         train.write_row(run, row)
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
-        "step": 1, "loss": None, "norms": [None, 0.5], "deep": {"x": [[None]]}}
+        "step": 1, "loss": None, "norms": [None, 0.5]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(out),
@@ -558,9 +525,9 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, number):
     assert rows(out)[-1]["step"] == step + 2
 
 
-@pytest.mark.parametrize("size, steps", [("600k", 40), ("100k", 150)])
-def test_on_a_full_disk_training_goes_on_and_what_was_saved_stays(corpus, tmp_path, size, steps):
-    """On a real file system of its own, where one can be mounted.  The last checkpoint must be written."""
+@pytest.mark.parametrize("size", ["600k", "100k"])
+def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path, size):
+    """On a real file system of its own, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
@@ -568,22 +535,15 @@ def test_on_a_full_disk_training_goes_on_and_what_was_saved_stays(corpus, tmp_pa
         pytest.skip("mounting a file system needs privileges")
     try:
         command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(disk / "run"),
-                   "--steps", str(steps), "--save_every", "1", "--keep", "99", "--spike", "0", *SIZES]
+                   "--steps", "150", "--save_every", "1", "--keep", "99", *SIZES]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
-        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
-        assert "MB are free" in done.stderr and "resume" in done.stderr
-        assert "training goes on" in done.stderr and f"step {steps}: loss" in done.stdout
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: could not write"), done.stderr
+        assert "No space left on device" in last and "Traceback" not in done.stderr
         kept = parallel.checkpoints(disk / "run")
         assert kept == list(range(1, len(kept) + 1)) and bool(kept) == (size == "600k")
         for step in kept:
             assert not parallel.find_corruption(disk / "run" / f"step-{step}")
-        failed = re.findall(r"could not write \S+/step-(\d+): 0.\d MB are free; ", done.stderr)
-        assert list(map(int, failed)) == list(range(len(kept) + 1, steps + 1))
-        lines = (disk / "run/log.jsonl").read_text().splitlines()
-        logged = [json.loads(line)["step"] for line in lines[1:]]             # every line is whole
-        assert len(logged) == steps if size == "600k" else 20 < len(logged) < steps
-        n_lost = steps - len(logged) + len(failed) - 1            # the last one is what the error is of
-        assert f"; {n_lost} lines of the log or checkpoints could not be written" in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -596,31 +556,15 @@ def test_settings_are_recorded_where_the_log_begins(finished):
 
 # --- devices that cannot do what is asked for -------------------------------------------------------------
 
-def test_a_device_without_bf16_is_said_once_and_trains_in_fp32(corpus, tmp_path, monkeypatch, capsys):
-    """The numbers are those of float32; the settings stay what was asked for."""
-    command = ["--data", str(corpus), "--steps", "2", *SIZES]
-    train.main([*command, "--out", str(tmp_path / "fp32")])
-    capsys.readouterr()
-    monkeypatch.setattr(train, "computes_bf16", lambda device: False)
-    train.main([*command, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16"])
-    shown = capsys.readouterr().out
-    assert shown.count("does not compute in bfloat16: float32 is used instead") == 1
-    assert "threads, float32\n" in shown
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()]
-            for name in ("fp32", "bf16")]
-    assert [row["loss"] for row in logs[0][1:]] == [row["loss"] for row in logs[1][1:]]
-    assert logs[1][0]["computes_in"] == "float32"
-    train.main([*command[:-len(SIZES)], *SIZES, "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16",
-                "--steps", "3"])                                  # the same command resumes
-    assert json.loads((tmp_path / "bf16/settings.json").read_text())["settings"]["dtype"] == "bfloat16"
-
-
-def test_this_cpu_computes_bf16_and_refusals_are_noticed(monkeypatch):
-    assert train.computes_bf16("cpu")
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(TypeError("no bfloat16")))
-    assert not train.computes_bf16("cpu")
+def test_a_device_without_bf16_trains_in_fp32_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert not train.computes_bf16("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    for asked, said in (("auto", 0), ("float32", 0), ("bfloat16", 1)):
+        assert train.compute_dtype(Settings(dtype=asked), small(n_expert=1), "cuda") == torch.float32
+        assert capsys.readouterr().out.count("an old card does not compute in bfloat16") == said
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    found = [train.compute_dtype(Settings(), small(n_expert=1), device) for device in ("cuda", "cpu")]
+    assert found == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("width, dtype, said", [
@@ -727,5 +671,5 @@ def test_a_batch_cut_ahead_is_only_taken_for_its_step(corpus, tmp_path):
         cut, real = [], run.corpus.train.rows
         run.corpus.train.rows = lambda first, *rest: cut.append(first) or real(first, *rest)
         for step in (0, 1, 4):
-            train_step(run, step, 8 * step)
+            train_step(run, step)
     assert cut == [0, 8, 16, 32, 40]
