@@ -155,9 +155,7 @@ def pick_device(name="auto"):
 
 
 def all_sum(grid, tensors):
-    """Sums over all ranks, in one reduction: of the same shapes and dtypes, without gradient.
-
-    In float64, in which counts are exact."""
+    """Sums over all ranks, without gradient: one reduction, in float64, in which counts are exact."""
     tensors = [t.detach() for t in tensors]
     if grid.world == 1:
         return tensors
@@ -424,9 +422,7 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(grid, masters):
-    """Ranks whose parameters or biases are not, bit for bit, those of the first replica of the same shard.
-
-    Compared are sums of the bits of what each rank holds, in which one flipped bit shows."""
+    """Ranks that hold other bits than the first replica of the same shard: one flipped bit changes a sum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
@@ -467,9 +463,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
 
 
 def publish(aside, path, parts, keep):
-    """Write the manifest of all ranks' (checksums, problem), rename the checkpoint, delete old ones.
-
-    -> what went wrong, or None."""
+    """Write the manifest of all ranks' (checksums, problem), rename, delete old ones -> what went wrong."""
     try:
         for _, problem in parts:
             if problem:
@@ -496,9 +490,7 @@ def load_newest(out, steps, state, grid=ALONE):
 
 
 def newest_whole(out, steps):
-    """Step of the newest whole checkpoint.  Corrupt ones are renamed to step-N.corrupt, never deleted.
-
-    ValueError if none is whole."""
+    """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
     corrupt = []
     for step in reversed(steps):
         path = out / f"step-{step}"
@@ -527,7 +519,7 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 
 def find_corruption(path):
-    """What is wrong with the files of a checkpoint, or None.  OSError if they cannot be read just now."""
+    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -542,7 +534,7 @@ def find_corruption(path):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, which would unpickle .metadata without looking, and what that says are no tensors."""
+    """torch's reader, but it unpickles only descriptions of tensors."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -552,7 +544,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Metadata(pickle.Unpickler):
-    """Only what describes tensors.  UnpicklingError for everything else, before it is called."""
+    """Calls only what describes tensors; UnpicklingError for everything else."""
 
     KNOWN = {"torch": ["Size"], "torch.serialization": ["_get_layout"],
              "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],

@@ -165,33 +165,14 @@ def test_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-100", "step-101.tmp"]
 
 
-def largest(path):
-    return max(path.glob("*.distcp"), key=lambda f: f.stat().st_size)
-
-
-def flip(file):
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
-
-
-@pytest.mark.parametrize("harm", [
-    lambda path: largest(path).write_bytes(largest(path).read_bytes()[:-10]),
-    lambda path: flip(largest(path)),
-    lambda path: largest(path).unlink(),
-    lambda path: flip(path / ".metadata"),
-    lambda path: (path / "manifest.json").unlink(),
-    lambda path: (path / "manifest.json").write_text("{"),
-    lambda path: (path / "manifest.json").write_text("[1]")],
-    ids=["cut", "flipped", "missing", "metadata", "no manifest", "broken manifest", "foreign manifest"])
-def test_damage_is_called_corrupt(tmp_path, harm):
+@pytest.mark.parametrize("manifest", ["", "{", "[1]", "{}", '{".metadata": 3}'])
+def test_a_foreign_manifest_is_corrupt(tmp_path, manifest):
+    """Files that are cut, flipped or missing: test_faults.py."""
     _, masters, _ = build()
     save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
-    before = {name: p.detach().clone() for name, p in masters.named.items()}
-    harm(tmp_path / "step-1")
+    (tmp_path / "step-1/manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match="corrupt"):
         load_checkpoint(tmp_path / "step-1", training_state(masters))
-    assert all(torch.equal(before[name], p) for name, p in masters.named.items())
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -325,13 +306,11 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch, owner):
 
 def sums(grid):
     tensors = [torch.tensor([[2 ** 40 + grid.rank, 1]]), torch.full((3,), 0.1), torch.tensor(1.0)]
-    with Traffic() as counted:
-        found = parallel.all_sum(grid, tensors)
-    return found, [t.tolist() for t in tensors], len(counted.sent)
+    return parallel.all_sum(grid, tensors), [t.tolist() for t in tensors]
 
 
 def test_sums_are_exact_and_leave_their_terms_alone(ranks):
-    for rank, (found, terms, _) in enumerate(a.value for a in ranks(3, sums, layout=(1, 1))):
+    for rank, (found, terms) in enumerate(a.value for a in ranks(3, sums, layout=(1, 1))):
         assert found[0].tolist() == [[3 * 2 ** 40 + 3, 3]] and found[0].dtype == torch.int64
         assert found[1].dtype == torch.float32 and torch.allclose(found[1], torch.full((3,), 0.3))
         assert terms[0] == [[2 ** 40 + rank, 1]] and terms[2] == 1
