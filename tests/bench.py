@@ -377,7 +377,7 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
     gathered = 2 * size * (experts * away(edp) + attention * away(shard))     # forward and backward
     gathered += (size * tables + 4 * small) * away(shard)                     # once
     reduced = 4 * (experts * away(edp) + (total - experts * ep) * away(shard))
-    counted = 2 * micro + micro * (2 + world + L * (3 * E + 4)) + 9 * L + (2 if config.tie_embeddings else 3)
+    counted = 2 * micro + micro * (2 + world + L * (3 * E + 4)) + 1           # the last: the norm
     return {"rows": (6 if recomputed else 4) * rows * D * size,
             "loads": (2 if recomputed else 1) * micro * L * E * 8 * away(ep),
             "weights": micro * gathered,
