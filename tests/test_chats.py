@@ -645,8 +645,9 @@ def test_everything_taken_over_is(in_folder, base, chats):
     saved = json.loads(Path("base/settings.json").read_text())
     other = dict(preset="sigma-moe-tiny", dtype="bfloat16", batch_size=4, accumulate=2, seq_len=32,
                  balance="top1", lbl_coef=0.5, lbl_scope="micro", temperature=0.7, bias_rate=0.01,
-                 z_coef=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-7, clip=0.4)
-    assert set(other) == set(train.TAKEN_OVER)
+                 z_coef=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9, clip=0.4,
+                 optimizer="muon", momentum=0.5)
+    assert set(other) == set(train.INHERITED)
     saved["settings"] |= other
     Path("base/settings.json").write_text(json.dumps(saved))
     settings = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))[0]
