@@ -485,6 +485,10 @@ def publish(aside, path, parts, keep):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
+    held = Reader(Path(out) / f"step-{step}").read_metadata().state_dict_metadata
+    if set(held) != set(state):                                   # another optimizer, or lazily made state
+        raise ValueError(f"step-{step} of {out} does not hold what this code's optimizer and model do: "
+                         f"{min(set(held) ^ set(state))}, ..")
     load_checkpoint(Path(out) / f"step-{step}", state, grid, checked=True)
     return step
 

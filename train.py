@@ -56,6 +56,7 @@ from model import (
 )
 from router import (
     BALANCE,
+    GATES,
     Statistics,
     active_experts,
     differentiate_at,
@@ -83,6 +84,7 @@ class Run:
     dtype: torch.dtype          # of the matrix products
     grid: parallel.Grid = parallel.ALONE
     done: int = 0               # steps
+    validated: tuple = None     # step, loss and Statistics of the last validation
     ahead: tuple = None         # the Batch of the next step
     log: object = None          # log.jsonl, open and locked; rank 0's alone
     wandb: object = None
@@ -98,7 +100,8 @@ class Run:
 
 
 def main(argv=None):
-    rank, began, run = int(os.environ.get("RANK", 0)), time.perf_counter(), None
+    began, run = time.perf_counter(), None
+    rank = int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(open(os.devnull, "w")) if rank else sys.stdout    # rank 0 speaks for all
         stack.enter_context(contextlib.redirect_stdout(Console(shown)))
@@ -238,7 +241,7 @@ def train_step(run, step, stop=None):
     skipped = reason_to_skip(run, loss_now, norm_now, bad)
     if not skipped:
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
+            group["lr"] = learning_rate(step, s) * group.get("lr_factor", 1.0)
         run.optimizer.step()
         run.masters.refresh()
         for block, load, margins, k in zip(model.blocks, total.load, total.margins, top_k):
@@ -372,9 +375,13 @@ def write_row(run, row):
 
 
 def validation(run):
-    """Loss, Statistics and windows of held-out text, or conversations, with the K of the last step."""
+    """Held-out loss and Statistics, with the K of the last step."""
     s, top_k = run.settings, top_k_at(max(0, run.done - 1), run.settings, run.config)
-    return evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens, grid=run.grid)
+    if not run.validated or run.validated[0] != run.done:
+        loss, statistics, _ = evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens,
+                                                  grid=run.grid)
+        run.validated = run.done, loss, statistics
+    return run.validated[1:]
 
 
 def save_checkpoint(run):
@@ -502,7 +509,7 @@ SIZES = {
     "head_dim": "width of a head", "d_model": "width of the residual stream",
     "n_expert": "experts per layer; 1 is a dense model",
     "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
-    "gate": "softmax, sigmoid or normalized",
+    "gate": ", ".join(GATES),
     "token_router": "true or false: a control, in which layer 0 routes on the token's embedding alone",
     "rope_base": "base of the rotary positions",
     "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
@@ -694,7 +701,9 @@ def plan_run(argv, world):
     if corrupt and not steps:
         raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
                          "choose another --out")
-    if weights and not evaluation.is_hf(weights):
+    if weights and evaluation.is_hf(weights) and not (Path(weights) / "tokenizer.json").exists():
+        print(f"{weights} has no tokenizer.json: are the tokens of {s.data} those of its model?")
+    elif weights and not evaluation.is_hf(weights):
         weights = str(evaluation.newest(weights))
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "data_sha256": sha256,
             "device": device, "exists": exists, "steps": steps, "weights": weights}
@@ -906,9 +915,13 @@ def introduce(run, exists):
           f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout}")
     if exists:
         print(f"from step {run.done}")
+        meta = Path(s.out) / f"step-{run.done}/meta.json"
+        before, now = meta.exists() and json.loads(meta.read_text())["top_k"], top_k_at(run.done, s, config)
+        if before and before != now:                              # --steps moves the switch
+            print(f"experts activated per layer: {before} so far, {now} from here on")
         return True
     print(f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
-          f"{max(1, corpus.train.n_windows / s.batch_size):,.0f} steps")
+          f"{corpus.train.n_windows / s.batch_size:,.2f} steps")
     if corpus.has_chats():
         text = corpus.train
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
@@ -929,7 +942,7 @@ def report(run, seconds):
     torch.use_deterministic_algorithms(False)                     # sampling cannot be
     top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
-        loss, statistics, _ = validation(run)
+        loss, statistics = validation(run)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:

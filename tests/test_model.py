@@ -578,6 +578,21 @@ def test_hf_names_round_trip(tied):
         assert not torch.equal(b.head.weight, b.embed.weight)
 
 
+def test_what_the_file_format_cannot_hold_is_refused():
+    """A fork's shared expert is not dropped in silence, nor an output matrix that is not the embedding."""
+    model = Model(small())
+    model.blocks[0].moe.shared = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="no place for the parameter moe.shared.weight"):
+        to_hf(model)
+    with pytest.raises(ValueError, match="no own gate"):
+        config = small()
+        config.gate = "own"
+        M.hf_config(config)
+    tied = Model(small(tie_embeddings=True))
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
+        from_hf(to_hf(tied) | {"lm_head.weight": torch.zeros(64, 16)}, tied)
+
+
 def test_from_hf_lists_everything_that_does_not_fit():
     model = Model(small())
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -483,6 +483,42 @@ def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
     assert evaluation.load_run(out / "step-6")[2] == [3, 2] and evaluation.load_run(out)[2] == [1, 1]
 
 
+def test_what_a_checkpoint_was_trained_with_stays_its_own(corpus, tmp_path, capsys):
+    """More --steps move the switch behind step 4: that step is still one of K = 1, and the change is said."""
+    out = tmp_path / "run"
+    train.main(["--data", str(corpus), "--out", str(out), "--steps", "4", *SIZES, "--initial_top_k", "3,2",
+                "--switch", "0.5"])
+    train.main(["--out", str(out), "--steps", "12", "--save_every", "6", "--keep", "9"])
+    assert "experts activated per layer: [1, 1] so far, [3, 2] from here on" in capsys.readouterr().out
+    assert [evaluation.load_run(out / f"step-{step}")[2] for step in (4, 6, 12)] == [[1, 1], [3, 2], [1, 1]]
+
+
+def test_state_of_another_optimizer_is_refused(finished, tmp_path, capsys):
+    """A fork's optimizer would begin without its momentum, in silence."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    saved = json.loads((out / "settings.json").read_text())
+    saved["settings"] |= {"optimizer": "muon", "steps": 14}
+    (out / "settings.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(out)])
+    assert "does not hold what this code's optimizer and model do: exp_avg." in capsys.readouterr().err
+
+
+def test_groups_keep_a_factor_of_their_own():
+    run = make_run()
+    run.optimizer.param_groups[1]["lr_factor"] = 0.1
+    train_step(run, 8)
+    a, b = (group["lr"] for group in run.optimizer.param_groups)
+    assert b == pytest.approx(0.1 * a) and a == learning_rate(8, run.settings)
+
+
+def test_a_rank_left_in_the_environment_does_not_silence_a_run(finished, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    train.main(["--out", str(finished)])
+    assert "complete" in capsys.readouterr().out
+
+
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGINT)
     with train.Stop() as stop:
