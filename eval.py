@@ -38,10 +38,8 @@ from router import Statistics, active_experts, load_balancing_loss, noise_floor,
 
 # --- runs -------------------------------------------------------------------------------------------------
 
-
 def load_run(ckpt, device="cpu", folder=None):
-    """-> model with the weights of a checkpoint, settings.json, K [L].  ValueError if it is corrupt, or of
-    another tokenizer than a data folder."""
+    """-> model, settings.json, K [L].  ValueError if corrupt, or not of the tokenizer of a data folder."""
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
     config, s = ModelConfig(**saved["model"]), saved["settings"]
     if folder:
@@ -95,8 +93,7 @@ def same_tokenizer(out, folder):
 
 
 def open_data(ckpt, source=None):
-    """-> settings of a run, and of its data (or another folder or token file of data.py) the folder, the
-    tokenizer, the training tokens and a sampler of the held-out ones."""
+    """-> settings of a run; folder, tokenizer, training tokens and held-out sampler of its data or source."""
     s = read_settings(run_folder(ckpt))["settings"]
     source = Path(source or s["data"])
     folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
@@ -129,7 +126,7 @@ def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=para
 
 def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     """Baselines and runs on the same held-out text (or answers), cut as the first run was trained; a row for
-    each K in top_ks -> rows (name, nats per token, bits per byte), number of targets, folder of the text."""
+    each K in top_ks -> rows (name, nats, perplexity, bits per byte), number of targets, folder of data."""
     (_, folder, encoding, train, val), losses = open_data(ckpts[0], source), []
     for ckpt in ckpts:
         model, _, top_k = load_run(ckpt, device, folder)
@@ -144,15 +141,15 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     targets = val.tokens[places]
     text = targets[targets < encoding.n_vocab - len(data.SPECIAL)]       # special tokens stand for no bytes
     per_byte = len(targets) / len(encoding.decode_bytes(text.tolist())) / math.log(2)
-    return [(name, loss, loss * per_byte) for name, loss in rows], len(targets), folder
+    return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
 
 
 def loss_command(args):
     """Cross-entropy on held-out text, beside baselines and other runs."""
     rows, n, folder = compare_losses(args.ckpt, args.data, args.device, args.top_k)
     print(f"{n:,} held-out tokens of {folder}\n{'':32} nats/token perplexity bits/byte")
-    for name, loss, bits in rows:
-        print(f"{name[-32:]:32} {loss:10.4f} {math.exp(loss):10.1f} {bits:9.4f}")
+    for name, loss, perplexity, bits in rows:
+        print(f"{name[-32:]:32} {loss:10.4f} {perplexity:10.1f} {bits:9.4f}")
 
 
 class Trigram:
@@ -199,13 +196,12 @@ def generate_text(model, encoding, rows, max_new_tokens, top_k, temperature=0.8,
                   compiled=None):
     """Continue rows of tokens, each up to <|endoftext|> or <|end|>: yields what every text grows by."""
     stop = tuple(encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
-    device, n_text = model.embed.weight.device, encoding.n_vocab - len(data.SPECIAL)
-    tokens = pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=device) if len(rows) > 1 else None
+    n_text = encoding.n_vocab - len(data.SPECIAL)                 # special tokens and unused ids come last
+    tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(model.embed.weight.device)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device) if len(rows) > 1 else None
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]   # of characters cut in two
     for column in model.stream(tokens, max_new_tokens, temperature, top_p, top_k, stop, generator, lengths,
                                compiled):
-        # behind the text come special tokens and rows of the vocabulary without a token
         pieces = [encoding.decode_single_token_bytes(t) if t < n_text else b"" for t in column.tolist()]
         yield [decoder.decode(piece) for decoder, piece in zip(decoders, pieces)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
@@ -232,9 +228,8 @@ def chat_command(args):
     note("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if not data.holds_chats(saved["settings"]["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
-    prompt = "> " if sys.stdin.isatty() else ""
     with suppress(EOFError, KeyboardInterrupt):
-        while (line := input(prompt).strip()) != "/quit":
+        while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
             if line in ("", "/reset"):
                 messages = system if line else messages
                 continue
@@ -255,8 +250,7 @@ def chat_command(args):
 # --- routing ----------------------------------------------------------------------------------------------
 
 def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
-    """Where a run's weights send the held-out tokens (at most `limit`) of its own data, or of another folder,
-    and its log up to then."""
+    """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder."""
     s, folder, encoding, train, val = open_data(ckpt, source)
     (model, _, top_k), chosen = load_run(ckpt, device, folder), []
     for block in model.blocks:
@@ -266,11 +260,10 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
     text = (doc[0] if doc else tokens).flatten() >= 0             # the routers saw padding, too
-    step = int(newest(ckpt).name.removeprefix("step-"))
     return SimpleNamespace(
         name="/".join(Path(ckpt).parts[-2:]), loss=loss, top_k=top_k, encoding=encoding,
         tokens_per_step=s["batch_size"] * s["seq_len"],
-        rows=[row for row in read_log(ckpt)[1:] if row["step"] <= step],
+        rows=[row for row in read_log(ckpt)[1:] if row["step"] <= int(newest(ckpt).name[len("step-"):])],
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
         tokens=tokens.flatten()[text],                            # [N]
         experts=torch.stack([torch.cat(seen)[text] for seen in chosen]),      # [L, N]: the best of K
@@ -280,14 +273,14 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
 def routing_command(args):
     """Which expert takes which token, and how evenly: text, and with --png pictures."""
     if args.png:                                                  # before minutes of work
-        pyplot = import_extra("matplotlib.pyplot", "plot")
+        Figure = import_extra("matplotlib.figure", "plot").Figure
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [snapshot(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    for draw in (draw_load_map, draw_deviation, draw_gate, draw_switch) if args.png else ():
-        path = Path(args.png) / f"{draw.__name__.removeprefix('draw_')}.png"
-        draw(pyplot, runs).savefig(path)
-        print(f"drawn: {path}")
+    pictures = {"load": draw_load_map, "deviation": draw_deviation, "gate": draw_gate, "switch": draw_switch}
+    for name, draw in pictures.items() if args.png else ():
+        draw(Figure, runs).savefig(Path(args.png) / f"{name}.png")
+        print(f"drawn: {args.png}/{name}.png")
 
 
 def describe_routing(run):
@@ -295,16 +288,16 @@ def describe_routing(run):
     sums, n, V = run.statistics, len(run.tokens), int(run.tokens.max()) + 1
     L, E = sums.load.shape
     chance = " and ".join(f"{100 * x:+.0f}" for x in noise_floor(n, E, run.top_k[0]))
-    zipf = 100 * zipf_bound(run.top_share, E, run.top_k[0])
     lbl, words = load_balancing_loss(sums.load, sums.prob_sum, n), []
     lines = [f"{run.name}: held-out loss {run.loss:.4f}, load of every expert on {n:,} tokens.  In layer 0",
-             f"{chance} % are chance, and a router by token id has at least {zipf:+.0f} %:",
+             f"{chance} % are chance, and a router by token id has at least "
+             f"{100 * zipf_bound(run.top_share, E, run.top_k[0]):+.0f} %:",
              draw_load(sums.load), "", "layer   K     LBL   top-1 p   entropy   routed by context"]
     for layer in range(L):
         # [V, E]: how often each token id went to each expert; an id seen once says nothing of context
         counts = torch.bincount(run.tokens * E + run.experts[layer], minlength=V * E).view(V, E)
         often = counts[counts.sum(-1) > 1]
-        context = 100 - 100 * often.amax(-1).sum() / often.sum()  # not to the favourite of its id
+        context = 100 - 100 * often.amax(-1).sum() / often.sum()  # go elsewhere than most of their id
         lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:7.3f} {sums.top_sum[layer] / n:9.3f} "
                      f"{sums.entropy_sum[layer] / n:9.2f} {context:17.0f} %")
         if layer in (0, L - 1):
@@ -335,21 +328,21 @@ def draw_load(load, width=48):
 
 # --- pictures (extra: plot) -------------------------------------------------------------------------------
 
-def draw_load_map(pyplot, runs):
+def draw_load_map(Figure, runs):
     """Layers x experts, one panel for each run: load relative to a fair share."""
-    figure, axes = pyplot.subplots(len(runs), squeeze=False, figsize=(9, 3 * len(runs)), layout="constrained")
-    for axis, run in zip(axes[:, 0], runs):
+    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
+    for axis, run in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs):
         share = run.statistics.load / run.statistics.load.sum(-1, keepdim=True)
         image = axis.imshow((share * share.shape[1]).numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
         axis.set(title=run.name, ylabel="layer", xlabel="expert")
-    figure.colorbar(image, ax=axes, extend="max", label="load / fair share")
+    figure.colorbar(image, ax=figure.axes, extend="max", label="load / fair share")
     return figure
 
 
-def draw_deviation(pyplot, runs):
+def draw_deviation(Figure, runs):
     """Largest and smallest deviation of the load over time (arXiv 2512.16248, Figures 2a, 3 and 4)."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
-    for axis, layer in zip(axes, (0, -1)):
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axis, layer in zip(figure.subplots(1, 2, sharey=True), (0, -1)):
         for color, run in enumerate(runs):
             for side, label in (("load_max", run.name), ("load_min", None)):
                 axis.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
@@ -364,11 +357,10 @@ def draw_deviation(pyplot, runs):
     return figure
 
 
-def draw_gate(pyplot, runs):
+def draw_gate(Figure, runs):
     """Share of tokens f and mean probability p of each expert (Figures 2b and 2c)."""
-    figure, axes = pyplot.subplots(len(runs), 2, squeeze=False, figsize=(9, 3 * len(runs)),
-                                   layout="constrained")
-    for row, run in zip(axes, runs):
+    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
+    for row, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
         for axis, layer in zip(row, (0, -1)):
             f = run.statistics.load[layer] / run.statistics.load[layer].sum()
             p = run.statistics.prob_sum[layer] / len(run.tokens)
@@ -380,9 +372,9 @@ def draw_gate(pyplot, runs):
     return figure
 
 
-def draw_switch(pyplot, runs):
+def draw_switch(Figure, runs):
     """Held-out loss over time; dashed where a run switched to fewer experts."""
-    figure, axis = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
+    axis = Figure(figsize=(9, 3.8), layout="constrained").subplots()
     for color, run in enumerate(runs):
         val = [(row["step"], row["val_loss"]) for row in run.rows if row.get("val_loss")]
         axis.plot([step for step, _ in val], [loss for _, loss in val], f"C{color}.-", label=run.name)
@@ -390,7 +382,7 @@ def draw_switch(pyplot, runs):
         axis.vlines(changes, 0, 1, f"C{color}", "--", transform=axis.get_xaxis_transform())
     axis.set(title="dashed: the switch to fewer experts", xlabel="step", ylabel="held-out nats per token")
     axis.legend()
-    return figure
+    return axis.figure
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------
@@ -465,9 +457,8 @@ def load_hf_weights(folder):
 
 @torch.no_grad()
 def log_likelihoods(model, pairs, top_k=None, rows=32):
-    """[(context, continuation)], both tokens -> [(log-probability of the continuation in nats, whether it is
-    the greedy one)].  As in lm-evaluation-harness the front of what is too long is cut.  `rows` of similar
-    length go together, padded on the right, which causal attention does not see."""
+    """[(context, continuation)] in tokens -> [(log-probability in nats, whether it is the greedy one)].  As
+    in lm-evaluation-harness the front of what is too long is cut; padding is on the right."""
     window, device, found = model.config.max_seq_len, model.embed.weight.device, [None] * len(pairs)
     if any(len(continuation) > window for _, continuation in pairs):
         raise ValueError(f"a continuation is longer than max_seq_len ({window})")
@@ -485,7 +476,7 @@ def log_likelihoods(model, pairs, top_k=None, rows=32):
 
 
 def choices_command(args):
-    """Multiple choice by the harness's rules, without it."""
+    """Multiple choice without the harness: lines of {context, choices, answer: number from 0}."""
     model, _, top_k = load_run(args.ckpt, args.device)
     encoding, right = data.load_encoding(run_folder(args.ckpt)), []
     questions = [json.loads(line) for line in Path(args.file).read_text(encoding="utf-8").splitlines()]
@@ -592,8 +583,7 @@ def main(argv=None):
     add("--data", help="folder made by data.py (default: each run's own)")
     add("--png", metavar="FOLDER", help="draw pictures into this folder (extra plot)")
     command("export", export_command, required=True)("--to", required=True, help="folder, which is made")
-    command("choices", choices_command, required=True)(
-        "--file", required=True, help=".jsonl of {context, choices, answer: number from 0}")
+    command("choices", choices_command, required=True)("--file", required=True, help="questions: .jsonl")
     add = command("bench", bench_command, required=True)
     add("--tasks", required=True, metavar="A,B,..", help="names of the harness, or of --include_path")
     add("--include_path", metavar="FOLDER", help="the harness's own: YAML files of more tasks")

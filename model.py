@@ -567,9 +567,9 @@ def hf_config(config, top_k=None):
     if len(set(found)) > 1:
         raise ValueError(f"Qwen3-MoE has one number of experts per token, not {found}: export a checkpoint "
                          "from after the switch")
-    if config.gate == "sigmoid" or config.token_router:
-        raise ValueError("Qwen3-MoE has no sigmoid gate and no token_router; train with --gate softmax or "
-                         "normalized, or use eval.py on the run itself")
+    if config.gate not in ("softmax", "normalized") or config.token_router:
+        raise ValueError(f"Qwen3-MoE has no {config.gate} gate or no token_router; train with --gate softmax "
+                         "or normalized, or use eval.py on the run itself")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": found[0],
         "intermediate_size": config.d_expert, "norm_topk_prob": config.gate == "normalized",
@@ -595,10 +595,10 @@ def hf_views(config, name, p):
     """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
 
     Their experts are separate tensors that multiply from the left, so each is a transposed slice of ours."""
-    if not name.startswith("blocks."):
-        return {HF_NAMES[name]: p}
-    _, layer, name = name.split(".", 2)
-    prefix = f"model.layers.{layer}."
+    prefix = ""
+    if name.startswith("blocks."):
+        _, layer, name = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
     if name == "attn.qkv.weight":
         heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
         return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
@@ -607,6 +607,8 @@ def hf_views(config, name, p):
                 for e, expert in enumerate(p.mT) for n, view in zip(("gate", "up"), expert.chunk(2))}
     if name == "moe.experts.w_out":
         return {f"{prefix}mlp.experts.{e}.down_proj.weight": expert for e, expert in enumerate(p.mT)}
+    if name not in HF_NAMES:
+        raise ValueError(f"Qwen3-MoE has no place for the parameter {name}")
     return {prefix + HF_NAMES[name]: p}
 
 
@@ -635,6 +637,8 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
     problems += [f"{theirs} is unknown" for theirs in state if theirs not in shapes.keys() | tied]
     problems += [f"{theirs} is {tuple(state[theirs].shape)}, should be {shape}"
                  for theirs, shape in shapes.items() if theirs in state and state[theirs].shape != shape]
+    if tied & set(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
+        problems.append("lm_head.weight is not the embedding, though they are tied")
     if problems:
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:20])}")
     for name, p in model.named_parameters():

@@ -38,7 +38,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from model import Model, Permute, cross_entropy, sort_by_expert
@@ -155,9 +155,7 @@ def pick_device(name="auto"):
 
 
 def all_sum(grid, tensors):
-    """Sums over all ranks, in one reduction: of the same shapes and dtypes, without gradient.
-
-    In float64, in which counts are exact."""
+    """Sums over all ranks, without gradient: one reduction, in float64, in which counts are exact."""
     tensors = [t.detach() for t in tensors]
     if grid.world == 1:
         return tensors
@@ -333,16 +331,65 @@ class Masters:
             torch._foreach_copy_([copy for copy, _ in self.copies], [master for _, master in self.copies])
 
 
-def adamw(masters, lr, betas, weight_decay):
-    """AdamW with decay on matrices only.  Its state exists at once: checkpoints are loaded in place."""
-    params = masters.named.values()
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    for p in params:
+def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
+    """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
+    matrices = [p for name, p in masters.named.items() if kind == "muon" and (
+        ".experts." in name or name.endswith(("attn.qkv.weight", "attn.out.weight")))]
+    others = [p for p in masters.named.values() if not any(p is each for each in matrices)]
+    groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = Muon(groups, lr=lr, betas=betas, fused=True)
+    for p in others:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if matrices:
+        optimizer.add_param_group({"params": matrices, "weight_decay": weight_decay, "momentum": momentum})
+        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in matrices})
     return optimizer
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, and Muon for the group of matrices that has a momentum: attention and experts, each expert a
+    matrix of its own.
+
+    Its update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
+    square of AdamW's, so that both share a learning rate (arXiv 2502.16982, eq. 4)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in [group for group in self.param_groups if "momentum" in group]:
+            lr, beta = group["lr"], group["momentum"]
+            for p in group["params"]:
+                gradient, momentum = p.grad / getattr(self, "grad_scale", 1.0), self.state[p]["momentum"]
+                momentum.lerp_(gradient, 1 - beta)
+                update = orthogonalize(gradient.lerp(momentum, beta))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
+                p.grad = None                                     # so that AdamW leaves it alone
+        super().step()
+
+
+def orthogonalize(t):
+    """newton_schulz of every matrix of t [.., m, n].  What is sharded is gathered until each matrix is whole
+    on its rank."""
+    if not isinstance(t, DTensor):
+        return newton_schulz(t)
+    whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
+             for each in t.placements]
+    update = newton_schulz(t.redistribute(placements=whole).to_local())
+    return DTensor.from_local(update, t.device_mesh, whole).redistribute(placements=t.placements)
+
+
+def newton_schulz(matrices):
+    """U V^T of matrices U S V^T [.., m, n], with singular values between 0.7 and 1.2 in place of 1: five
+    steps of a quintic iteration (K. Jordan, 2024), in bf16 on a GPU."""
+    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # the smaller square
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
 
 
 @torch.no_grad()
@@ -375,9 +422,7 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(grid, masters):
-    """Ranks whose parameters or biases are not, bit for bit, those of the first replica of the same shard.
-
-    Compared are sums of the bits of what each rank holds, in which one flipped bit shows."""
+    """Ranks that hold other bits than the first replica of the same shard: one flipped bit changes a sum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
@@ -418,9 +463,7 @@ def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
 
 
 def publish(aside, path, parts, keep):
-    """Write the manifest of all ranks' (checksums, problem), rename the checkpoint, delete old ones.
-
-    -> what went wrong, or None."""
+    """Write the manifest of all ranks' (checksums, problem), rename, delete old ones -> what went wrong."""
     try:
         for _, problem in parts:
             if problem:
@@ -442,14 +485,16 @@ def publish(aside, path, parts, keep):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
+    held = Reader(Path(out) / f"step-{step}").read_metadata().state_dict_metadata
+    if set(held) != set(state):                                   # another optimizer, or lazily made state
+        raise ValueError(f"step-{step} of {out} does not hold what this code's optimizer and model do: "
+                         f"{min(set(held) ^ set(state))}, ..")
     load_checkpoint(Path(out) / f"step-{step}", state, grid, checked=True)
     return step
 
 
 def newest_whole(out, steps):
-    """Step of the newest whole checkpoint.  Corrupt ones are renamed to step-N.corrupt, never deleted.
-
-    ValueError if none is whole."""
+    """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
     corrupt = []
     for step in reversed(steps):
         path = out / f"step-{step}"
@@ -478,7 +523,7 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 
 def find_corruption(path):
-    """What is wrong with the files of a checkpoint, or None.  OSError if they cannot be read just now."""
+    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -493,7 +538,7 @@ def find_corruption(path):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, which would unpickle .metadata without looking, and what that says are no tensors."""
+    """torch's reader, but it unpickles only descriptions of tensors."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -503,7 +548,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Metadata(pickle.Unpickler):
-    """Only what describes tensors.  UnpicklingError for everything else, before it is called."""
+    """Calls only what describes tensors; UnpicklingError for everything else."""
 
     KNOWN = {"torch": ["Size"], "torch.serialization": ["_get_layout"],
              "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],

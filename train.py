@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,7 @@ from model import (
 )
 from router import (
     BALANCE,
+    GATES,
     Statistics,
     active_experts,
     differentiate_at,
@@ -82,6 +84,7 @@ class Run:
     dtype: torch.dtype          # of the matrix products
     grid: parallel.Grid = parallel.ALONE
     done: int = 0               # steps
+    validated: tuple = None     # step, loss and Statistics of the last validation
     ahead: tuple = None         # the Batch of the next step
     log: object = None          # log.jsonl, open and locked; rank 0's alone
     wandb: object = None
@@ -97,7 +100,8 @@ class Run:
 
 
 def main(argv=None):
-    rank, began, run = int(os.environ.get("RANK", 0)), time.perf_counter(), None
+    began, run = time.perf_counter(), None
+    rank = int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(open(os.devnull, "w")) if rank else sys.stdout    # rank 0 speaks for all
         stack.enter_context(contextlib.redirect_stdout(Console(shown)))
@@ -237,7 +241,7 @@ def train_step(run, step, stop=None):
     skipped = reason_to_skip(run, loss_now, norm_now, bad)
     if not skipped:
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
+            group["lr"] = learning_rate(step, s) * group.get("lr_factor", 1.0)
         run.optimizer.step()
         run.masters.refresh()
         for block, load, margins, k in zip(model.blocks, total.load, total.margins, top_k):
@@ -371,9 +375,13 @@ def write_row(run, row):
 
 
 def validation(run):
-    """Loss, Statistics and windows of held-out text, or conversations, with the K of the last step."""
+    """Held-out loss and Statistics, with the K of the last step."""
     s, top_k = run.settings, top_k_at(max(0, run.done - 1), run.settings, run.config)
-    return evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens, grid=run.grid)
+    if not run.validated or run.validated[0] != run.done:
+        loss, statistics, _ = evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens,
+                                                  grid=run.grid)
+        run.validated = run.done, loss, statistics
+    return run.validated[1:]
 
 
 def save_checkpoint(run):
@@ -413,6 +421,7 @@ class Settings:
                         "gpu and gpu-1b data/installed, made if missing); with --init_from also a file of "
                         "conversations, or the word functions: Python's own documented ones")
     init_from: str = setting("", "run: start from the weights of a run, of its step-N, or of a Qwen3-MoE")
+    growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
     device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products (default: bfloat16 on CUDA)")
     compile: str = setting("auto", "run: true or false, for one process in bfloat16 (default: on CUDA)")
@@ -427,6 +436,8 @@ class Settings:
     warmup: float = setting(0.03, "schedule: fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule: fraction of the steps, the last ones, in which it falls to 0")
 
+    optimizer: str = setting("adamw", "optimizer: adamw, or muon for the matrices of attention and experts")
+    momentum: float = setting(0.95, "optimizer: Muon's decay of the average gradient")
     beta1: float = setting(0.9, "optimizer: AdamW's decay of the average gradient")
     beta2: float = setting(0.95, "optimizer: AdamW's decay of the average squared gradient")
     weight_decay: float = setting(0.1, "optimizer: on matrices only")
@@ -462,13 +473,13 @@ class Settings:
     def check(self, config):
         """ValueError, naming the field, for what is impossible."""
         choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
-                   "balance": BALANCE, "lbl_scope": ("global", "micro")}
+                   "optimizer": ("adamw", "muon"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        fractions = ("warmup", "decay", "beta1", "beta2", "switch")
-        may_be_0 = (*fractions[:4], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
-                    "lbl_coef", "bias_rate", "z_coef", "spike")
+        fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch")
+        may_be_0 = (*fractions[:5], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
+                    "lbl_coef", "bias_rate", "z_coef", "spike", "growth_noise")
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
@@ -498,7 +509,7 @@ SIZES = {
     "head_dim": "width of a head", "d_model": "width of the residual stream",
     "n_expert": "experts per layer; 1 is a dense model",
     "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
-    "gate": "softmax, sigmoid or normalized",
+    "gate": ", ".join(GATES),
     "token_router": "true or false: a control, in which layer 0 routes on the token's embedding alone",
     "rope_base": "base of the rotary positions",
     "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
@@ -517,7 +528,8 @@ CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 
 CHAT_EPOCHS = 4
 CHAT_LR = 0.3
 INHERITED = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
-             "temperature", "bias_rate", "z_coef", "weight_decay", "beta1", "beta2", "clip")
+             "temperature", "bias_rate", "z_coef", "optimizer", "momentum", "weight_decay", "beta1", "beta2",
+             "clip")
 # what may differ when a run is resumed; everything else must be the run's own
 MAY_CHANGE = {"out", "steps", "device", "compile", "deterministic", "log_every", "eval_every", "eval_tokens",
               "save_every", "keep", "sample_tokens", "wandb", "spike", "bad_steps", "ep", "replicate",
@@ -612,8 +624,11 @@ def of_a_new_run(preset, source, tuned, chats, typed):
         values |= {name: tuned[name] for name in INHERITED if name in tuned} | {"initial_top_k": []}
         values["lr"] = CHAT_LR * tuned.get("lr", values["lr"])
     if source:
-        values |= evaluation.read_hf_config(source) if evaluation.is_hf(source) else (
-            evaluation.read_settings(evaluation.run_folder(source))["model"])
+        values |= dataclasses.asdict(source_config(source))
+        for name in ("n_layer", "n_expert"):
+            if name in typed and typed[name] % values[name]:
+                raise ValueError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of "
+                                 f"{source}: a model grows by copies")
         values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
     return values
 
@@ -686,7 +701,9 @@ def plan_run(argv, world):
     if corrupt and not steps:
         raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
                          "choose another --out")
-    if weights and not evaluation.is_hf(weights):
+    if weights and evaluation.is_hf(weights) and not (Path(weights) / "tokenizer.json").exists():
+        print(f"{weights} has no tokenizer.json: are the tokens of {s.data} those of its model?")
+    elif weights and not evaluation.is_hf(weights):
         weights = str(evaluation.newest(weights))
     return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "data_sha256": sha256,
             "device": device, "exists": exists, "steps": steps, "weights": weights}
@@ -712,7 +729,8 @@ def start(plan, grid):
     for block in model.blocks:
         block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
         block.moe.router.counts_margins = s.balance == "quantile"
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                        s.momentum)
     run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
     parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
     if plan["steps"]:
@@ -724,17 +742,56 @@ def start(plan, grid):
     return run
 
 
+@torch.no_grad()
 def load_weights(run, source):
-    """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face."""
-    masters = run.masters
-    if evaluation.is_hf(source):
+    """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face; grow them if
+    that model has fewer layers or experts."""
+    s, config, masters = run.settings, run.config, run.masters
+    old = source_config(source)
+    if (old.n_layer, old.n_expert) != (config.n_layer, config.n_expert):
+        small = Model(old, 0)                                     # whole, on the CPU of every rank
+        if evaluation.is_hf(source):
+            from_hf(evaluation.load_hf_weights(source), small)
+        else:
+            parallel.load_checkpoint(source, parallel.training_state(parallel.Masters(small)), run.grid)
+        weights = dict(small.named_parameters())
+        for name, p in masters.named.items():
+            parallel.put_part(p, grown(name, config, old, weights, s.growth_noise, s.seed).to(run.device))
+    elif evaluation.is_hf(source):
         from_hf(evaluation.load_hf_weights(source), run.model,
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
-        return
-    parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-    if run.settings.balance not in ("loss-free", "quantile"):     # nothing would ever move them again
-        for bias in masters.buffers.values():
-            bias.zero_()
+    else:
+        parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
+        if s.balance not in ("loss-free", "quantile"):            # nothing would ever move them again
+            for bias in masters.buffers.values():
+                bias.zero_()
+
+
+def source_config(source):
+    """ModelConfig of a run, a step-N folder in it, or a folder of Hugging Face."""
+    if evaluation.is_hf(source):
+        return ModelConfig(**evaluation.read_hf_config(source))
+    return ModelConfig(**evaluation.read_settings(evaluation.run_folder(source))["model"])
+
+
+@torch.no_grad()
+def grown(name, config, old, weights, noise, seed):
+    """The whole parameter `name` of a model that grew from `old` (arXiv 2510.08008), whose weights are given.
+
+    Layers are repeated in place (l1 l1 l2 l2), experts with their router rows too; the copies get Gaussian
+    noise, as a part of the weight's standard deviation."""
+    if not name.startswith("blocks."):
+        return weights[name].detach()
+    _, layer, rest = name.split(".", 2)
+    layers, experts = config.n_layer // old.n_layer, config.n_expert // old.n_expert
+    w = weights[f"blocks.{int(layer) // layers}.{rest}"].detach()
+    is_copy = torch.full(w.shape[:1], int(layer) % layers > 0)
+    if ".experts." in name or ".router." in name:
+        w = w.repeat_interleave(experts, 0)
+        is_copy = is_copy.repeat_interleave(experts) | (torch.arange(len(w)) % experts > 0)
+    generator = torch.Generator().manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+    change = noise * w.std(correction=0) * torch.randn(w.shape, generator=generator)
+    return w + change * is_copy.view(-1, *[1] * (w.dim() - 1))
 
 
 def compute_dtype(s, config, device):
@@ -858,9 +915,13 @@ def introduce(run, exists):
           f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout}")
     if exists:
         print(f"from step {run.done}")
+        meta = Path(s.out) / f"step-{run.done}/meta.json"
+        before, now = meta.exists() and json.loads(meta.read_text())["top_k"], top_k_at(run.done, s, config)
+        if before and before != now:                              # --steps moves the switch
+            print(f"experts activated per layer: {before} so far, {now} from here on")
         return True
     print(f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
-          f"{max(1, corpus.train.n_windows / s.batch_size):,.0f} steps")
+          f"{corpus.train.n_windows / s.batch_size:,.2f} steps")
     if corpus.has_chats():
         text = corpus.train
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
@@ -881,7 +942,7 @@ def report(run, seconds):
     torch.use_deterministic_algorithms(False)                     # sampling cannot be
     top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
-        loss, statistics, _ = validation(run)
+        loss, statistics = validation(run)
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:

@@ -1,4 +1,4 @@
-"""Speed and memory, beside transformers, a dense model and what the machine can do at most.
+"""Speed, beside transformers, a dense model and what the machine can do at most.
 
     python tests/bench.py                                       every table; needs .[test,hf]
     python tests/bench.py step --sizes medium --top_k 1 --rounds 9
@@ -8,10 +8,9 @@ inputs that change from round to round.  A time is the median of the rounds (lea
 process CPU time on one CPU thread, wall time on several, device events on a GPU.  A ratio is the median of
 the rounds' ratios.  Never a test: nothing here passes or fails.
 
-    layer       one MoE layer, forward and backward           step     a whole training step
-    generate    tokens per second with a cache                growth   step time as the experts grow in number
-    memory      peak against what must be held                data     tokenizer, sampler, cold start
-    processes   weak scaling, and bytes sent                  scale    arithmetic: the paper's model on GPUs
+    step        a whole training step, beside transformers and a dense model
+    processes   weak scaling, and bytes sent
+    scale       arithmetic: the paper's model on many GPUs
     gpu         what one card does, in four minutes: steps, compile time, memory, kernels, generation
 """
 
@@ -20,7 +19,6 @@ import dataclasses
 import datetime
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -38,14 +36,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
-import data
 import parallel
 import train
 from model import (
     PRESETS,
     Model,
     ModelConfig,
-    MoE,
     count_parameters,
     flops_per_token,
     state_bytes,
@@ -155,7 +151,8 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumula
     masters = parallel.Masters(model, dtype)
     if train.compiles(s, device, dtype, grid):
         parallel.compile_blocks(model, masters)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(
+        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
     return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
 
@@ -197,7 +194,7 @@ def their_step(model, config, batch, seq_len, dtype, device):
     """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
     backward, its own balance loss."""
     masters = AllCopied(model, dtype)
-    optimizer = parallel.adamw(masters, 1e-4, (0.9, 0.95), 0.1)
+    optimizer = parallel.make_optimizer(masters, "adamw", 1e-4, (0.9, 0.95), 0.1)
     sampler, done = Tokens(config.vocab_size, seq_len), 0
 
     def step():
@@ -210,25 +207,6 @@ def their_step(model, config, batch, seq_len, dtype, device):
         masters.refresh()
         optimizer.zero_grad(set_to_none=True)
     return step
-
-
-class Products(TorchDispatchMode):
-    """Counts the calls of matrix products; on a CPU, a grouped one is a loop inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[str(function).removeprefix("aten.").split(".")[0]] += 1
-        return function(*args, **kwargs or {})
-
-
-def products_of(work):
-    with Products() as products:
-        work()
-    names = ("_grouped_mm", "mm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
-    return ", ".join(f"{products.counts[name]} {name}" for name in names if products.counts[name])
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -252,9 +230,7 @@ def bench_step(args):
                  for name, each in (("ours", config), ("dense", dense(config)), ("transformers", config))}
         report(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens, {kind}", times, flops, args.device)
         print(f"optimizer, clipping and copies: {optimizer_share(run):.0%} of ours")
-        for name, work in list(candidates.items())[1:]:
-            print(f"calls in one step of {name}: {products_of(work)}")
-        del run, model, theirs, candidates, work
+        del run, model, theirs, candidates
         gc.collect()
 
 
@@ -275,43 +251,6 @@ def optimizer_share(run, steps=5):
     return median(shares)
 
 
-def layer_work(module, config, dtype, n_tokens, args):
-    """Forward and backward of one MoE layer, ours or transformers', on one input after another."""
-    inputs = [torch.randn(8, n_tokens // 8, config.d_model, device=args.device).to(dtype).requires_grad_()
-              for _ in range(3)]
-
-    def work():
-        inputs.append(x := inputs.pop(0))
-        y = module(x, config.top_k) if isinstance(module, MoE) else module(x)
-        y = y[0] if isinstance(y, tuple) else y
-        y.backward(torch.ones_like(y))
-        for p in (x, *module.parameters()):
-            p.grad = None
-    return work
-
-
-def bench_layer(args):
-    for size, top_k, kind in cases(args):
-        config = dataclasses.replace(SIZES[size][0], top_k=top_k, n_layer=1)
-        dtype, n_tokens = DTYPES[kind], 4096 if size == "paper" else 8192
-        candidates = {"large product": product(dtype, args.device)}
-        for name, sizes in ("ours", config), ("dense", dense(config)):
-            module = Model(sizes, 0).to(args.device).blocks[0].moe
-            module.experts.to(dtype)                              # what the step's copies are
-            candidates[name] = layer_work(module, sizes, dtype, n_tokens, args)
-        model = transformers_model(config, args.device)
-        theirs = layer_work(model.model.layers[0].mlp.to(dtype), config, dtype, n_tokens, args)
-        for experts in ("grouped_mm", "eager") if top_k == 1 and size != "paper" else ("grouped_mm",):
-            candidates[f"transformers {experts}"] = with_experts(model, experts, theirs)
-        times = interleave(candidates, args)
-        rows = 6 * n_tokens * config.d_model                      # FLOPs per column of what they multiply
-        flops = {"dense": rows * 3 * config.d_expert * top_k}
-        flops["ours"] = flops["transformers"] = flops["dense"] + rows * config.n_expert
-        report(f"layer, {size}, K = {top_k}, {n_tokens:,} tokens, {kind}", times, flops, args.device)
-        del model, theirs, candidates
-        gc.collect()
-
-
 def with_experts(model, experts, work):
     """work() with transformers' experts computed in this way."""
     def chosen():
@@ -322,123 +261,6 @@ def with_experts(model, experts, work):
 
 def cases(args):
     return [(size, top_k, kind) for size in args.sizes for top_k in args.top_k for kind in args.dtypes]
-
-
-def bench_generate(args, prompt=32, new=64):
-    for size in [size for size in args.sizes if size != "paper"]:
-        config = SIZES[size][0]
-        model, theirs = Model(config, 0).to(args.device), transformers_model(config, args.device)
-        for batch in (1, 32):
-            tokens = torch.randint(0, config.vocab_size, (batch, prompt), device=args.device)
-            candidates = {"ours": partial(model.generate, tokens, new, temperature=0)}
-            for experts in ("grouped_mm", "batched_mm", "eager"):
-                candidates[f"transformers {experts}"] = with_experts(theirs, experts, partial(
-                    theirs.generate, tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                    min_new_tokens=new, max_new_tokens=new, pad_token_id=0))
-            times = interleave(candidates, args)
-            table(f"generate, {size}, {batch} sequences, {prompt} tokens + {new}, fp32",
-                  ("candidate", "tokens/s", "least", "most", "ours is faster by"),
-                  [(name, *(f"{batch * new / pick(each):,.0f}" for pick in (median, max, min)),
-                    ratio(times["ours"], each) if name != "ours" else "") for name, each in times.items()])
-
-
-def bench_growth(args, seq_len=512, batch=32):
-    for kind in args.dtypes:
-        candidates, config = {}, SIZES["medium"][0]
-        for n_expert in (8, 32, 96, 256):
-            run = our_run(dataclasses.replace(config, n_expert=n_expert), batch, seq_len, DTYPES[kind],
-                          args.device)
-            candidates[n_expert] = our_step(run)
-        times = interleave(candidates, args)
-        table(f"growth, medium, K = 1, {batch * seq_len:,} tokens, {kind}",
-              ("experts", "ms", "least", "most", "times 8 experts"),
-              [(str(n), *(f"{pick(each) * 1e3:.0f}" for pick in (median, min, max)), ratio(times[8], each))
-               for n, each in times.items()])
-
-
-def bench_memory(args):
-    rows = []
-    for size, top_k, kind in cases(args):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:        # a process and a peak of its own
-            held, peak = pool.apply(peak_of_step, (size, top_k, kind, args.device))
-        parts = (f"{held[name] / 2**20:,.0f}" for name in ("state", "saved"))
-        rows.append((f"{size}, K = {top_k}, {kind}", *parts, f"{peak / 2**20:,.0f}",
-                     f"{peak / sum(held.values()):.2f}"))
-    table("memory of training, MiB",
-          ("model", "weights, gradients, moments, copies", "kept by autograd", "peak", "peak / both"), rows)
-
-
-def peak_of_step(size, top_k, kind, device):
-    """-> ({what must be held: bytes}, bytes at the peak of five steps)."""
-    torch.set_num_threads(1)
-    config, batch, seq_len = SIZES[size]
-    tiny = ModelConfig(64, 1, 1, 1, 8, 8, 2, 8, max_seq_len=64)
-    our_step(our_run(tiny, 2, 16, DTYPES[kind], device))()        # what the libraries take is not the model's
-    before = resident(device)
-    run = our_run(dataclasses.replace(config, top_k=top_k), batch, seq_len, DTYPES[kind], device)
-    for work in [our_step(run)] * 5:
-        work()
-    peak = resident(device, peak=True) - before
-    state = sum(p.nbytes * 4 for p in run.masters.named.values())
-    state += sum(copy.nbytes for copy, _ in run.masters.copies)
-    return {"state": state, "saved": kept_by_autograd(run, batch)}, peak      # last: its hooks leak
-
-
-def kept_by_autograd(run, batch):
-    """Bytes that a forward pass keeps for the backward pass, parameters aside."""
-    kept = {}
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t                  # held, so that no other gets its address
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run.model(*(t.to(run.device) for t in run.corpus.train.rows(0, batch)))
-    own = {t.untyped_storage().data_ptr() for t in (*run.model.parameters(), *run.model.buffers())}
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
-
-
-def resident(device, peak=False):
-    """Bytes that this process holds, or has held at most."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    field = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def bench_data(args):
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        prepared = seconds(lambda: data.prepare(folder / "stdlib"), "cpu")
-        encoding = data.load_encoding(folder / "stdlib")
-        texts = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
-        sampler = data.Sampler(data.load_tokens(folder / "stdlib/train.bin"), 128, 0)
-        times = interleave({"text": lambda: [data.encode(encoding, text) for text in texts],
-                            "rows": lambda: [sampler.rows(i * 32, 32) for i in range(100)]}, args)
-        first = cold_start(folder, args.device)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    table("data", ("what", "median", "least", "most"), [
-        ("tokenizer, MB/s", *(f"{megabytes / pick(times['text']):.1f}" for pick in (median, max, min))),
-        ("sampler, million tokens/s",
-         *(f"{100 * 32 * 128 / 1e6 / pick(times['rows']):.1f}" for pick in (median, max, min))),
-        ("preparing the default corpus, s", f"{prepared:.1f}", "", ""),
-        ("from `python train.py` to the first step, s", f"{first:.1f}", "", "")])
-
-
-def cold_start(folder, device):
-    """Seconds from starting train.py to the first step in its log."""
-    began, log = time.perf_counter(), folder / "out/log.jsonl"
-    command = [sys.executable, "train.py", "--data", folder / "stdlib", "--out", folder / "out",
-               "--log_every", "1", "--device", device]
-    with subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
-        while not (log.exists() and log.read_text().count("\n") > 1):
-            if process.poll() is not None:
-                raise SystemExit("train.py ended before its first step")
-            time.sleep(0.02)
-        taken = time.perf_counter() - began
-        process.kill()
-    return taken
 
 
 # --- one card ---------------------------------------------------------------------------------------------
@@ -555,7 +377,7 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
     gathered = 2 * size * (experts * away(edp) + attention * away(shard))     # forward and backward
     gathered += (size * tables + 4 * small) * away(shard)                     # once
     reduced = 4 * (experts * away(edp) + (total - experts * ep) * away(shard))
-    counted = 2 * micro + micro * (2 + world + L * (3 * E + 4)) + 9 * L + (2 if config.tie_embeddings else 3)
+    counted = 2 * micro + micro * (2 + world + L * (3 * E + 4)) + 1           # the last: the norm
     return {"rows": (6 if recomputed else 4) * rows * D * size,
             "loads": (2 if recomputed else 1) * micro * L * E * 8 * away(ep),
             "weights": micro * gathered,
@@ -668,9 +490,7 @@ def bench_scale(args):
         "exchange, s", "weights, s", "gradients, s", "step, s", "MFU"), rows)
 
 
-TABLES = {"layer": bench_layer, "step": bench_step, "generate": bench_generate, "growth": bench_growth,
-          "memory": bench_memory, "data": bench_data, "processes": bench_processes, "scale": bench_scale,
-          "gpu": bench_gpu}
+TABLES = {"step": bench_step, "processes": bench_processes, "scale": bench_scale, "gpu": bench_gpu}
 
 
 def parse(argv):

@@ -115,7 +115,7 @@ class Ranks:
     """Four processes that stay for the session, for importing torch takes longer than a test."""
 
     def __init__(self):
-        self.workers = []
+        self.workers, self.group = [], None
 
     def start(self):
         context = multiprocessing.get_context("spawn")
@@ -129,7 +129,7 @@ class Ranks:
         for process, _ in self.workers:
             process.kill()
             process.join()
-        self.workers = []
+        self.workers, self.group = [], None
 
     def __call__(self, world, function, *args, layout=None, limit=120):
         """function(*args) on `world` processes, with torchrun's variables -> [Answer of each rank].
@@ -141,8 +141,9 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         workers, answers = self.workers[:world], []
+        meets, self.group = not layout or self.group != (world, layout), (world, layout)
         for _, connection in workers:
-            connection.send((world, port, layout, function, args))
+            connection.send((world, port, layout, meets, function, args))
         end = time.monotonic() + limit
         for rank, (_, connection) in enumerate(workers):
             if not connection.poll(max(0, end - time.monotonic())):
@@ -159,18 +160,17 @@ class Ranks:
 def work(connection, rank):
     """The life of one of them."""
     torch.set_num_threads(1)
-    grid, before = None, None
+    grid = None
     while True:
-        world, port, layout, function, args = connection.recv()
+        world, port, layout, meets, function, args = connection.recv()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         out, err, value, code = io.StringIO(), io.StringIO(), None, None
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                if (world, layout) != before or not layout:
+                if meets:
                     if dist.is_initialized():
                         dist.destroy_process_group()
-                    before = world, layout
                     if layout:
                         grid = parallel.meet()
                         parallel.join(grid, *layout, "cpu", 60)

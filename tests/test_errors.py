@@ -65,7 +65,7 @@ CASES = [
     ("name outside data", None, D("--source", "text", "--name", "../../x"), "--name"),
     ("folder named stdlib", lambda: write_corpus(Path("stdlib")), D("--source", "./stdlib"), "--name"),
     ("cut gzip file", lambda: Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20]),
-     D("--source", "a.jsonl.gz"), "a.jsonl.gz: Compressed file ended"),
+     D("--source", "a.jsonl.gz"), "a.jsonl.gz cannot be read: Compressed file ended"),
     ("truth value", None, T("--tie_embeddings", "perhaps"), "--tie_embeddings"),
     ("settings of another version", lambda: (T()(), Path("run/settings.json").write_text(
         '{"settings": {"colour": 1}, "model": {}}')), lambda: train.main(["--out", "run"]),
@@ -81,9 +81,9 @@ CASES = [
     ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"),
      "no file ends in one of .txt"),
     ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"),
-     "bad.txt: it is UTF-16"),
+     "bad.txt: 'utf-8' codec"),
     ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7),
-     D("--source", "a.jsonl"), "7 of 7 lines"),
+     D("--source", "a.jsonl"), "7 of 7 documents"),
     ("unknown tokenizer", None, D("--tokenizer", "bpf"), "bpf"),
     ("vocabulary too small", None, D("--source", "text", "--vocab_size", "100", "--name", "w"), "vocab_size"),
     ("name already used", D("--source", "text", "--name", "n", "--tokenizer", "bytes"),
@@ -121,6 +121,15 @@ CASES = [
     ("negative temperature", None, T("--balance", "top1", "--temperature", "-1"), "temperature"),
     ("negative bias rate", None, T("--balance", "loss-free", "--bias_rate", "-0.1"), "bias_rate"),
     ("unknown scope", None, T("--lbl_scope", "local"), "lbl_scope must be one of global, micro"),
+    ("choices above the experts", None, T("--top_k_choices", "1,7"), "top_k_choices"),
+    ("empty choice", None, T("--top_k_choices", "1,,2"), "--top_k_choices"),
+    ("choices and a schedule", None, T("--top_k_choices", "1,2", "--initial_top_k", "2"), "two schedules"),
+    ("negative momentum", None, T("--optimizer", "muon", "--momentum", "-1"), "momentum must be"),
+    ("a weight for no loss", None, T("--balance", "quantile", "--lbl_coef", "1"), "lbl_coef has no meaning"),
+    ("growth to fewer experts", T(), T("--init_from", "run", "--out", "next", "--n_expert", "4"),
+     "n_expert (4) must be a multiple of the 6"),
+    ("growth to no multiple", T(), T("--init_from", "run", "--out", "next", "--n_layer", "3"),
+     "n_layer (3) must be a multiple of the 2"),
     ("list entry of 0", None, T("--initial_top_k", "2,0"), "initial_top_k"),
     ("typed list longer than the layers", None, T("--initial_top_k", "4,4,4"), "initial_top_k"),
     ("list entry above the experts", None, T("--initial_top_k", "9"), "initial_top_k"),
@@ -143,12 +152,12 @@ CASES = [
      "unrecognized arguments: --ckpt"),
     ("routing of another vocabulary", lambda: (T()(), data.prepare(Path("big"), ["text"], vocab_size=400),
                                                os.remove("big/encoding.json")),
-     E("routing", "run", "--data", "big"), "vocab_size of run"),
+     E("routing", "run", "--data", "big"), "big/encoding.json"),
     ("routing of nothing", None, E("routing", "nowhere"), "nowhere"),
     ("routing without held-out text", lambda: (T()(), os.remove("small/val.bin")), E("routing", "run"),
      "small has no held-out text"),
-    ("routing without matplotlib", lambda: (T()(), sys.modules.update(matplotlib=None)),
-     E("routing", "run", "--png", "p"), "pip install 'nanosigma[plot]'"),
+    ("routing without matplotlib", lambda: (T()(), sys.modules.update({"matplotlib.figure": None})),
+     E("routing", "run", "--png", "p"), "pip install -e '.[plot]'"),
 ]
 
 
@@ -159,11 +168,10 @@ def workshop(corpus, in_folder, monkeypatch):
     monkeypatch.setattr(data.tiktoken.registry, "ENCODINGS", {})  # tiktoken keeps what it loaded once
     shutil.copytree(corpus, "small")
     write_corpus(Path("text"))
-    hidden = sys.modules.get("matplotlib")
+    hidden = sys.modules.pop("matplotlib.figure", None)
     yield in_folder
-    if "matplotlib" in sys.modules and sys.modules["matplotlib"] is None:       # a case has hidden it
-        del sys.modules["matplotlib"]
-        sys.modules.update({"matplotlib": hidden} if hidden else {})
+    sys.modules.pop("matplotlib.figure", None)                    # a case has hidden it
+    sys.modules.update({"matplotlib.figure": hidden} if hidden else {})
 
 
 def contents(folder):

@@ -83,7 +83,7 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     table, n, _ = evaluation.compare_losses([finished])
     last = [r["val_loss"] for r in evaluation.read_log(finished)[1:] if "val_loss" in r][-1]
     assert table[2][1] == pytest.approx(last, rel=1e-6) and n == len(text)
-    assert table[2][2] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
+    assert table[2][3] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
 
 
 def test_a_row_for_each_top_k(finished, capsys):
@@ -223,7 +223,7 @@ def test_routing_draws_every_picture(switched, corpus, tmp_path, capsys):
     train.main(["--data", str(corpus), "--out", str(tmp_path / "wide"), "--steps", "1", *SIZES, "--n_expert",
                 "9", "--n_layer", "3"])
     evaluation.main(["routing", str(switched), str(tmp_path / "wide"), "--png", str(tmp_path / "pictures")])
-    names = ["deviation.png", "gate.png", "load_map.png", "switch.png"]
+    names = ["deviation.png", "gate.png", "load.png", "switch.png"]
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
     for path in (tmp_path / "pictures").iterdir():
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -241,20 +241,19 @@ def test_a_folder_that_cannot_be_is_refused_before_the_work(finished, tmp_path, 
 
 def test_pictures_show_what_was_logged(switched, finished):
     """The lines of the deviation and of the loss are the numbers of the log; f and p those of the text."""
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs the extra plot")
+    Figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot").Figure
     runs = [evaluation.snapshot(switched), evaluation.snapshot(finished)]
     log = evaluation.read_log(switched)[1:]
-    left = evaluation.draw_deviation(pyplot, runs).axes[0]
+    left = evaluation.draw_deviation(Figure, runs).axes[0]
     for line, name in zip(left.lines, ("load_max", "load_min")):
         assert list(line.get_ydata()) == [100 * row[name][0] for row in log]
-    heat = evaluation.draw_load_map(pyplot, runs).axes[0].images[0].get_array()
+    heat = evaluation.draw_load_map(Figure, runs).axes[0].images[0].get_array()
     load = runs[0].statistics.load
     np.testing.assert_allclose(heat, 6 * load / load.sum(-1, keepdim=True), rtol=1e-6)
-    gate = evaluation.draw_gate(pyplot, runs).axes[1]             # the last layer of the first run
+    gate = evaluation.draw_gate(Figure, runs).axes[1]             # the last layer of the first run
     f, p = (line.get_ydata() for line in gate.lines[:2])
     assert sum(f) == pytest.approx(1) and sum(p) == pytest.approx(1, rel=1e-5)
     assert 6 * sum(f * p) == pytest.approx(float(gate.get_title().split()[-1]), abs=0.01)
-    switch = evaluation.draw_switch(pyplot, runs).axes[0]
+    switch = evaluation.draw_switch(Figure, runs).axes[0]
     assert list(switch.lines[0].get_ydata()) == [row["val_loss"] for row in log if "val_loss" in row]
     assert [x for part in switch.collections for (x, _), _ in part.get_segments()] == [6]
-    pyplot.close("all")

@@ -24,6 +24,7 @@ CASES = {
     "normalized": dict(gate="normalized", top_k=3, tie_embeddings=True),
     "top-1 loss": dict(balance="top1", lbl_coef=0.5, z_coef=0.1, top_k=3),
     "loss-free": dict(balance="loss-free", bias_rate=0.01),
+    "muon": dict(optimizer="muon", clip=0.05, accumulate=2),
     "quantile": dict(balance="quantile", initial_top_k=[3], accumulate=2),
     "switch": dict(initial_top_k=[3], switch=0.1),
     "accumulate": dict(accumulate=3, balance="top1", lbl_coef=0.5),
@@ -76,7 +77,8 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **change
         block.moe.router.temperature = s.temperature
         block.moe.router.counts_margins = s.balance == "quantile"
         block.moe.router.bias[list(chosen)] = 100.0
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(
+        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     return Run(s, config, model, masters, optimizer, Corpus(Rows(documents)), "cpu", dtype, grid)
 
 

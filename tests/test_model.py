@@ -483,7 +483,7 @@ def test_generation_stops_and_repeats_with_its_seed():
     out = model.generate(tokens, 20, stop=(stop,), generator=torch.Generator().manual_seed(4))
     assert (out[0, 5:] == stop).all() and torch.equal(out[0, :6], a[0, :6])
     alone = model.generate(tokens[:1], 20, temperature=0)
-    assert model.generate(tokens[:1], 20, temperature=0, stop=(int(alone[0, 5]),)).shape[1] <= 6  # early
+    assert model.generate(tokens[:1], 20, temperature=0, stop=(63, int(alone[0, 5]))).shape[1] <= 6    # early
 
 
 # --- counting ---------------------------------------------------------------------------------------------
@@ -576,6 +576,21 @@ def test_hf_names_round_trip(tied):
     assert not any(bias.any() for bias in b.buffers())
     if not tied:
         assert not torch.equal(b.head.weight, b.embed.weight)
+
+
+def test_what_the_file_format_cannot_hold_is_refused():
+    """A fork's shared expert is not dropped in silence, nor an output matrix that is not the embedding."""
+    model = Model(small())
+    model.blocks[0].moe.shared = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="no place for the parameter moe.shared.weight"):
+        to_hf(model)
+    with pytest.raises(ValueError, match="no own gate"):
+        config = small()
+        config.gate = "own"
+        M.hf_config(config)
+    tied = Model(small(tie_embeddings=True))
+    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
+        from_hf(to_hf(tied) | {"lm_head.weight": torch.zeros(64, 16)}, tied)
 
 
 def test_from_hf_lists_everything_that_does_not_fit():

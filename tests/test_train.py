@@ -59,7 +59,8 @@ def make_run(**changes):
     s.check(config)
     model = Model(config, seed=0).double()
     masters = parallel.Masters(model)
-    optimizer = parallel.adamw(masters, s.lr, (s.beta1, s.beta2), s.weight_decay)
+    optimizer = parallel.make_optimizer(
+        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
         block.moe.router.counts_margins = s.balance == "quantile"
@@ -255,9 +256,10 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
                                      ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--optimizer", "muon", "--dtype", "bfloat16"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
                          ids=["plain", "bf16", "switch", "loss-free", "quantile",
-                              "top1"])
+                              "muon", "top1"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
@@ -335,6 +337,50 @@ def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
     saved = list(evaluation.load_run(f"{first}/step-3")[0].buffers())
     assert all(torch.equal(a, b) for a, b in zip(*starts))
     assert all(torch.equal(a, b) for a, b in zip(starts[0][-2:], saved)) and any(b.any() for b in saved)
+
+
+@pytest.mark.parametrize("gate, kept", [("normalized", True), ("softmax", False)])
+def test_experts_grow_and_keep_the_function(corpus, tmp_path, gate, kept, capsys):
+    """Copies with their router rows: with a normalized gate the loss stays; a dense run is upcycled."""
+    base = ["--data", str(corpus), *SIZES, "--gate", gate, "--sample_tokens", "0", "--steps", "4"]
+    train.main([*base, "--n_expert", "1", "--out", str(tmp_path / "dense")])
+    before = rows(tmp_path / "dense")[-1]["val_loss"]
+    train.main([*base, "--init_from", str(tmp_path / "dense"), "--n_expert", "6", "--steps", "1", "--out",
+                str(tmp_path / "sparse"), "--growth_noise", "0"])
+    after = float(re.findall(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[-1])
+    assert (after == pytest.approx(before, abs=1e-4)) == kept
+
+
+def test_layers_and_experts_grow_in_place():
+    old, config = small(n_layer=2, n_expert=3), small(n_layer=4, n_expert=6)
+    weights = dict(Model(old, 0).named_parameters())
+    for name, p in Model(config, 1).named_parameters():
+        exact = train.grown(name, config, old, weights, 0.0, 0)
+        noisy = train.grown(name, config, old, weights, 0.01, 0)
+        assert exact.shape == p.shape == noisy.shape
+        if not name.startswith("blocks."):
+            assert torch.equal(exact, weights[name]) and torch.equal(noisy, exact)
+            continue
+        _, layer, rest = name.split(".", 2)
+        source = weights[f"blocks.{int(layer) // 2}.{rest}"]      # l1 l1 l2 l2
+        each = range(len(p))
+        grows = len(p) != len(source)
+        for i in each:
+            first = int(layer) % 2 == 0 and (i % 2 == 0 or not grows)
+            assert torch.equal(exact[i], source[i // 2 if grows else i])
+            assert torch.equal(noisy[i], exact[i]) == first or p.dim() == 1      # norms are all 1: no spread
+        assert torch.equal(noisy, train.grown(name, config, old, weights, 0.01, 0))
+        if p.dim() > 1:
+            change = (noisy - exact).square().mean().sqrt() / source.std()
+            assert 0.005 < change < 0.011 or int(layer) % 2 == 0
+
+
+@pytest.mark.parametrize("sizes", [["--n_layer", "4"], ["--n_layer", "4", "--n_expert", "12"]])
+def test_a_grown_run_trains_on(finished, corpus, tmp_path, sizes):
+    argv = ["--data", str(corpus), *SIZES, *sizes, "--init_from", str(finished), "--out", str(tmp_path)]
+    train.main([*argv, "--steps", "3"])
+    assert rows(tmp_path)[-1]["val_loss"] < 1.1 * rows(finished)[-1]["val_loss"]
+    assert len(rows(tmp_path)[-1]["load_max"]) == 4
 
 
 def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
@@ -435,6 +481,42 @@ def test_changed_steps_are_the_runs_own_from_then_on(corpus, tmp_path):
     train.main(["--out", str(out), "--steps", "20", "--save_every", "6", "--keep", "9"])
     assert evaluation.read_settings(out)["settings"]["steps"] == 20
     assert evaluation.load_run(out / "step-6")[2] == [3, 2] and evaluation.load_run(out)[2] == [1, 1]
+
+
+def test_what_a_checkpoint_was_trained_with_stays_its_own(corpus, tmp_path, capsys):
+    """More --steps move the switch behind step 4: that step is still one of K = 1, and the change is said."""
+    out = tmp_path / "run"
+    train.main(["--data", str(corpus), "--out", str(out), "--steps", "4", *SIZES, "--initial_top_k", "3,2",
+                "--switch", "0.5"])
+    train.main(["--out", str(out), "--steps", "12", "--save_every", "6", "--keep", "9"])
+    assert "experts activated per layer: [1, 1] so far, [3, 2] from here on" in capsys.readouterr().out
+    assert [evaluation.load_run(out / f"step-{step}")[2] for step in (4, 6, 12)] == [[1, 1], [3, 2], [1, 1]]
+
+
+def test_state_of_another_optimizer_is_refused(finished, tmp_path, capsys):
+    """A fork's optimizer would begin without its momentum, in silence."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    saved = json.loads((out / "settings.json").read_text())
+    saved["settings"] |= {"optimizer": "muon", "steps": 14}
+    (out / "settings.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(out)])
+    assert "does not hold what this code's optimizer and model do: exp_avg." in capsys.readouterr().err
+
+
+def test_groups_keep_a_factor_of_their_own():
+    run = make_run()
+    run.optimizer.param_groups[1]["lr_factor"] = 0.1
+    train_step(run, 8)
+    a, b = (group["lr"] for group in run.optimizer.param_groups)
+    assert b == pytest.approx(0.1 * a) and a == learning_rate(8, run.settings)
+
+
+def test_a_rank_left_in_the_environment_does_not_silence_a_run(finished, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    train.main(["--out", str(finished)])
+    assert "complete" in capsys.readouterr().out
 
 
 def test_signals_are_given_back():
@@ -539,7 +621,7 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path,
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: could not write"), done.stderr
-        assert "No space left on device" in last and "Traceback" not in done.stderr
+        assert "MB are free" in last and "Traceback" not in done.stderr
         kept = parallel.checkpoints(disk / "run")
         assert kept == list(range(1, len(kept) + 1)) and bool(kept) == (size == "600k")
         for step in kept:
