@@ -65,6 +65,9 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
         finally:                                           # also after Ctrl-C
             shutil.rmtree(aside, ignore_errors=True)
     meta = load_meta(out)
+    if meta["fingerprint"] != fingerprint(request):
+        print(f"note: the sources of {out} have changed since, and its tokens are the old ones; delete it to "
+              "prepare it anew")
     if meta["request"] != request:
         raise ValueError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
@@ -74,7 +77,7 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
 def write_folder(folder, request, encoding):
     """Write encoding.json, train.bin, val.bin and meta.json."""
     chats, count = request["chats"], {"train": Counter(), "val": Counter()}
-    files = find_files(request["sources"], chats)
+    files, changed = find_files(request["sources"], chats), fingerprint(request)
     held_out, n_chars, n_skipped = hold_out(files, chats)
 
     def blocks():
@@ -99,8 +102,8 @@ def write_folder(folder, request, encoding):
         if not count[split]:
             raise ValueError(f"the sources are too small: {split}.bin would have 0 tokens; add some")
         count[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
-    meta = {"request": request, "files": len(files), "skipped": n_skipped, "vocab_size": encoding.n_vocab,
-            "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
+    meta = {"request": request, "fingerprint": changed, "files": len(files), "skipped": n_skipped,
+            "vocab_size": encoding.n_vocab, "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -126,6 +129,16 @@ def describe(out, meta):
             f"{meta['vocab_size']:,}\n  train {train['tokens']:,} tokens of "
             f"{train['bytes'] / train['tokens']:.2f} bytes; held out {val['tokens']:,} "
             f"({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
+
+
+def fingerprint(request):
+    """Changes if a source does: a hash of the names, sizes and times of all files; None if one is gone."""
+    try:
+        files = [(str(path), path.stat()) for path, _ in find_files(request["sources"], request["chats"])]
+        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        return hashlib.sha256(repr(state).encode()).hexdigest()
+    except (OSError, ValueError):
+        return None
 
 
 def file_sha256(path):
@@ -154,7 +167,7 @@ def hold_out(files, chats):
         raise ValueError(f"{n_bad:,} of {n + n_bad:,} documents cannot be read, more than 1 %: "
                          + "; ".join(examples))
     if not n:
-        raise ValueError(f"{files[0]} is empty: there is no text in it")
+        raise ValueError(f"{files[0][0]} is empty: there is no text in it")
     print("".join(f"skipped: {problem}\n" for problem in examples), end="", file=sys.stderr)
     target, total, held_out = sizes.sum() / 20, sizes[TAIL], np.arange(TAIL + 1) == TAIL
     for i in np.flatnonzero(sizes[:HEAD]):
@@ -168,10 +181,10 @@ def hold_out(files, chats):
 def read_documents(files, chats, problems):
     """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
     `problems` collects what cannot be read."""
-    large = math.inf if chats else sum(path.stat().st_size for path in files) / 10
-    for path in files:
+    large = math.inf if chats else sum(path.stat().st_size for path, _ in files) / 10
+    for path, package in files:
         if path.suffix.lower() in (".txt", ".md", ".py"):
-            documents = [(path, read_text(path, large))]
+            documents = [(path, read_text(path, large, package))]
         else:
             documents = ((f"{path}, line {i}", read_line(line, chats, large)) for i, line in read_lines(path))
         for where, blocks in documents:
@@ -182,15 +195,16 @@ def read_documents(files, chats, problems):
 
 
 def cut_large(hashed, n, large):
-    """[(bucket, characters)] of a document of n characters.  The bucket is a hash: equal documents fall on one
-    side.  Of one with more than a tenth of all bytes the last twentieth is held out."""
+    """[(bucket, characters)] of a document of n characters.  The bucket is a hash, so equal documents fall on
+    one side.  Of one with more than a tenth of all bytes the last twentieth is held out."""
     if large:
         return [(HEAD, n - n // 20), (TAIL, n // 20)]
     return [(int.from_bytes(hashed.digest()[:2], "big"), n)]
 
 
-def read_text(path, large):
-    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8."""
+def read_text(path, large, package=""):
+    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8.  The files of
+    a package share its bucket."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         hashed, n = hashlib.sha256(), 0
         while text := file.read(BLOCK):
@@ -199,6 +213,7 @@ def read_text(path, large):
             hashed.update(text.encode())
             n += len(text)
         file.seek(0)
+        hashed = hashlib.sha256(package.encode()) if package else hashed
         for bucket, size in cut_large(hashed, n, path.stat().st_size > large):
             for start in range(0, size, BLOCK):
                 yield bucket, start == 0, file.read(min(BLOCK, size - start))
@@ -230,17 +245,17 @@ def read_lines(path):
 
 
 def find_files(sources, chats):
-    """The files of all sources.  ValueError if one has none."""
+    """[(path, package that is held out as a whole, or "")] of all sources.  ValueError if one has no file."""
     found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
     for source in sources:
         path = Path(source)
         if source == "functions" and chats:
-            files = [path]
+            files = [(path, "")]
         elif source in ("stdlib", "installed") and not chats:
             files = python_files(source)
         else:
             files = [path] if path.is_file() else walk(path, set())
-            files = [file for file in files if file.name.lower().endswith(suffixes)]
+            files = [(file, "") for file in files if file.name.lower().endswith(suffixes)]
         if not files:
             raise ValueError(f"source {source} is empty: no file ends in one of {', '.join(suffixes)}")
         found += files
@@ -262,13 +277,26 @@ LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-pack
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
+GENERATED = re.compile(rb"(?i)generated (by|from|with)|auto-?(matically )?generated|do not (edit|modify)")
+
+
 def python_files(word):
-    """The .py files of the standard library; of all "installed" packages too."""
-    roots = [LIBRARY]
+    """[(path, "")] of the .py files of the standard library; for "installed" [(path, package)] of all
+    packages, without what is generated or more than a quarter digits."""
+    roots, found = [LIBRARY], []
     if word == "installed":
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    return [path for root in roots for path in sorted(root.rglob("*.py"))
-            if not LEFT_OUT & set(path.relative_to(root).parts)]
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if not LEFT_OUT & set(parts) and (word == "stdlib" or is_written_by_hand(path.read_bytes())):
+                found.append((path, parts[0] if word == "installed" else ""))
+    return found
+
+
+def is_written_by_hand(raw):
+    digits = len(raw) - len(raw.translate(None, b"0123456789"))
+    return digits <= len(raw) / 4 and not GENERATED.search(raw[:500])
 
 
 def build_encoding(name, vocab_size=0, texts=()):
@@ -643,7 +671,7 @@ def documented_functions():
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 found.setdefault(answer, f"What does {name}.{node.name}({ast.unparse(node.args)}) do?")
-    for path in python_files("stdlib"):
+    for path, _ in python_files("stdlib"):
         module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
         visit(ast.parse(path.read_bytes()).body, module)
     return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
@@ -707,9 +735,9 @@ def main(argv=None):
                         "{conversations} or {instruction, input, output}, in .jsonl, .jsonl.gz or .json")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
     parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
-                        "bytes, gpt2, o200k_base, or a run or folder that has one, of Hugging Face too")
+                        "bytes, gpt2, o200k_base, or a run or Hugging Face folder that has one")
     parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, "
-                        "special tokens included (2048; 8192 or more for a model larger than the laptop preset)")
+                        "special tokens included (2048; 8192 or more for a model above the laptop preset)")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:
