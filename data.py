@@ -182,8 +182,8 @@ def read_documents(files, chats, problems):
 
 
 def cut_large(hashed, n, large):
-    """[(bucket, characters)] of a document of n characters.  The bucket is a hash: equal documents fall on one
-    side.  Of one with more than a tenth of all bytes the last twentieth is held out."""
+    """[(bucket, characters)] of a document.  The bucket is a hash: equal documents fall on one side.  Of one
+    with more than a tenth of all bytes the last twentieth is held out."""
     if large:
         return [(HEAD, n - n // 20), (TAIL, n // 20)]
     return [(int.from_bytes(hashed.digest()[:2], "big"), n)]
@@ -709,7 +709,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
                         "bytes, gpt2, o200k_base, or a run or folder that has one, of Hugging Face too")
     parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, "
-                        "special tokens included (2048; 8192 or more for a model larger than the laptop preset)")
+                        "special tokens included (2048; 8192 or more for a model larger than `laptop`)")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:
