@@ -242,7 +242,7 @@ BAD = {
     json.dumps(messages(("user", "a"))): "no assistant message",
     json.dumps(messages(("user", "a"), ("assistant", " "))): "message 2 (assistant) is no text, or empty",
     json.dumps(messages(("user", "a"), ("assistant", "\ud800"))): "'utf-8' codec",
-    '{"instruction": 3, "output": "b"}': "message 1 (user) is no text, or empty",
+    '{"instruction": 3, "output": "b"}': "neither",
     '{"instruction": "a", "output": "b", "history": [["a"]]}': "neither",
     '{"instruction": "a", "output": "b", "history": [{"user": "a", "assistant": "b"}]}': "neither",
     '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
@@ -467,7 +467,7 @@ MISTAKES = [
     (["--data", "text.jsonl"], "1 %: text.jsonl, line 1: neither "),
     (["--data", "empty.jsonl"], "empty.jsonl is empty"),
     (["--data", "damaged.jsonl.gz"], "damaged.jsonl.gz cannot be read: "),
-    (["--data", "one.jsonl"], "the sources are too small: train.bin would have 0 tokens"),
+    (["--data", "one.jsonl"], "the sources are too small: val.bin would have 0 tokens"),
     (["--data", "chats.jsonl", "--seq_len", "4"], "seq_len (4) is too short: none of "),
     (["--data", "chats.jsonl", "--pack", "maybe"], "--pack"),
 ]
