@@ -845,13 +845,21 @@ def open_run(run, plan):
     header, *lines = run.log.readlines() or [json.dumps(settings | {
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
         "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}) + "\n"]
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.done]
+    kept = [line for line in lines if 0 < step_of(line) <= run.done]
     if len(kept) < len(lines) or not run.log.tell():
         run.log.truncate(0)
         run.log.writelines([header, *kept])
     if s.wandb:                                                   # log.jsonl stays the truth
         run.wandb = evaluation.import_extra("wandb", "log").init(
             project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
+
+
+def step_of(line):
+    """The step of a line of the log; 0 for one that a crash cut short or garbled."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def commit():

@@ -1,6 +1,6 @@
 """Every grid of processes does what one process does: the same losses, loads, gradients and weights.
 
-In float64 to 1e-12, where only a difference in logic shows; in float32 to rounding."""
+In float64 to 1e-12, where only a difference in logic shows; on one grid also in float32, to rounding."""
 
 from functools import cache, partial
 
@@ -14,8 +14,7 @@ from router import load_balancing_loss, router_z_loss, top1_balancing_loss
 from train import Corpus, Run, Settings, train_step
 
 # processes, ep, replicate
-GRIDS = [(4, 1, 1), (4, 2, 1), (4, 4, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4),
-         (3, 1, 1), (3, 3, 1), (3, 1, 3), (2, 1, 1), (2, 2, 1), (2, 1, 2)]
+GRIDS = [(4, 1, 2), (4, 2, 1), (4, 2, 2), (3, 1, 1), (3, 3, 1), (2, 1, 2)]
 SIZES = dict(n_expert=12)                                         # 4, 3 and 2 divide it
 CASES = {
     "plain": dict(),
@@ -138,7 +137,7 @@ def test_float32_is_grouped_and_float64_looped():
     for grid in GRIDS for case in CASES if not CASES[case].get("n_expert", 12) % grid[1]])
 def test_every_grid_equals_one_process(ranks, grid, case):
     world, *layout = grid
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32) if grid == (4, 2, 2) else (torch.float64,):
         want = one_process(dtype, case)
         answers = [a.value for a in ranks(world, two_steps, dtype, case, layout=tuple(layout))]
         for found in answers:                                     # every rank knows the same

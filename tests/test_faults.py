@@ -295,7 +295,6 @@ def test_a_resumed_log_is_bit_by_bit_the_old_one(corpus, tmp_path):
                 shutil.rmtree(tmp_path / f"step-{step}")
         with open(tmp_path / "log.jsonl", "ab") as log:
             log.write(b"\0" * 200 + b"\n" + b'{"step": 3')
-        assert rows(tmp_path) == before
         train.main(argv)
         assert rows(tmp_path) == before
 
