@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-# before torch: OpenMP threads that spin while they wait make training 10 times slower on busy cores
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# before torch: OpenMP threads that spin while they wait are faster on quiet cores, and far slower on busy ones
+if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
