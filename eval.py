@@ -24,7 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # before torch: OpenMP threads that spin while they wait are faster on quiet cores and slower on busy ones
-os.environ.setdefault("GOMP_SPINCOUNT", "0" if getattr(os, "getloadavg", lambda: [0])()[0] > 1 else "300000")
+os.environ.setdefault("GOMP_SPINCOUNT", "0" if getattr(os, "getloadavg", lambda: [0])()[0]
+                      > os.cpu_count() / 2 else "300000")
 
 import numpy as np
 import torch
