@@ -361,12 +361,12 @@ def count_collectives(grid, **changes):
 
 def test_how_many_collectives_a_step_has(ranks):
     """One sum for the counts of the step, one per micro-batch, one for the norm; gathered twice per layer and
-    micro-batch (experts, attention), once in all (tables, the rest); gradients sent once."""
+    micro-batch (experts, attention), once in all (tables, the rest); gradients sent per micro-batch."""
     assert count_collectives(ALONE, accumulate=3) == {} and not dist.is_initialized()
     (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(1, 1)))
     layers, micro = 2, 3
     assert found == {"allreduce_": 2 + micro, "_allgather_base_": micro * (2 * 2 * layers + 2),
-                     "_reduce_scatter_base_": 2 * layers + 2}
+                     "_reduce_scatter_base_": micro * (2 * layers + 2)}
     (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(4, 1)))
     assert found["alltoall_base_"] == micro * layers * 5          # counts; rows, there and back, twice
 
@@ -586,10 +586,12 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
 
 def train_until(argv, last):
     """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
-    def told(real, run, step, first, asked):
+    def told(real, run, step, stop):
         if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, step, first, asked)
+            while not stop.requested:                             # a thread reads it
+                time.sleep(0.01)
+        return real(run, step, stop)
     train_with(argv, told)
 
 
