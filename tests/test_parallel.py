@@ -558,7 +558,7 @@ def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
 # --- training ---------------------------------------------------------------------------------------------
 
 def losses(out):
-    return [[r[k] for k in ("loss", "lbl", "grad_norm") if k in r] + r["load_max"] + r["window_min"]
+    return [[r[k] for k in ("loss", "lbl", "grad_norm") if k in r] + r["load_max"] + r["load_min"]
             for r in evaluation.read_log(out)[1:]]
 
 
