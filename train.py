@@ -30,9 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# before torch: OpenMP threads that spin while they wait are faster on quiet cores and slower on busy ones
-os.environ.setdefault("GOMP_SPINCOUNT", "0" if getattr(os, "getloadavg", lambda: [0])()[0]
-                      > os.cpu_count() / 2 else "300000")
+# before torch: OpenMP threads that spin long while they wait make training several times slower on busy cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # what --deterministic needs
 
 import torch
