@@ -383,13 +383,16 @@ def orthogonalize(t):
 def newton_schulz(matrices):
     """U V^T of matrices U S V^T [.., m, n], with singular values between 0.7 and 1.2 in place of 1: five
     steps of a quintic iteration (K. Jordan, 2024), in bf16 on a GPU."""
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.to(torch.bfloat16) if x.is_cuda else x
     x = x.mT if x.shape[-2] > x.shape[-1] else x                  # the smaller square
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
+        quintic = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quintic, x, beta=3.4445)
+    x = x if x.shape[-2:] == matrices.shape[-2:] else x.mT
+    return x.reshape(matrices.shape).to(matrices.dtype)
 
 
 @torch.no_grad()
