@@ -524,7 +524,6 @@ def test_signals_are_given_back():
     with train.Stop() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(0.1)                                           # a thread reads it
         assert stop.requested
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -554,7 +553,7 @@ def test_the_second_interrupt_ends_at_once(corpus, tmp_path):
                 process.wait(1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
-    assert process.returncode == 1 and err.endswith("ended at once; what was saved before is whole\n")
+    assert process.returncode == -signal.SIGINT
     assert "Traceback" not in err and parallel.checkpoints(tmp_path / "run") == []
 
 
