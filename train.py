@@ -33,6 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # what --deterministic needs
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 try:
@@ -123,7 +124,7 @@ def main(argv=None):
 
 def train(run):
     """The loop: steps run.done .. steps-1, with their log, validations and checkpoints."""
-    s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
+    s, quarter, stopping = run.settings, max(100, run.settings.steps // 4), False
     eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
     bar = tqdm(total=s.steps, initial=run.done, disable=True if run.grid.rank else None, dynamic_ncols=True,
@@ -151,7 +152,7 @@ def train(run):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
                 if validate:
-                    row["val_loss"] = validation(run)
+                    row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
                     bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
                 write_row(run, row)
@@ -330,6 +331,14 @@ def describe(run, did):
     return {name: value.tolist() if torch.is_tensor(value) else value for name, value in row.items()}
 
 
+def stable_ranks(masters):
+    """Of each layer's attn.out, sum of squared singular values / the largest squared [L].  It falls before a
+    run fails (arXiv 2602.01734)."""
+    matrices = [p.detach() for name, p in masters.named.items() if name.endswith("attn.out.weight")]
+    singular = [torch.linalg.svdvals(p.full_tensor() if isinstance(p, DTensor) else p) for p in matrices]
+    return [(values.square().sum() / values.max().square()).item() for values in singular]
+
+
 # dense bf16 FLOP/s as published; on any other device MFU is null rather than wrong
 PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12,
         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -431,9 +440,11 @@ class Settings:
     spike: float = setting(0.0, "guard: skip steps this many standard deviations above the last 128 (off)")
 
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
-    eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run)")
+    eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run, at "
+                            "least 100)")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
-    save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run)")
+    save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run, at "
+                            "least 100)")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
     wandb: bool = setting(False, "watching: true: show the log at Weights & Biases too (extra log)")
     sample_tokens: int = setting(120, "watching: tokens of text that one process writes at the end")
