@@ -124,8 +124,8 @@ def main(argv=None):
 
 def train(run):
     """The loop: steps run.done .. steps-1, with their log, validations and checkpoints."""
-    s, quarter, stopping = run.settings, max(100, run.settings.steps // 4), False
-    eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
+    s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
+    eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or quarter
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
     bar = tqdm(total=s.steps, initial=run.done, disable=True if run.grid.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
@@ -443,8 +443,7 @@ class Settings:
     eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run, at "
                             "least 100)")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
-    save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run, at "
-                            "least 100)")
+    save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run)")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
     wandb: bool = setting(False, "watching: true: show the log at Weights & Biases too (extra log)")
     sample_tokens: int = setting(120, "watching: tokens of text that one process writes at the end")
