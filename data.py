@@ -17,9 +17,9 @@ import functools
 import gzip
 import hashlib
 import heapq
+import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -42,6 +42,8 @@ SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, less the size of the vocabulary
 BLOCK = 1 << 18                    # characters in memory at a time; tiktoken overflows at 2 ** 19 spaces
 BPE_CHARS = 16 << 20               # characters that a tokenizer is trained on
+HEAD, TAIL = 1 << 16, (1 << 16) + 1          # buckets of the two parts of a large document
+HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1         # "SIGMA"
 
 # GPT-2's split of text into words, and ours, with digits in groups of three
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -49,52 +51,51 @@ PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
 
 
 def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=False):
-    """Prepare a folder unless it is there -> its meta.json.  tokenizer is a name or an encoding.
+    """Prepare a folder unless it is there, and say what it holds -> its meta.json.
 
     Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
     out = Path(out)
-    request = {"sources": list(sources), "tokenizer": getattr(tokenizer, "name", tokenizer), "chats": chats,
+    request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats,
                "vocab_size": vocab_size if tokenizer == "bpe" else None}
     if not out.exists():
         aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
         aside.mkdir(parents=True)
         try:
-            write_folder(aside, request, tokenizer)
+            write_folder(aside, request)
             if not out.exists():                           # another run may have been faster
                 os.rename(aside, out)
         finally:                                           # also after Ctrl-C
             shutil.rmtree(aside, ignore_errors=True)
     meta = load_meta(out)
-    if meta["fingerprint"] != fingerprint(request):
-        print(f"note: the sources of {out} have changed since, and its tokens are the old ones; delete it to "
-              "prepare it anew")
     if meta["request"] != request:
         raise ValueError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
+    train, val, kind = meta["train"], meta["val"], "conversations" if chats else "documents"
+    n_bytes = train["bytes"] + val["bytes"]
+    print(f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
+          f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}\n"
+          f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
+          f"{val['tokens']:,} ({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
     return meta
 
 
-def write_folder(folder, request, encoding):
+def write_folder(folder, request):
     """Write encoding.json, train.bin, val.bin and meta.json."""
     chats, count = request["chats"], {"train": Counter(), "val": Counter()}
-    files, changed = find_files(request["sources"], chats), fingerprint(request)
+    files = find_files(request["sources"], chats)
     held_out, n_chars, n_skipped = hold_out(files, chats)
-
-    def blocks():
-        for bucket, first, text in read_documents(files, chats, []):
-            yield ("val" if held_out[bucket] else "train"), first, text
-    if isinstance(encoding, str):                          # only bpe needs a sample of the training text
-        training = (text for split, _, text in blocks() if split == "train")
-        sample = itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS))
-        encoding = build_encoding(encoding, request["vocab_size"], sample)
+    training = (text for bucket, _, text in read_documents(files, chats, []) if not held_out[bucket])
+    sample = itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS))
+    encoding = build_encoding(request["tokenizer"], request["vocab_size"], sample)
     save_encoding(encoding, folder / "encoding.json")
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
-    for split, first, text in tqdm(blocks(), "writing tokens", leave=False, disable=None):
+    for bucket, first, text in tqdm(read_documents(files, chats, []), "writing", leave=False, disable=None):
+        split = "val" if held_out[bucket] else "train"
         if chats:
             chat = json.loads(text)
             tokens, text = encode_chat(encoding, chat), "".join(content for _, content in chat)
         else:
-            tokens = [encoding.n_vocab + END_OF_TEXT] * first + encode(encoding, text)
+            tokens = [encoding.n_vocab + END_OF_TEXT] * first + encoding.encode_ordinary(text)
         writers[split].write(tokens)
         count[split].update(documents=first, bytes=len(text.encode()), tokens=len(tokens))
     for split, writer in writers.items():
@@ -102,8 +103,8 @@ def write_folder(folder, request, encoding):
         if not count[split]:
             raise ValueError(f"the sources are too small: {split}.bin would have 0 tokens; add some")
         count[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
-    meta = {"request": request, "fingerprint": changed, "files": len(files), "skipped": n_skipped,
-            "vocab_size": encoding.n_vocab, "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
+    meta = {"request": request, "files": len(files), "skipped": n_skipped, "vocab_size": encoding.n_vocab,
+            "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -120,36 +121,12 @@ def load_meta(folder):
         raise ValueError(f"{folder}/meta.json is not that of a prepared folder: {error}") from None
 
 
-def describe(out, meta):
-    """What a prepared folder holds, in two lines."""
-    train, val, request = meta["train"], meta["val"], meta["request"]
-    n_bytes, kind = train["bytes"] + val["bytes"], "conversations" if request["chats"] else "documents"
-    return (f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
-            f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {request['tokenizer']}, vocabulary "
-            f"{meta['vocab_size']:,}\n  train {train['tokens']:,} tokens of "
-            f"{train['bytes'] / train['tokens']:.2f} bytes; held out {val['tokens']:,} "
-            f"({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
-
-
-def fingerprint(request):
-    """Changes if a source does: a hash of the names, sizes and times of all files; None if one is gone."""
-    try:
-        files = [(str(path), path.stat()) for path, _ in find_files(request["sources"], request["chats"])]
-        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        return hashlib.sha256(repr(state).encode()).hexdigest()
-    except (OSError, ValueError):
-        return None
-
-
 def file_sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-HEAD, TAIL = 1 << 16, (1 << 16) + 1                        # buckets of the two parts of a large file
 
 
 def hold_out(files, chats):
@@ -162,13 +139,13 @@ def hold_out(files, chats):
     for bucket, first, text in tqdm(blocks, "reading", leave=False, disable=None):
         sizes[bucket] += len(text)
         n += first
-    n_bad, examples = len(problems), problems[:5]
+    n_bad, examples = len(problems), "; ".join(problems[:5])
     if n_bad > 0.01 * (n + n_bad):
-        raise ValueError(f"{n_bad:,} of {n + n_bad:,} documents cannot be read, more than 1 %: "
-                         + "; ".join(examples))
+        raise ValueError(f"{n_bad:,} of {n + n_bad:,} documents cannot be read, more than 1 %: {examples}")
     if not n:
         raise ValueError(f"{files[0][0]} is empty: there is no text in it")
-    print("".join(f"skipped: {problem}\n" for problem in examples), end="", file=sys.stderr)
+    if problems:
+        print(f"skipped {n_bad:,} of {n + n_bad:,} documents: {examples}", file=sys.stderr)
     target, total, held_out = sizes.sum() / 20, sizes[TAIL], np.arange(TAIL + 1) == TAIL
     for i in np.flatnonzero(sizes[:HEAD]):
         if abs(total + sizes[i] - target) <= abs(total - target):
@@ -181,65 +158,57 @@ def hold_out(files, chats):
 def read_documents(files, chats, problems):
     """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
     `problems` collects what cannot be read."""
-    large = math.inf if chats else sum(path.stat().st_size for path, _ in files) / 10
+    large = sys.maxsize if chats else sum(path.stat().st_size for path, _ in files) / 10
     for path, package in files:
-        if path.suffix.lower() in (".txt", ".md", ".py"):
-            documents = [(path, read_text(path, large, package))]
-        else:
-            documents = ((f"{path}, line {i}", read_line(line, chats, large)) for i, line in read_lines(path))
-        for where, blocks in documents:
+        is_text = path.suffix.lower() in (".txt", ".md", ".py")
+        for where, source in [(path, path)] if is_text else read_lines(path):
             try:
-                yield from blocks
+                yield from read_document(source, chats, large, package)
             except ValueError as error:
                 problems.append(f"{where}: {error}")
 
 
-def cut_large(hashed, n, large):
-    """[(bucket, characters)] of a document of n characters.  The bucket is a hash, so equal documents fall on
-    one side.  Of one with more than a tenth of all bytes the last twentieth is held out."""
-    if large:
-        return [(HEAD, n - n // 20), (TAIL, n // 20)]
-    return [(int.from_bytes(hashed.digest()[:2], "big"), n)]
+def read_document(source, chats, large, package):
+    """Yield the blocks of a text file (a path) or a line of JSON.  ValueError, before any block, if it is not
+    UTF-8, or has no text.
 
-
-def read_text(path, large, package=""):
-    """Yield the blocks of a text file.  ValueError, before any block, if it is not UTF-8.  The files of
-    a package share its bucket."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    The bucket is a hash of the text, so equal documents fall on one side, or of the package, if there is one.
+    Of a document of more than `large` bytes the last twentieth is held out."""
+    if isinstance(source, Path):
+        size, file = source.stat().st_size, open(source, encoding="utf-8-sig", newline="")
+    else:
+        size, record = len(source), json.loads(source.decode("utf-8-sig"))
+        if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+            raise ValueError('no "text" in it (conversations are read with --chats)')
+        text = json.dumps(read_chat(record)) if chats else record["text"]
+        file = io.StringIO(text if text.strip() else "")
+    block = sys.maxsize if chats else BLOCK                # a conversation is never cut
+    with file:
         hashed, n = hashlib.sha256(), 0
-        while text := file.read(BLOCK):
+        while text := file.read(block):
             if "\0" in text[:1000]:
                 raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
             hashed.update(text.encode())
             n += len(text)
         file.seek(0)
         hashed = hashlib.sha256(package.encode()) if package else hashed
-        for bucket, size in cut_large(hashed, n, path.stat().st_size > large):
-            for start in range(0, size, BLOCK):
-                yield bucket, start == 0, file.read(min(BLOCK, size - start))
-
-
-def read_line(line, chats, large):
-    """Yield the text of a line of JSON, or its conversation as JSON.  ValueError if it has none."""
-    record = json.loads(line.decode("utf-8-sig"))
-    if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
-        raise ValueError('no "text" in it (conversations are read with --chats)')
-    text = json.dumps(read_chat(record)) if chats else record["text"]
-    for bucket, size in cut_large(hashlib.sha256(text.encode()), len(text), len(line) > large):
-        part, text = text[:size], text[size:]
-        if part.strip():
-            yield bucket, True, part
+        parts = [(int.from_bytes(hashed.digest()[:2], "big"), n)]
+        if size > large:
+            parts = [(HEAD, n - n // 20), (TAIL, n // 20)]
+        for bucket, n in parts:
+            for start in range(0, n, block):
+                yield bucket, start == 0, file.read(min(block, n - start))
 
 
 def read_lines(path):
-    """Yield (number, JSON) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
+    """Yield (where, JSON) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
     try:
-        if str(path) == "functions" or path.suffix.lower() == ".json":
+        if path.suffix.lower() in (".json", ""):           # no suffix: the word functions
             items = json.loads(path.read_bytes()) if path.suffix else documented_functions()
-            yield from enumerate((json.dumps(item).encode() for item in items), 1)
+            yield from ((f"{path}, item {i}", json.dumps(item).encode()) for i, item in enumerate(items, 1))
         else:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                yield from ((i, line) for i, line in enumerate(file, 1) if line.strip())
+                yield from ((f"{path}, line {i}", line) for i, line in enumerate(file, 1) if line.strip())
     except (gzip.BadGzipFile, EOFError, zlib.error, TypeError, ValueError) as error:
         raise OSError(f"{path} cannot be read: {error}") from None
 
@@ -248,27 +217,28 @@ def find_files(sources, chats):
     """[(path, package that is held out as a whole, or "")] of all sources.  ValueError if one has no file."""
     found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
     for source in sources:
-        path = Path(source)
         if source == "functions" and chats:
-            files = [(path, "")]
+            files = [(Path(source), "")]
         elif source in ("stdlib", "installed") and not chats:
-            files = python_files(source)
+            files = list(python_files(source))
         else:
-            files = [path] if path.is_file() else walk(path, set())
-            files = [(file, "") for file in files if file.name.lower().endswith(suffixes)]
+            files = [(path, "") for path in walk(Path(source), set()) if path.name.lower().endswith(suffixes)]
         if not files:
-            raise ValueError(f"source {source} is empty: no file ends in one of {', '.join(suffixes)}")
+            raise ValueError(f"source {source} is empty, or missing: no file ends in one of "
+                             + ", ".join(suffixes))
         found += files
     return found
 
 
-def walk(folder, seen):
-    """Yield the files below a folder but hidden ones.  Links are followed; each folder is read once."""
-    if (real := folder.resolve()) not in seen:
+def walk(path, seen):
+    """Yield a file, or those of a folder but hidden ones.  Links are followed; each folder is read once."""
+    if not path.is_dir():
+        yield path
+    elif (real := path.resolve()) not in seen:
         seen.add(real)
-        for path in sorted(folder.iterdir()):
-            if path.name[0] != ".":
-                yield from walk(path, seen) if path.is_dir() else [path]
+        for child in sorted(path.iterdir()):
+            if child.name[0] != ".":
+                yield from walk(child, seen)
 
 
 # parts of a path: tests, packages inside of packages, tables
@@ -277,34 +247,23 @@ LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-pack
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
-GENERATED = re.compile(rb"(?i)generated (by|from|with)|auto-?(matically )?generated|do not (edit|modify)")
-
-
 def python_files(word):
-    """[(path, "")] of the .py files of the standard library; for "installed" [(path, package)] of all
-    packages, without what is generated or more than a quarter digits."""
-    roots, found = [LIBRARY], []
+    """Yield (path, "") of the .py files of the standard library; for "installed" (path, package) of all
+    packages."""
+    roots = [LIBRARY]
     if word == "installed":
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if not LEFT_OUT & set(parts) and (word == "stdlib" or is_written_by_hand(path.read_bytes())):
-                found.append((path, parts[0] if word == "installed" else ""))
-    return found
-
-
-def is_written_by_hand(raw):
-    digits = len(raw) - len(raw.translate(None, b"0123456789"))
-    return digits <= len(raw) / 4 and not GENERATED.search(raw[:500])
+            if not LEFT_OUT & set(parts):
+                yield path, parts[0] if word == "installed" else ""
 
 
 def build_encoding(name, vocab_size=0, texts=()):
-    """The tokenizer called name, or of a run, a prepared folder or one of Hugging Face, or the file of one.
-    Texts are only read to train bpe."""
-    for path in (Path(name), Path(name) / "encoding.json", Path(name) / "tokenizer.json"):
-        if name not in TOKENIZERS and path.is_file():
-            return (load_encoding if path.name == "encoding.json" else read_hf_tokenizer)(path)
+    """The tokenizer called name, or of a folder (load_encoding).  Texts are only read to train bpe."""
+    if name not in TOKENIZERS:
+        return load_encoding(name)
     if name == "bpe":
         if not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
             raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536, got {vocab_size}")
@@ -316,9 +275,6 @@ def build_encoding(name, vocab_size=0, texts=()):
     except OSError as error:
         raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
-    except ValueError:
-        raise ValueError(f"tokenizer {name!r} is none of {', '.join(TOKENIZERS)}, nor a run or folder "
-                         "that has one") from None
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
 
@@ -327,12 +283,6 @@ def make_encoding(name, pattern, ranks):
     model trained on text needs no new rows for chat."""
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def encode(encoding, text):
-    """The tokens of a text, in blocks, for tiktoken overflows at a million spaces."""
-    blocks = (text[at:at + BLOCK] for at in range(0, len(text), BLOCK))
-    return [token for block in blocks for token in encoding.encode_ordinary(block)]
 
 
 def train_bpe(texts, n_ranks):
@@ -361,22 +311,17 @@ def train_bpe(texts, n_ranks):
         add_pairs(i, 1)
     vocab, heap = [bytes([i]) for i in range(256)], [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
-    while len(vocab) < n_ranks and heap:
+    while len(vocab) < n_ranks and heap and heap[0][0] <= -2:
         n, pair = heapq.heappop(heap)
-        if count[pair] != -n:                              # out of date: counts fall as neighbours are joined
-            heapq.heappush(heap, (-count[pair], pair))
-        elif n > -2:
-            break
-        else:
+        if count[pair] == -n:                              # else out of date: every change is pushed
             new, changed = chr(len(vocab)), set()
             vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
             for i in where.pop(pair):
-                add_pairs(i, -1)
+                changed.update(add_pairs(i, -1))
                 words[i] = words[i].replace(pair, new)
                 changed.update(add_pairs(i, 1))
             for pair in changed:
-                if new in pair:
-                    heapq.heappush(heap, (-count[pair], pair))
+                heapq.heappush(heap, (-count[pair], pair))
     return {token: i for i, token in enumerate(vocab)}
 
 
@@ -389,50 +334,44 @@ def save_encoding(encoding, path):
 
 
 def load_encoding(path):
-    """The tokenizer of a prepared folder or a run.  ValueError if the file is not one."""
-    path = Path(path)
-    path = path / "encoding.json" if path.is_dir() else path
+    """The tokenizer of a prepared folder, a run or a folder of Hugging Face, or the file of one.
+
+    ValueError if there is none that tiktoken can be given."""
+    files = Path(path), Path(path) / "tokenizer.json", Path(path) / "encoding.json"
+    file = next(filter(Path.is_file, files), files[-1])
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == "tokenizer.json":
+            return make_encoding(file.parent.name, *read_hf_tokenizer(saved))
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
         return make_encoding(saved["name"], saved["pattern"], ranks)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a tokenizer written by data.py ({error})") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is not a tokenizer written by data.py, nor byte-level BPE of Hugging Face "
+                         f"({error})") from None
 
 
-def read_hf_tokenizer(path):
-    """A tokenizer.json of Hugging Face as a tiktoken encoding, if it is byte-level BPE as GPT-2's or Qwen's.
+def read_hf_tokenizer(saved):
+    """The content of a tokenizer.json -> pattern, ranks, if it is byte-level BPE as GPT-2's or Qwen's.
 
     Tokens keep their numbers; its special tokens give way to ours, which come last.  Text is not brought to
-    NFC.  ValueError for any other."""
+    NFC."""
+    model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
+    if (model["type"], normalizer) != ("BPE", "NFC"):
+        raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
+    parts = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
+    kinds = [part["type"] for part in parts]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or parts[-1]["add_prefix_space"]:
+        raise ValueError(f"it splits text in a way that is not known here ({parts})")
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]        # bytes that stand for themselves
     others = [b for b in range(256) if b not in visible]                   # in order, from character 256 on
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
-    try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        match saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]]):
-            case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-                pattern = GPT2_PATTERN
-            case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
-                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-                pass
-            case parts:
-                raise ValueError(f"it splits text in a way that is not known here ({parts})")
-        model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
-        if (model["type"], normalizer) != ("BPE", "NFC"):
-            raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
-        added = {token["content"] for token in saved.get("added_tokens", [])}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-        made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
-        if made != sorted(made) or len(set(made)) != len(ranks) - 256:
-            raise ValueError("its tokens are not numbered in the order of its merges")
-        return make_encoding(Path(path).parent.name, pattern, ranks)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a byte-level BPE tokenizer ({error})") from None
-
-
-HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
+    added = {token["content"] for token in saved.get("added_tokens", [])}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
+    if made != sorted(made) or len(set(made)) != len(vocab) - 256:
+        raise ValueError("its tokens are not numbered in the order of its merges")
+    pattern = parts[0]["pattern"]["Regex"] if kinds[0] == "Split" else GPT2_PATTERN
+    return pattern, {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
 
 
 class TokenWriter:
@@ -460,30 +399,26 @@ def read_header(path):
     """[bytes per token, vocabulary, count, 1 for conversations].  ValueError if it is not a token file."""
     header = np.fromfile(path, "<i8", 6).tolist()
     if len(header) < 6 or header[:2] != [MAGIC, VERSION]:
-        raise ValueError(f"{path} is not a token file written by data.py, which makes one of text")
+        raise ValueError(f"{path} is not a token file; data.py makes one of text or conversations")
     return header[2:]
 
 
 def load_tokens(path):
     """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped: [n] uint16 or uint32.
 
-    Raises ValueError for a file that is foreign, cut short, or has a token beyond its own vocabulary."""
+    Raises ValueError for a file that is foreign or cut short."""
     path = Path(path)
     path = path / "train.bin" if path.is_dir() else path
-    itemsize, vocab_size, count, _ = read_header(path)
+    itemsize, _, count, _ = read_header(path)
     size, expected = path.stat().st_size, HEADER + count * itemsize
     if itemsize not in (2, 4) or count < 1 or size != expected:
         raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
-    tokens = np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
-    if (top := tokens.max()) >= vocab_size:                # one pass, about a second for 1 GB
-        raise ValueError(f"{path} is corrupt: it has token {top}, beyond its vocabulary of {vocab_size}")
-    return tokens
+    return np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
 
 
-def largest_share(tokens):
-    """Share of the most frequent token; of up to ten million, evenly spaced, in a larger file."""
-    sample = tokens[::1 + len(tokens) // 10 ** 7]
-    return float(np.bincount(sample).max() / len(sample))
+@functools.lru_cache(2)                                    # a batch can lie across two epochs
+def permutation(n, seed, epoch):
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
 
 
 class Sampler:
@@ -498,28 +433,23 @@ class Sampler:
         self.n_windows = (len(tokens) - 1) // seq_len
         if self.n_windows < 1:
             raise ValueError(f"seq_len ({seq_len}) is too long for the {len(tokens)} tokens")
-        self.order = functools.lru_cache(2)(self.order)    # a batch can lie across two epochs
-
-    def order(self, epoch):
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n_windows)
 
     def rows(self, first, count, rank=0, world=1):
         """This rank's share of sequences first .. first+count-1, as batch() has them."""
         mine = range(first + count * rank // world, first + count * (rank + 1) // world)
         places = (divmod(i, self.n_windows) for i in mine)
-        return self.batch([int(self.order(epoch)[place]) for epoch, place in places])
+        return self.batch([int(permutation(self.n_windows, self.seed, epoch)[i]) for epoch, i in places])
 
     def batch(self, windows):
         """-> tokens, targets [len(windows), T] int64."""
-        out = np.empty((len(windows), self.seq_len + 1), np.int64)
-        for row, w in zip(out, windows):
-            row[:] = self.tokens[w * self.seq_len:(w + 1) * self.seq_len + 1]
-        out = torch.from_numpy(out)
-        return out[:, :-1].contiguous(), out[:, 1:].contiguous()
+        T = self.seq_len
+        rows = np.array([self.tokens[w * T:w * T + T + 1] for w in windows], np.int64).reshape(-1, T + 1)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def places(self, windows):
         """Where in the file the targets of some windows are, in their order."""
-        return np.concatenate([np.arange(w * self.seq_len + 1, (w + 1) * self.seq_len + 1) for w in windows])
+        return (np.asarray(windows)[:, None] * self.seq_len + np.arange(1, self.seq_len + 1)).flatten()
 
 
 class ChatSampler(Sampler):
@@ -546,7 +476,6 @@ class ChatSampler(Sampler):
                              "has an answer that ends within it")
         self.windows = pack_best_fit(self.spans, seq_len)
         self.n_windows = len(self.windows)
-        self.order = functools.lru_cache(2)(self.order)
 
     def batch(self, windows):
         """-> tokens, targets (-1: none), doc (which conversation of its row a token is of; -1: padding), all
@@ -561,11 +490,6 @@ class ChatSampler(Sampler):
                 targets[row, places] = np.where(assistant_mask(chat, self.vocab_size), chat, -1)[1:]
                 at = places.stop
         return tuple(map(torch.from_numpy, (tokens, targets, doc)))
-
-    def first_question(self):
-        """The tokens of the first conversation up to where its first answer begins."""
-        tokens = self.tokens[slice(*self.spans[0])].tolist()
-        return tokens[:tokens.index(self.vocab_size + ASSISTANT) + 1]
 
     def places(self, windows):
         return np.concatenate([start + np.flatnonzero(assistant_mask(self.tokens[start:end], self.vocab_size))
@@ -619,7 +543,7 @@ def encode_chat(encoding, chat, answer=False):
     special = encoding.encode_single_token
     tokens = [special("<|endoftext|>")]
     for role, content in chat:
-        tokens += [special(f"<|{role}|>"), *encode(encoding, content), special("<|end|>")]
+        tokens += [special(f"<|{role}|>"), *encoding.encode_ordinary(content), special("<|end|>")]
     return tokens + [special("<|assistant|>")] * answer
 
 
@@ -677,24 +601,10 @@ def documented_functions():
     return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
 
 
-def is_chat_source(source):
-    """Whether a name is that of conversations that are no tokens yet."""
-    return source == "functions" or source.lower().endswith(CHAT_SUFFIXES)
-
-
 def holds_chats(source):
-    """Whether a file or folder has conversations, or their tokens."""
+    """Whether a file or folder has the tokens of conversations.  ValueError if it has no tokens."""
     file = Path(source) / "train.bin" if Path(source).is_dir() else Path(source)
-    return is_chat_source(source) or file.is_file() and read_header(file)[3] == 1
-
-
-def chats_folder(source, encoding):
-    """Where train.py keeps the tokens of a chat file (or of the word functions): its name says what went in,
-    so that a file that has changed is another set.  OSError if there is no such file."""
-    content = sys.version if source == "functions" else file_sha256(source)
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    digest = hashlib.sha256(repr((content, encoding._pat_str, ranks)).encode()).hexdigest()
-    return Path("data") / f"{Path(source).name.split('.')[0]}-{digest[:8]}"
+    return file.is_file() and read_header(file)[3] == 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -723,8 +633,7 @@ def one_line_errors(who=""):
             raise
         fail(who + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        print(f"{who}interrupted", file=sys.stderr)
-        raise SystemExit(1) from None
+        fail(f"{who}interrupted", 1)
 
 
 def main(argv=None):
@@ -750,7 +659,7 @@ def main(argv=None):
         out = Path("data") / name
         if out.exists():
             print(f"{out} is there already; to prepare it anew, delete it or choose another --name")
-        print(describe(out, prepare(out, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)))
+        prepare(out, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)
 
 
 if __name__ == "__main__":

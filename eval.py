@@ -211,7 +211,7 @@ def sample_command(args):
     """Continue a prompt, from the beginning of a document."""
     model, _, top_k = load_run(args.ckpt, args.device)
     encoding = data.load_encoding(run_folder(args.ckpt))
-    tokens = [encoding.encode_single_token("<|endoftext|>"), *data.encode(encoding, args.prompt)]
+    tokens = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(args.prompt)]
     generator = torch.Generator(args.device).manual_seed(args.seed)
     print(args.prompt, *(piece for piece, in generate_text(
         model, encoding, [tokens], args.tokens, top_k, args.temperature, args.top_p, generator)), sep="")
@@ -267,7 +267,7 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
         tokens=tokens.flatten()[text],                            # [N]
         experts=torch.stack([torch.cat(seen)[text] for seen in chosen]),      # [L, N]: the best of K
-        top_share=data.largest_share(train))         # of the most frequent token
+        top_share=float(np.bincount(train[:10 ** 7]).max() / len(train[:10 ** 7])))   # of the commonest token
 
 
 def routing_command(args):
@@ -484,7 +484,7 @@ def choices_command(args):
         if not (q.keys() >= {"context", "choices", "answer"} and q["answer"] in range(len(q["choices"]))):
             raise ValueError(f"question {n} needs a context, choices, and as answer the number of one")
     scores = iter(log_likelihoods(model, [
-        (data.encode(encoding, q["context"] or "\n"), data.encode(encoding, f" {choice}"))
+        (encoding.encode_ordinary(q["context"] or "\n"), encoding.encode_ordinary(f" {choice}"))
         for q in questions for choice in q["choices"]], top_k))
     for q in questions:
         score, sizes = np.array([next(scores)[0] for _ in q["choices"]]), list(map(len, q["choices"]))
@@ -502,13 +502,13 @@ def adapter(model, encoding, top_k=None):
         eot_token_id = end
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return data.encode(encoding, string)
+            return encoding.encode_ordinary(string)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
             return log_likelihoods(model, [pair for _, *pair in requests], top_k)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            texts = [data.encode(encoding, request.args[0]) for request in requests]
+            texts = [encoding.encode_ordinary(request.args[0]) for request in requests]
             return [sum(score for score, _ in log_likelihoods(model, list(map(
                 utils.make_disjoint_window, utils.get_rolling_token_windows(text, end, window, 1))), top_k))
                 for text in texts]
@@ -521,7 +521,7 @@ def adapter(model, encoding, top_k=None):
             for batch in groups.get_batched(n=rows):
                 how = models.normalize_gen_kwargs(batch[0][1])
                 until, new = list(filter(None, how["until"])), min(how["max_gen_toks"], window // 2)
-                prompts = [data.encode(encoding, text)[new - window:] or [end] for text, _ in batch]
+                prompts = [encoding.encode_ordinary(text)[new - window:] or [end] for text, _ in batch]
                 temperature, texts = how.get("temperature", 0) * how["do_sample"], [""] * len(batch)
                 # eager: every batch has a shape of its own, which would compile anew
                 for pieces in generate_text(model, encoding, prompts, new, top_k, temperature,

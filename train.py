@@ -649,7 +649,7 @@ def plan_run(argv, world):
     if not Path(s.data).exists() and s.data in CORPORA:
         sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
-        print(data.describe(s.data, data.prepare(Path(s.data), sources, vocab_size=vocab_size)))
+        data.prepare(Path(s.data), sources, vocab_size=vocab_size)
     corpus = open_corpus(s)
     sha256 = data.file_sha256(corpus.file)
     if corpus.has_chats() and not (exists or "steps" in typed):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,76 +23,35 @@ NASTY = ["", " ", "\n\n  \t\n", "a\n\n\n  b \n", "naïve café 日本語 🙂�
          "<|endoftext|> is only text", "\u2028\u00a0\ufeff", "def f(x):\n    return x\n"]
 
 
-def random_text(rng, n=60):
-    ranges = [(32, 126), (9, 13), (0x20, 0x24F), (0x300, 0x36F), (0x4E00, 0x4E80), (0x1F600, 0x1F640),
-              (0, 31)]
-    return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, n)))
-
-
 # --- tokenizers -------------------------------------------------------------------------------------------
 
-def join(word, pair, new):
-    """Replace each occurrence of a pair in a list, from the left."""
-    out = []
-    for token in word:
-        if out and (out[-1], token) == pair:
-            out[-1] = new
-        else:
-            out.append(token)
-    return out
-
-
 def slow_bpe(texts, n_ranks):
-    """Counts every pair anew for every merge."""
-    words = Counter(w[i:i + 64] for text in texts for w in regex.findall(data.PATTERN, text)
-                    for i in range(0, len(w), 64))
-    split = {w: list(w.encode()) for w in words}
+    """Counts every pair anew for every merge.  A character is a rank."""
+    words = Counter(w[i:i + 64].encode().decode("latin-1") for text in texts
+                    for w in regex.findall(data.PATTERN, text) for i in range(0, len(w), 64))
     vocab = [bytes([i]) for i in range(256)]
     while len(vocab) < n_ranks:
         count = Counter()
         for w, n in words.items():
-            for pair in zip(split[w], split[w][1:]):
+            for pair in zip(w, w[1:]):
                 count[pair] += n
-        if not count or max(count.values()) < 2:
+        a, b = min(count, key=lambda pair: (-count[pair], pair))
+        if count[a, b] < 2:
             break
-        pair = min(p for p in count if count[p] == max(count.values()))
-        split = {w: join(s, pair, len(vocab)) for w, s in split.items()}
-        vocab.append(vocab[pair[0]] + vocab[pair[1]])
-    return {b: i for i, b in enumerate(vocab)}
+        words = {w.replace(a + b, chr(len(vocab))): n for w, n in words.items()}
+        vocab.append(vocab[ord(a)] + vocab[ord(b)])
+    return {token: i for i, token in enumerate(vocab)}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_bpe_training_equals_recounting_everything(seed):
+    """Also of text without spaces, and whatever the order of documents."""
     rng = random.Random(seed)
-    alphabet = ("aab bc\nd", "ab ")[seed % 2]  # two letters: long runs, overlapping pairs
-    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 80))) for _ in range(rng.randint(1, 12))]
-    texts += [random_text(rng) for _ in range(3)]
+    alphabet, most = (("aab bc\nd", 80), ("ab ", 80), ("ACGT", 900))[seed % 3]     # long runs, overlaps, DNA
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, most))) for _ in range(rng.randint(1, 12))]
+    texts += rng.choices(NASTY, k=4)
     want = slow_bpe(texts, 256 + 40)
-    assert data.train_bpe(texts, 256 + 40) == want
-    assert data.train_bpe(texts[::-1], 256 + 40) == want           # the order of documents does not matter
-
-
-def lowest_rank_first(ranks, word):
-    """Byte-pair encoding by its definition."""
-    parts = [bytes([b]) for b in word]
-    while True:
-        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
-        if not pairs:
-            return [ranks[p] for p in parts]
-        _, i = min(pairs)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-
-
-def test_encoding_is_lowest_rank_first_and_round_trips():
-    rng = random.Random(1)
-    texts = [random_text(rng) for _ in range(300)] + NASTY
-    encoding = data.build_encoding("bpe", 400, [Path(data.__file__).read_text(), *texts])
-    ranks = encoding._mergeable_ranks
-    for text in texts:
-        words = regex.findall(data.PATTERN, text)
-        want = [r for word in words for r in lowest_rank_first(ranks, word.encode())]
-        assert encoding.encode_ordinary(text) == want
-        assert encoding.decode(want) == text
+    assert data.train_bpe(texts, 256 + 40) == data.train_bpe(texts[::-1], 256 + 40) == want
 
 
 @pytest.mark.parametrize("name", data.TOKENIZERS)
@@ -109,14 +69,6 @@ def test_every_tokenizer_has_the_five_special_tokens_and_reads_back(name, tmp_pa
         assert back.encode_ordinary(text) == tokens and back.decode(tokens) == text
         assert not set(tokens) & set(special)                     # special tokens inside a text stay text
     assert back.n_vocab == encoding.n_vocab
-
-
-def test_text_without_spaces_trains_merges():
-    """DNA, or Chinese: words of more than 64 characters count in pieces."""
-    rng = random.Random(0)
-    for text in ("".join(rng.choices("ACGT", k=9000)), "".join(rng.choices("日本語文字", k=3000)) * 2):
-        ranks = data.train_bpe([text], 400)
-        assert len(ranks) == 400 and max(map(len, ranks)) > 3
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -171,9 +123,9 @@ def test_json_lines(suffix, tmp_path, capsys):
     meta = prepare(tmp_path, tmp_path / f"a{suffix}")
     train, val = both(tmp_path / "out")
     assert Counter(train + val) == Counter(texts) and share(meta) == pytest.approx(0.05, abs=0.01)
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert "line 101: Expecting" in err and 'line 102: no "text" in it' in err and "line 105: 'utf-8'" in err
-    assert "600 documents, skipped 5," in data.describe("out", meta)
+    assert "skipped 5 of 605" in err and "600 documents, skipped 5," in out and "held out" in out
 
 
 GOOD = lines_of(f"number {i} of many" for i in range(150)).encode()
@@ -228,18 +180,15 @@ def test_linked_folders_are_followed_once_and_broken_links_named(tmp_path):
 SENTENCE = "some words that come again and again, "
 MANY = [f"document {i}: " + SENTENCE * (1 + i % 7) for i in range(100)]
 HOLDOUTS = {
-    "a single file": {"a.txt": "".join(f"line {i} of a text\n" for i in range(2000))},
     "one line": {"a.txt": SENTENCE * 3000 + "\n"}, "one line without an end": {"a.txt": "日" * 50_000},
     "two files": {"a.txt": "a line\n" * 900, "b.md": "other line\n" * 2000},
     "lopsided": {"00.txt": MANY[0] * 6000, **{f"{i:02}.txt": MANY[i] * 3 for i in range(1, 20)}},
-    "one huge, three small": {"huge.txt": "a line\n" * 90_000, **{f"{i}.txt": MANY[i] for i in range(3)}},
     "equal huge files": {f"{i}.txt": "a line\n" * 5000 for i in range(4)},
     "thirty files": {f"{i}.txt": text * 9 for i, text in enumerate(MANY[:30])},
     "equal files": {f"{i}.txt": MANY[i % 40] for i in range(120)},
-    "duplicates": {"a.jsonl": MANY * 10}, "a file and its lines": {"a.txt": MANY[0], "a.jsonl": MANY * 2},
+    "a file and its lines": {"a.txt": MANY[0], "a.jsonl": MANY * 2},
     "one of all": {"a.jsonl": ["the same thing again"] * 900 + MANY[:10]},
     "few lines": {"a.jsonl": [text * 5 for text in MANY[:3]]}, "hundred lines": {"a.jsonl": MANY},
-    "twelve lines": {"a.jsonl": [f"{i}" + SENTENCE * 9 for i in range(12)]},
     "one long line of many": {"a.jsonl": [SENTENCE * 900, *MANY]}}
 
 
@@ -288,9 +237,8 @@ def test_too_little_text_is_refused(tmp_path):
 @pytest.mark.parametrize("chats", [False, True])
 def test_held_out_text_trains_no_tokenizer(tmp_path, monkeypatch, chats):
     """And of a corpus larger than BPE_CHARS, only a sample does, evenly spread."""
-    records = [{"text": f"number {i} of many"} for i in range(400)]
-    if chats:
-        records = [{"instruction": record["text"], "output": "an answer"} for record in records]
+    field = "instruction" if chats else "text"
+    records = [{field: f"number {i} of many", "output": "yes"} for i in range(400)]
     save(tmp_path / "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     seen, real = [], data.train_bpe
 
@@ -298,13 +246,13 @@ def test_held_out_text_trains_no_tokenizer(tmp_path, monkeypatch, chats):
         seen.append(list(texts))
         return real(seen[-1], n)
     monkeypatch.setattr(data, "train_bpe", train_bpe)
-    meta = prepare(tmp_path, tmp_path / "a.jsonl", tokenizer="bpe", vocab_size=300, chats=chats)
-    held_out = both(tmp_path / "out")[1]
-    assert len(held_out) == 400 - len(seen[0]) == meta["val"]["documents"]
-    assert not any(f"number {i} of many" in text for text in seen[0] for i in range(400)
-                   if any(f"number {i} of many" in held for held in held_out))
+    settings = dict(tokenizer="bpe", vocab_size=300, chats=chats)
+    prepare(tmp_path, tmp_path / "a.jsonl", **settings)
+    of_training, held_out = (Counter(regex.findall(r"number \d+ of many", " ".join(texts)))
+                             for texts in (seen[0], both(tmp_path / "out")[1]))
+    assert not of_training & held_out and len(of_training + held_out) == 400
     monkeypatch.setattr(data, "BPE_CHARS", sum(map(len, seen[0])) // 4)
-    prepare(tmp_path, tmp_path / "a.jsonl", tokenizer="bpe", vocab_size=300, chats=chats, name="again")
+    prepare(tmp_path, tmp_path / "a.jsonl", name="again", **settings)
     assert len(seen[1]) == pytest.approx(380 / 5, abs=5)
 
 
@@ -315,8 +263,6 @@ def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
     for name in ("lib/os.py", "site-packages/one/tests/b.py", "elsewhere/c.py",
                  *(f"site-packages/package{i % 20}/{i}.py" for i in range(200))):
         save(tmp_path / name, f"# {name}\n" * 9)
-    save(tmp_path / "site-packages/one/table.py", "1, 2, 3, 4, 5\n" * 9)
-    save(tmp_path / "site-packages/one/made.py", "# This file was generated by a program.\nx = y\n")
     monkeypatch.setattr(data, "LIBRARY", tmp_path / "lib")
     monkeypatch.setattr(data.sys, "path", ["", str(tmp_path / "elsewhere"), str(tmp_path / "site-packages")])
     assert [f.name for f, _ in data.python_files("stdlib")] == ["os.py"]
@@ -328,35 +274,31 @@ def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
     assert len(set(sides)) == 21 and 0 < sum(side for _, side in sides) <= 20
 
 
-def test_sources_that_changed_are_noticed(tmp_path, capsys):
-    save(tmp_path / "text/a.txt", "some words " * 900)
-    for words in ("", "have changed since"):
-        data.prepare(tmp_path / "out", [str(tmp_path / "text")], "bytes")
-        assert words in capsys.readouterr().out
-        save(tmp_path / "text/b.txt", "a third file")
-
-
 # --- preparing twice, and being stopped -------------------------------------------------------------------
 
-def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path):
-    folder = write_corpus(tmp_path / "text")
+def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path, monkeypatch):
+    """A folder that another program made meanwhile stays; Ctrl-C leaves nothing behind."""
+    folder, real = write_corpus(tmp_path / "text"), data.write_folder
     first = prepare(tmp_path, folder)
     stamp = (tmp_path / "out/train.bin").stat().st_mtime_ns
     assert prepare(tmp_path, folder) == first
-    assert (tmp_path / "out/train.bin").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="other settings"):
         prepare(tmp_path, folder, tokenizer="bpe", vocab_size=300)
 
+    def overtaken(*args):
+        real(*args)
+        shutil.copytree(tmp_path / "out", tmp_path / "second")
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
-    folder = write_corpus(tmp_path / "text")
-
-    def interrupt(*_):
+    def interrupted(*args):
+        real(*args)
         raise KeyboardInterrupt
-    monkeypatch.setattr(data.TokenWriter, "close", interrupt)
+    monkeypatch.setattr(data, "write_folder", overtaken)
+    assert prepare(tmp_path, folder, name="second") == first
+    assert {(tmp_path / name / "train.bin").stat().st_mtime_ns for name in ("out", "second")} == {stamp}
+    monkeypatch.setattr(data, "write_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text"]
+        prepare(tmp_path, folder, name="third")
+    assert sorted(os.listdir(tmp_path)) == ["out", "second", "text"]
 
 
 def python(code, folder):
@@ -383,12 +325,12 @@ def test_memory_does_not_grow_with_the_source(tmp_path, suffix):
     with open(tmp_path / f"big.{suffix}", "w") as file:
         for i in range(90_000):
             file.write(f"{i} {text}" if suffix == "txt" else lines_of([f"{i} {text}"]))
-    code = ("import resource, data, torch\n"
+    code = ("import resource, data, sys, torch\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
             "before = peak()\n"
             f"data.prepare('out', ['big.{suffix}'], vocab_size=400)\n"
-            "print(peak() - before)")
-    assert int(python(code, tmp_path).stdout) < 120
+            "print(peak() - before, file=sys.stderr)")
+    assert int(python(code, tmp_path).stderr) < 120
 
 
 # --- token files ------------------------------------------------------------------------------------------
@@ -407,13 +349,10 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
 
 @pytest.mark.parametrize("harm, message", [
     (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"),
-    (lambda raw: b"", "not a token file"), (lambda raw: b"X" + raw[1:], "not a token file"),
-    (lambda raw: raw[:500], "corrupt"),
-    (lambda raw: raw[:-2] + b"\xff\xff", "beyond its vocabulary"),
-    (lambda raw: raw[:-2] + (300).to_bytes(2, "little"), "beyond its vocabulary"),
+    (lambda raw: raw[:500], "corrupt"), (lambda raw: b"", "not a token file"),
+    (lambda raw: b"X" + raw[1:], "not a token file"),
     (lambda raw: raw[:8] + b"\x02" + raw[9:], "not a token file"),
-    (lambda raw: raw[:32] + bytes(8) + raw[40:1024], "corrupt"),             # no token at all
-    (lambda raw: raw[:16] + b"\x01" + raw[17:1324], "corrupt")])
+    (lambda raw: raw[:32] + bytes(8) + raw[40:1024], "corrupt")])             # no token at all
 def test_damaged_token_files_are_refused(tmp_path, harm, message):
     writer = data.TokenWriter(tmp_path / "t.bin", 300)
     writer.write(range(300))
@@ -451,9 +390,3 @@ def test_rows_depend_only_on_seed_and_position(world):
     used.rows(0, 500)
     assert torch.equal(torch.cat([used.rows(135, 5)[0], used.rows(140, 7)[0]]), want[0])
     assert data.Sampler(np.arange(99), 3, 5).rows(30, 5)[0][:, 0].tolist() == [42, 24, 30, 36, 54]
-
-
-def test_largest_share():
-    tokens = np.array([3] * 6 + [1] * 3 + [0], np.uint16)
-    assert data.largest_share(tokens) == 0.6
-    assert data.largest_share(np.tile(tokens, 2_100_001)) == pytest.approx(0.6, rel=1e-6)         # a sample

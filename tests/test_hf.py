@@ -219,7 +219,7 @@ def test_a_text_is_prepared_with_a_tokenizer_of_hugging_face(tokenizers, tmp_pat
     """The ranks are those that it was exported from, and the same text gives the same tokens."""
     for name, (ours, theirs) in tokenizers.items():
         theirs.save_pretrained(tmp_path / name)
-        found = data.read_hf_tokenizer(tmp_path / name / "tokenizer.json")
+        found = data.load_encoding(tmp_path / name / "tokenizer.json")
         assert found._mergeable_ranks == ours._mergeable_ranks and found._pat_str == ours._pat_str
     texts = write_corpus(tmp_path / "text")
     data.prepare(tmp_path / "prepared", [str(texts)], tokenizer=str(tmp_path / "bytes/tokenizer.json"))
@@ -238,7 +238,7 @@ def test_tokenizers_that_would_give_other_tokens_are_refused(tokenizers, tmp_pat
     change(saved)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=re.escape(message)):
-        data.read_hf_tokenizer(tmp_path / "tokenizer.json")
+        data.load_encoding(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("first", [0, 200, 999])
