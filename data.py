@@ -341,7 +341,7 @@ def load_encoding(path):
     file = next(filter(Path.is_file, files), files[-1])
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        if file.name == "tokenizer.json":
+        if "pre_tokenizer" in saved:                       # Hugging Face's
             return make_encoding(file.parent.name, *read_hf_tokenizer(saved))
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
         return make_encoding(saved["name"], saved["pattern"], ranks)
