@@ -1,20 +1,19 @@
-"""Everything about many processes, and how parameters are held: fp32 masters, checkpoints.
+"""Many processes, fp32 masters, optimizers and checkpoints.
 
-The processes that torchrun starts (`ranks`) are laid out as two grids over the same ranks:
+The processes that torchrun starts (`ranks`) form two meshes:
 
-    dense   replicate x shard            attention, norms, embeddings, routers
-    moe     replicate x edp x ep         the experts; shard = edp * ep, where the edp ranks hold shards of the
-                                         same experts, and the ep ranks are neighbours
+    dense   replicate x shard         attention, norms, embeddings, routers
+    moe     replicate x edp x ep      the experts; edp * ep = shard, the ranks of an ep group are neighbours
 
-Parameters are sharded over `shard` and copied over `replicate` (FSDP2: ZeRO-3, arXiv 1910.02054, gathered
-layer by layer).  Experts are stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and
-tokens travel to them (GShard, arXiv 2006.16668), and `edp` shards what is left.  Every rank has its own data.
+FSDP2 shards parameters over `shard` and copies them over `replicate` (ZeRO-3, arXiv 1910.02054).  Experts are
+stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and tokens travel to them (GShard,
+arXiv 2006.16668), and `edp` shards what is left.  Every rank has its own data.
 
-One rule makes every gradient right: a rank's loss is a sum over its tokens divided by the count of ALL ranks;
-so losses, gradients and statistics are only ever summed, never averaged.  An expert's gradient is already
-summed over its ep group by the exchange that brings gradients back; FSDP sums over the rest.
+A rank's loss is a sum over its tokens divided by the count of ALL ranks.  So losses, gradients and statistics
+are only ever summed, never averaged.  The exchange that sends gradients back to the tokens' ranks has already
+summed an expert's gradient over its ep group; FSDP sums over the rest.
 
-With one process there is no group and no collective.  Knows nothing of data, schedules or logging.
+One process makes no group and no collective.  This file knows nothing of data, schedules or logging.
 """
 
 import hashlib
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Model, Permute, cross_entropy, sort_by_expert
 
-# --- the grid of processes, and sums ----------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
 class Grid:
@@ -62,52 +62,38 @@ ALONE = Grid()
 
 
 def meet(timeout=120):
-    """Make the processes that torchrun started a group -> Grid.  ValueError if that takes over `timeout` s.
+    """Form one group of the processes that torchrun started -> Grid.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        store, rank, world = next(rendezvous("env://", timeout=wait))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives its workers: restarted ones would read the addresses of the dead
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-        return Grid(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
-    except (ValueError, RuntimeError) as error:
-        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ValueError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+    store, rank, world = next(rendezvous("env://", timeout=wait))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives its workers: restarted ones would read the addresses of the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    return Grid(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
 
 
 def from_rank_0(grid, work):
-    """Run work() on rank 0 -> its value on every rank; what JSON lacks (an open file) is None on the others.
+    """Run work() on rank 0 while the others wait, for hours if need be -> its value on every rank.
 
-    They wait for hours: it may prepare a corpus.  If it fails, rank 0 says why, and all end."""
+    If it raises, rank 0 raises that, and the others SystemExit."""
     if grid.world == 1:
         return work()
-    answer = [None, 1]                                            # the value as JSON, an exit code
+    answer = [None, 2]                                            # the value, an exit code
     try:
         if grid.rank == 0:
-            value = work()
-            answer = [json.dumps(value, default=lambda _: None), None]
-            return value
-    except (SystemExit, ValueError, OSError) as error:
-        answer[1] = (error.code or 0) if isinstance(error, SystemExit) else 2
+            answer = [work(), None]
+    except SystemExit as end:                                     # --help ends with 0
+        answer[1] = end.code or 0
         raise
     finally:
         dist.broadcast_object_list(answer, src=0, group=grid.files)
     if answer[1] is not None:
         raise SystemExit(answer[1])
-    return json.loads(answer[0])
-
-
-def gather(grid, value):
-    """[value of rank 0, of rank 1, ..] on every rank."""
-    values = [value] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(values, value, group=grid.files)
-    return values
+    return answer[0]
 
 
 def check_layout(world, ep, replicate, n_expert, device):
@@ -117,16 +103,16 @@ def check_layout(world, ep, replicate, n_expert, device):
                          "that torchrun starts")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
-    if world > 1 and device not in ("cuda", "cpu"):
-        raise ValueError(f"device ({device}) must be cuda or cpu for {world} processes")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if world > 1 and device == "cuda" and gpus < here:
-        raise ValueError(f"torchrun --nproc-per-node ({here}) is above the {gpus} GPUs of this machine")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = {"cpu": here, "cuda": torch.cuda.device_count()}.get(device, 1)
+    if here > devices:
+        raise ValueError(f"torchrun --nproc-per-node ({here}) is above the number of {device} devices here, "
+                         f"{devices}")
 
 
 def join(grid, ep, replicate, device, timeout):
-    """Lay out the meshes.  Collectives fail after `timeout` seconds from now on; those of checkpoints, where
-    some ranks have more to write than others, not before half an hour."""
+    """Lay out the meshes.  Collectives now fail after `timeout` seconds; those of checkpoints after half an
+    hour at least, since some ranks have more to write than others."""
     if grid.world == 1:
         return
     if device == "cuda":
@@ -167,28 +153,11 @@ def all_sum(grid, tensors):
 
 # --- expert parallelism: tokens travel to the rank that has their expert ----------------------------------
 
-class Exchange(torch.autograd.Function):
-    """rows [R, D], of which the first sends[0] go to rank 0 of the group, the next to rank 1 .. -> the rows
-    that come from rank 0, rank 1 ..  The gradient takes the same way back."""
-
-    @staticmethod
-    def forward(ctx, rows, sends, recvs, group):
-        ctx.back = recvs, sends, group
-        out = rows.new_empty(sum(recvs), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), recvs, sends, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Exchange.apply(grad, *ctx.back), None, None, None
-
-
 def expert_parallel(experts, mesh):
     """Keep this rank's share of the experts, and send every row to the rank that has its expert.
 
-    Outside nothing changes: forward() takes rows sorted by expert and a count for each, and returns them in
-    that order.  The experts of a rank without rows compute on none, since sharding needs all ranks at the
-    same place."""
+    Replaces experts.forward(rows [R, D] sorted by expert, load [E]) -> rows in the same order.  A rank that
+    receives no rows computes on none: FSDP needs every rank at the same place."""
     group, n = mesh.get_group(), mesh.size()
     for name, p in list(experts.named_parameters()):
         mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
@@ -199,14 +168,14 @@ def expert_parallel(experts, mesh):
         dist.all_to_all_single(theirs, load, group=group)
         theirs = theirs.view(n, -1)
         sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
-        rows = Exchange.apply(rows, sends, recvs, group)
-        # they come sorted by (rank, expert), and are computed sorted by (expert, rank)
+        rows = all_to_all_single_autograd(rows.contiguous(), recvs, sends, group)
+        # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
         expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
         order, inverse = sort_by_expert(expert)
         rows = experts.compute(Permute.apply(rows, order, inverse), theirs.sum(0),
                                experts.w_in.to_local(), experts.w_out.to_local())
-        return Exchange.apply(Permute.apply(rows, inverse, order), recvs, sends, group)
+        return all_to_all_single_autograd(Permute.apply(rows, inverse, order), sends, recvs, group)
 
     experts.forward = forward
 
@@ -425,7 +394,7 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(grid, masters):
-    """Ranks that hold other bits than the first replica of the same shard: one flipped bit changes a sum."""
+    """Ranks whose parameters differ from the first replica's: one flipped bit changes a checksum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
@@ -440,47 +409,34 @@ def checkpoints(out):
 
 
 def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
-    """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta is its meta.json.
+    """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
-    OSError, on every rank, if that fails (a full disk, say); the checkpoints that were there stay whole."""
-    path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
-    for left_by_a_crash in Path(out).glob("step-*.tmp") if grid.rank == 0 else ():
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
-    gather(grid, None)                                            # nobody writes before that
-    sums, problem = {}, None
+    If that fails, as on a full disk, rank 0 raises OSError and the others end; older checkpoints stay whole."""
+    path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
+    from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
         dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)  # and fsync
-        mine = list(aside.glob(f"__{grid.rank}_*"))
-        if grid.rank == 0:
-            (aside / "meta.json").write_text(json.dumps(meta))
-            fsync(aside / "meta.json")
-            mine += [aside / ".metadata", aside / "meta.json"]
-        sums = {file.name: checksum(file) for file in mine}
     except FAILURES as error:
         problem = reason(error)
-    parts = gather(grid, (sums, problem))
-    problem = from_rank_0(grid, lambda: publish(aside, path, parts, keep))
-    if problem:
-        raise OSError(f"could not write {path}: {problem}")
+    from_rank_0(grid, lambda: publish(aside, path, problem, keep, meta))
 
 
-def publish(aside, path, parts, keep):
-    """Write the manifest of all ranks' (checksums, problem), rename, delete old ones -> what went wrong."""
+def publish(aside, path, problem, keep, meta):
+    """Add meta.json and the manifest, rename, delete old checkpoints.  OSError if there is a problem."""
     try:
-        for _, problem in parts:
-            if problem:
-                raise OSError(problem)
-        manifest = {name: value for sums, _ in parts for name, value in sums.items()}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        fsync(aside / "manifest.json")
-        fsync(aside)
+        if problem:
+            raise OSError(problem)
+        (aside / "meta.json").write_text(json.dumps(meta))
+        (aside / "manifest.json").write_text(json.dumps(checksums(aside), indent=1))
+        for written in (aside / "meta.json", aside / "manifest.json", aside):
+            fsync(written)
         os.rename(aside, path)
         fsync(path.parent)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         shutil.rmtree(aside, ignore_errors=True)
-        return f"{free / 1e6:,.1f} MB are free; {error}"
+        raise OSError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
     for old in checkpoints(path.parent)[:-keep]:                  # only now
         shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
 
@@ -488,26 +444,25 @@ def publish(aside, path, parts, keep):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    held = Reader(Path(out) / f"step-{step}").read_metadata().state_dict_metadata
-    if set(held) != set(state):                                   # another optimizer, or lazily made state
-        raise ValueError(f"step-{step} of {out} does not hold what this code's optimizer and model do: "
-                         f"{min(set(held) ^ set(state))}, ..")
-    load_checkpoint(Path(out) / f"step-{step}", state, grid, checked=True)
+    path = Path(out) / f"step-{step}"
+    unmatched = set(Reader(path).read_metadata().state_dict_metadata) ^ set(state)
+    if unmatched:                                                 # another optimizer, or lazily made state
+        raise ValueError(f"{path} does not hold what this code's optimizer and model do: "
+                         f"{min(unmatched)}, ..")
+    load_checkpoint(path, state, grid, checked=True)
     return step
 
 
 def newest_whole(out, steps):
     """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
-    corrupt = []
     for step in reversed(steps):
         path = out / f"step-{step}"
         problem = find_corruption(path)
         if not problem:
             return step
-        corrupt.append(f"{path.name}: {problem}")
         os.rename(path, f"{path}.corrupt")
         print(f"checkpoint {path} is corrupt ({problem}); it is now {path.name}.corrupt", file=sys.stderr)
-    raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt: {'; '.join(corrupt)}")
+    raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
 def load_checkpoint(path, state, grid=ALONE, checked=False):
@@ -527,11 +482,8 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 def find_corruption(path):
     """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
-    files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        with ThreadPoolExecutor() as threads:                     # sha256 takes longer than reading
-            found = dict(zip((file.name for file in files), threads.map(checksum, files)))
+        manifest, found = json.loads((path / "manifest.json").read_text()), checksums(path)
         wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
         if wrong:
             return f"{', '.join(wrong)} does not match manifest.json"
@@ -540,30 +492,38 @@ def find_corruption(path):
         return f"{type(error).__name__}: {error}"
 
 
+def checksums(path):
+    """The manifest of a checkpoint: {file name: size and sha256}."""
+    def describe(file):
+        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
+        return {"bytes": file.stat().st_size, "sha256": digest}
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
+        return dict(zip((file.name for file in files), threads.map(describe, files)))
+
+
 class Reader(dcp.FileSystemReader):
     """torch's reader, but it unpickles only descriptions of tensors."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = Metadata(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return TensorDescriptions(file).load()
 
 
-class Metadata(pickle.Unpickler):
-    """Calls only what describes tensors; UnpicklingError for everything else."""
+class TensorDescriptions(pickle.Unpickler):
+    """An unpickler that calls only these classes, which hold shapes, offsets and paths, and no code."""
 
-    KNOWN = {"torch": ["Size"], "torch.serialization": ["_get_layout"],
-             "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-             "torch.distributed.checkpoint.metadata": [
-                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-                 "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"]}
+    ALLOWED = {"torch.Size", "torch.serialization._get_layout",
+               "torch.distributed.checkpoint.filesystem._StorageInfo"} | {
+        f"torch.distributed.checkpoint.metadata.{name}" for name in (
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath                                       # where it was written, on any system
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.KNOWN.get(module, ()):
+        if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
 
@@ -573,11 +533,6 @@ def reason(error):
     for cause, _ in getattr(error, "failures", {}).values():      # of each rank: (error, traceback)
         error = cause
     return " ".join(str(error).split())[:300]
-
-
-def checksum(file):
-    digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
 
 
 def fsync(path):
