@@ -141,7 +141,7 @@ def pick_device(name="auto"):
 
 
 def all_sum(grid, tensors):
-    """Sums over all ranks, without gradient: one reduction, in float64, in which counts are exact."""
+    """Sums over all ranks, without gradient: one reduction in float64, which holds counts exactly."""
     tensors = [t.detach() for t in tensors]
     if grid.world == 1:
         return tensors
@@ -158,24 +158,22 @@ def expert_parallel(experts, mesh):
 
     Replaces experts.forward(rows [R, D] sorted by expert, load [E]) -> rows in the same order.  A rank that
     receives no rows computes on none: FSDP needs every rank at the same place."""
-    group, n = mesh.get_group(), mesh.size()
+    exchange, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
     for name, p in list(experts.named_parameters()):
         mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(mine))
 
     def forward(rows, load):
-        theirs = torch.empty_like(load)                           # rows that each rank has for my experts
-        dist.all_to_all_single(theirs, load, group=group)
-        theirs = theirs.view(n, -1)
+        theirs = exchange(load, None, None).view(n, -1)           # rows that each rank has for my experts
         sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
-        rows = all_to_all_single_autograd(rows.contiguous(), recvs, sends, group)
+        rows = exchange(rows.contiguous(), recvs, sends)
         # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
         expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
         order, inverse = sort_by_expert(expert)
         rows = experts.compute(Permute.apply(rows, order, inverse), theirs.sum(0),
                                experts.w_in.to_local(), experts.w_out.to_local())
-        return all_to_all_single_autograd(Permute.apply(rows, inverse, order), sends, recvs, group)
+        return exchange(Permute.apply(rows, inverse, order), sends, recvs)
 
     experts.forward = forward
 
@@ -183,10 +181,8 @@ def expert_parallel(experts, mesh):
 # --- sharding, compilation, recomputation ------------------------------------------------------------------
 
 def shard(model, grid, dtype):
-    """Split a model over the grid, to compute in `dtype`.
-
-    What is gathered at a time: the experts of a layer and the matrices of its attention, before they are
-    used, in `dtype`; the embeddings for a whole pass; routers and norms, in fp32, for a whole pass."""
+    """Shard a model that computes in `dtype`.  FSDP gathers experts and attention of a layer just before use,
+    embeddings once per pass, all in `dtype`; routers and norms once per pass in fp32."""
     if grid.world == 1:
         return
     dense, edp = grid.dense["shard"], grid.moe["edp"]
@@ -211,9 +207,9 @@ def shard(model, grid, dtype):
 
 @torch.no_grad()
 def build_model(config, grid, device, dtype, seed):
-    """A Model with its initial values, the same on every grid, of which every rank has its shards.
+    """A sharded Model, initialised to the same values on every grid.
 
-    It begins without memory (device meta); then one whole parameter is drawn at a time."""
+    It begins without memory (device meta); then every rank draws one whole parameter at a time."""
     with torch.device("meta"):
         model = Model(config)
     shard(model, grid, dtype)
@@ -240,10 +236,8 @@ def local(t):
 
 
 def compile_blocks(model, masters, backend="inductor"):
-    """Compile every block, the loss of a chunk of rows, and the addition of gradients.  Blocks share compiled
-    code, one for each K, shape and grad mode: the switch of K and validation need more than dynamo's 8.
-
-    For one process: FSDP's hooks would cut the graph of a block at every module that is sharded in it."""
+    """Compile every block, the loss of a chunk of rows and the addition of gradients; for one process, since
+    FSDP's hooks cut a block's graph.  A block compiles once for each K, shape and grad mode: often above 8."""
     torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
     for block in model.blocks:
@@ -261,25 +255,22 @@ def recompute_blocks(model):
 # --- precision, optimizer, clipping ------------------------------------------------------------------------
 
 class Masters:
-    """The fp32 parameters that the optimizer owns, by name, while the model computes in `dtype`.
+    """The fp32 parameters that the optimizer owns, by name.
 
-    With float32 they are the model's own.  With bfloat16 the model's matrices become copies, refreshed once
-    per step: casting all experts in every forward pass costs more than their own work.  A copy's gradient is
-    added to its master's in fp32 as soon as it is complete, so that accumulation over micro-batches does not
-    round.  Routers and norms stay fp32.  Sharded parameters have no copy: FSDP casts as it gathers.
+    When the model computes in bfloat16, its matrices are copies of these, refreshed once per step: to cast
+    all experts in every forward pass costs more than their products.  A copy's gradient is added to its
+    master's in fp32, so that micro-batches do not round.  Routers and norms stay fp32; FSDP casts its shards.
     """
 
     def __init__(self, model, dtype=torch.float32):
-        self.named, self.copies, self.add = {}, [], torch.Tensor.add_
-        self.buffers = dict(model.named_buffers())                # selection biases: state, but not optimized
-        for name, p in model.named_parameters():
-            self.named[name] = p
-            sharded = isinstance(p, DTensor)
-            if dtype == torch.bfloat16 and p.dim() > 1 and "router" not in name and not sharded:
+        self.named, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())   # biases
+        self.copies, self.add = [], torch.Tensor.add_
+        for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
+            if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
                 self.hold(name, p, dtype)
 
     def hold(self, name, p, dtype):
-        """From now on p computes in dtype, and its fp32 master is the optimizer's."""
+        """Give p a master in fp32, and let p itself be the copy."""
         self.named[name] = master = nn.Parameter(p.detach().clone())
         p.data = p.data.to(dtype)
         p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
@@ -302,26 +293,25 @@ class Masters:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    matrices = [p for name, p in masters.named.items() if kind == "muon" and (
-        ".experts." in name or name.endswith(("attn.qkv.weight", "attn.out.weight")))]
-    others = [p for p in masters.named.values() if not any(p is each for each in matrices)]
-    groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = Muon(groups, lr=lr, betas=betas, fused=True)
-    for p in others:
+    muons, matrices, norms = [], [], []
+    for name, p in masters.named.items():
+        is_muon = kind == "muon" and (".experts." in name or name.endswith(("qkv.weight", "out.weight")))
+        (muons if is_muon else matrices if p.dim() > 1 else norms).append(p)
+    optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
+                      {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
+    for p in matrices + norms:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if matrices:
-        optimizer.add_param_group({"params": matrices, "weight_decay": weight_decay, "momentum": momentum})
-        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in matrices})
+    if muons:
+        optimizer.add_param_group({"params": muons, "weight_decay": weight_decay, "momentum": momentum})
+        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in muons})
     return optimizer
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the group of matrices that has a momentum: attention and experts, each expert a
-    matrix of its own.
+    """AdamW, but Muon for the parameter group that has a momentum, where each expert is a matrix of its own.
 
-    Its update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
+    Muon's update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
     square of AdamW's, so that both share a learning rate (arXiv 2502.16982, eq. 4)."""
 
     @torch.no_grad()
@@ -329,9 +319,8 @@ class Muon(torch.optim.AdamW):
         for group in [group for group in self.param_groups if "momentum" in group]:
             lr, beta = group["lr"], group["momentum"]
             for p in group["params"]:
-                gradient, momentum = p.grad / getattr(self, "grad_scale", 1.0), self.state[p]["momentum"]
-                momentum.lerp_(gradient, 1 - beta)
-                update = orthogonalize(gradient.lerp(momentum, beta))
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
+                update = orthogonalize(p.grad.lerp(momentum, beta))
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
                 p.grad = None                                     # so that AdamW leaves it alone
@@ -339,8 +328,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(t):
-    """newton_schulz of every matrix of t [.., m, n].  What is sharded is gathered until each matrix is whole
-    on its rank."""
+    """newton_schulz of each matrix of t [.., m, n], gathered if sharded; experts split over ranks stay so."""
     if not isinstance(t, DTensor):
         return newton_schulz(t)
     whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
@@ -365,25 +353,18 @@ def newton_schulz(matrices):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
+def clip_gradients(masters, max_norm, grid=ALONE):
     """Scale the gradients so that the norm of all together is at most max_norm -> the norm before that [].
 
     One reduction: every rank has a part of each gradient, in `replicate` copies."""
     gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    total = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
-    excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
-    if grid.world == 1 and total.device.type in ("cpu", "cuda") and total.dtype == torch.float32:
-        optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
-    else:
-        torch._foreach_div_(gradients, excess)
-    return total
+    norm = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
+    torch._foreach_div_(gradients, ((norm + 1e-6) / max_norm).clamp(min=1.0))
+    return norm
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
-
-FAILURES = (Exception, dcp.CheckpointException)                   # the latter is no Exception
-
 
 def training_state(masters, optimizer=None):
     """All tensors of a checkpoint under flat names: model.NAME and, with an optimizer, its state of each."""
@@ -411,14 +392,14 @@ def checkpoints(out):
 def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
     """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
-    If that fails, as on a full disk, rank 0 raises OSError and the others end; older checkpoints stay whole."""
+    If that fails, as on a full disk, rank 0 raises OSError and the others end; older ones stay whole."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
     from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
         dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)  # and fsync
-    except FAILURES as error:
-        problem = reason(error)
+    except dcp.CheckpointException as error:
+        problem, _ = next(iter(error.failures.values()))          # of a rank: its error, a traceback
     from_rank_0(grid, lambda: publish(aside, path, problem, keep, meta))
 
 
@@ -444,12 +425,7 @@ def publish(aside, path, problem, keep, meta):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    path = Path(out) / f"step-{step}"
-    unmatched = set(Reader(path).read_metadata().state_dict_metadata) ^ set(state)
-    if unmatched:                                                 # another optimizer, or lazily made state
-        raise ValueError(f"{path} does not hold what this code's optimizer and model do: "
-                         f"{min(unmatched)}, ..")
-    load_checkpoint(path, state, grid, checked=True)
+    load_checkpoint(Path(out) / f"step-{step}", state, grid, resume=True)
     return step
 
 
@@ -465,16 +441,21 @@ def newest_whole(out, steps):
     raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
-def load_checkpoint(path, state, grid=ALONE, checked=False):
-    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
-    it is corrupt or lacks one of them; the others end."""
-    problem = None if checked else from_rank_0(grid, lambda: find_corruption(Path(path)))
+def load_checkpoint(path, state, grid=ALONE, resume=False):
+    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.
+
+    resume: its files have been checked, and state must be all that it holds.  ValueError on rank 0 if the
+    checkpoint is corrupt or lacks a tensor; the others end."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
+    problem, reader = None if resume else from_rank_0(grid, lambda: find_corruption(Path(path))), Reader(path)
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
         if not problem:
-            dcp.load(state, storage_reader=Reader(path), process_group=grid.files, no_dist=grid.world == 1)
-    except FAILURES as error:
-        problem = reason(error)
+            dcp.load(state, storage_reader=reader, process_group=grid.files, no_dist=grid.world == 1)
+            unmatched = resume and reader.read_metadata().state_dict_metadata.keys() - state.keys()
+            if unmatched:                                         # lazily made state, say
+                problem = f"it does not hold what this code's optimizer and model do: {min(unmatched)}, .."
+    except dcp.CheckpointException as error:
+        problem, _ = next(iter(error.failures.values()))
     if problem:
         error = ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
         raise error if grid.rank == 0 else SystemExit(2)
@@ -487,19 +468,16 @@ def find_corruption(path):
         wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
         if wrong:
             return f"{', '.join(wrong)} does not match manifest.json"
-        Reader(path).read_metadata()
-    except (FileNotFoundError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
 def checksums(path):
     """The manifest of a checkpoint: {file name: size and sha256}."""
-    def describe(file):
-        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
-        return {"bytes": file.stat().st_size, "sha256": digest}
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
     with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
-        return dict(zip((file.name for file in files), threads.map(describe, files)))
+        digests = threads.map(lambda file: hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest(), files)
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}
 
 
 class Reader(dcp.FileSystemReader):
@@ -526,13 +504,6 @@ class TensorDescriptions(pickle.Unpickler):
         if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
-
-
-def reason(error):
-    """The innermost message of what torch.distributed.checkpoint raises, on one line."""
-    for cause, _ in getattr(error, "failures", {}).values():      # of each rank: (error, traceback)
-        error = cause
-    return " ".join(str(error).split())[:300]
 
 
 def fsync(path):
