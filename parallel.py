@@ -237,7 +237,7 @@ def local(t):
 
 def compile_blocks(model, masters, backend="inductor"):
     """Compile every block, the loss of a chunk of rows and the addition of gradients; for one process, since
-    FSDP's hooks cut a block's graph.  A block compiles once for each K, shape and grad mode: often above 8."""
+    FSDP's hooks cut a block's graph.  A block compiles once for each K, shape and grad mode: above 8."""
     torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
     for block in model.blocks:
