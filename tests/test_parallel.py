@@ -398,7 +398,7 @@ def memory_of_start(grid):
         return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
     # parameters so large that memory goes back to the system when they are freed
     config = small(vocab_size=4096, n_layer=4, head_dim=32, d_model=256, n_expert=32, d_expert=1024)
-    parallel.build_model(small(n_expert=12), grid, "cpu", torch.float32, 0)      # what torch loads at first use
+    parallel.build_model(small(n_expert=12), grid, "cpu", torch.float32, 0)     # torch loads code
     Path("/proc/self/clear_refs").write_text("5")                 # the peak is what it is now
     before = held("VmRSS:")
     model = parallel.build_model(config, grid, "cpu", torch.float32, 0)
