@@ -7,13 +7,11 @@ The processes that torchrun starts (`ranks`) form two meshes:
 
 FSDP2 shards parameters over `shard` and copies them over `replicate` (ZeRO-3, arXiv 1910.02054).  Experts are
 stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and tokens travel to them (GShard,
-arXiv 2006.16668), and `edp` shards what is left.  Every rank has its own data.
+arXiv 2006.16668), and `edp` shards what is left.
 
-A rank's loss is a sum over its tokens divided by the count of ALL ranks.  So losses, gradients and statistics
-are only ever summed, never averaged.  The exchange that sends gradients back to the tokens' ranks has already
-summed an expert's gradient over its ep group; FSDP sums over the rest.
-
-One process makes no group and no collective.  This file knows nothing of data, schedules or logging.
+A rank's loss is a sum over its own tokens divided by the count of ALL ranks.  So losses, gradients and
+statistics are only summed, never averaged.  The exchange that sends gradients back to the tokens' ranks sums
+an expert's gradient over its ep group; FSDP sums over the rest.  One process makes no group, no collective.
 """
 
 import hashlib
@@ -99,8 +97,7 @@ def from_rank_0(grid, work):
 def check_layout(world, ep, replicate, n_expert, device):
     """ValueError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world}) "
-                         "that torchrun starts")
+        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -202,7 +199,7 @@ def shard(model, grid, dtype):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)                # sum ..
-            module.set_force_sum_reduction_for_comms(True)        # .. not scaled before, which gloo lacks
+            module.set_force_sum_reduction_for_comms(True)        # .. without a factor, which gloo lacks
 
 
 @torch.no_grad()
@@ -397,9 +394,9 @@ def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
     path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
     from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
-        dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)  # and fsync
+        dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)
     except dcp.CheckpointException as error:
-        problem, _ = next(iter(error.failures.values()))          # of a rank: its error, a traceback
+        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     from_rank_0(grid, lambda: publish(aside, path, problem, keep, meta))
 
 
@@ -410,7 +407,7 @@ def publish(aside, path, problem, keep, meta):
             raise OSError(problem)
         (aside / "meta.json").write_text(json.dumps(meta))
         (aside / "manifest.json").write_text(json.dumps(checksums(aside), indent=1))
-        for written in (aside / "meta.json", aside / "manifest.json", aside):
+        for written in (aside / "meta.json", aside / "manifest.json", aside):    # torch has synced the rest
             fsync(written)
         os.rename(aside, path)
         fsync(path.parent)
@@ -425,7 +422,11 @@ def publish(aside, path, problem, keep, meta):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    load_checkpoint(Path(out) / f"step-{step}", state, grid, resume=True)
+    path = Path(out) / f"step-{step}"
+    load_checkpoint(path, state, grid, checked=True)
+    unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
+    if unused:                                                    # an optimizer makes its state lazily
+        raise ValueError(f"{path} holds {min(unused)}, .., which this code's optimizer and model do not")
     return step
 
 
@@ -441,21 +442,16 @@ def newest_whole(out, steps):
     raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
-def load_checkpoint(path, state, grid=ALONE, resume=False):
-    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.
-
-    resume: its files have been checked, and state must be all that it holds.  ValueError on rank 0 if the
-    checkpoint is corrupt or lacks a tensor; the others end."""
+def load_checkpoint(path, state, grid=ALONE, checked=False):
+    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
+    it is corrupt or lacks one of them; the others end."""
+    problem = None if checked else from_rank_0(grid, lambda: find_corruption(Path(path)))
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
-    problem, reader = None if resume else from_rank_0(grid, lambda: find_corruption(Path(path))), Reader(path)
     try:
         if not problem:
-            dcp.load(state, storage_reader=reader, process_group=grid.files, no_dist=grid.world == 1)
-            unmatched = resume and reader.read_metadata().state_dict_metadata.keys() - state.keys()
-            if unmatched:                                         # lazily made state, say
-                problem = f"it does not hold what this code's optimizer and model do: {min(unmatched)}, .."
+            dcp.load(state, storage_reader=Reader(path), process_group=grid.files, no_dist=grid.world == 1)
     except dcp.CheckpointException as error:
-        problem, _ = next(iter(error.failures.values()))
+        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     if problem:
         error = ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
         raise error if grid.rank == 0 else SystemExit(2)
@@ -489,7 +485,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class TensorDescriptions(pickle.Unpickler):
-    """An unpickler that calls only these classes, which hold shapes, offsets and paths, and no code."""
+    """An unpickler that calls only what describes shapes, dtypes, offsets and paths, and runs no code."""
 
     ALLOWED = {"torch.Size", "torch.serialization._get_layout",
                "torch.distributed.checkpoint.filesystem._StorageInfo"} | {
