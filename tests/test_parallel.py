@@ -214,15 +214,13 @@ def test_checkpoints_are_those_of_torch(tmp_path):
 # --- the grid of processes --------------------------------------------------------------------------------
 
 def places(grid):
-    return {"rank": grid.rank, "dense": grid.dense.mesh.tolist(), "moe": grid.moe.mesh.tolist(),
-            "neighbours": grid.moe["ep"].mesh.tolist()}
+    return grid.moe.mesh.tolist(), grid.moe["ep"].mesh.tolist()
 
 
 def test_the_ranks_of_one_ep_are_neighbours(ranks):
-    for rank, answer in enumerate(ranks(4, places, layout=(2, 1))):
-        assert answer.value == {"rank": rank, "dense": [[0, 1, 2, 3]], "moe": [[[0, 1], [2, 3]]],
-                                "neighbours": [[0, 1], [0, 1], [2, 3], [2, 3]][rank]}
-    assert ranks(4, places, layout=(2, 2))[0].value["moe"] == [[[0, 1]], [[2, 3]]]
+    assert [a.value for a in ranks(4, places, layout=(2, 1))] == [
+        ([[[0, 1], [2, 3]]], pair) for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    assert ranks(4, places, layout=(2, 2))[0].value[0] == [[[0, 1]], [[2, 3]]]
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -496,12 +494,3 @@ def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, me
     assert line.startswith("error: ") and message in line
     assert answers[1].err == "" and all(a.out == "" for a in answers)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
-    run = train.start(train.plan_run(argv, 1), ALONE)
-    with run.log:
-        answers = ranks(2, train.main, argv)
-    assert [a.code for a in answers] == [2, 2]
-    assert "in use by another process" in answers[0].err and answers[1].err == ""
