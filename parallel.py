@@ -45,7 +45,7 @@ from model import Model, Permute, cross_entropy, sort_by_expert
 
 @dataclass(eq=False)
 class Grid:
-    """This process's place among all; by default it is alone."""
+    """The rank of this process and the meshes it is in; by default it is alone."""
 
     rank: int = 0
     world: int = 1
@@ -104,7 +104,7 @@ def check_layout(world, ep, replicate, n_expert, device):
     devices = {"cpu": here, "cuda": torch.cuda.device_count()}.get(device, 1)
     if here > devices:
         raise ValueError(f"torchrun --nproc-per-node ({here}) is above the number of {device} devices here, "
-                         f"{devices}")
+                         f"{devices}; --device cpu has no limit")
 
 
 def join(grid, ep, replicate, device, timeout):
@@ -118,7 +118,7 @@ def join(grid, ep, replicate, device, timeout):
     grid.dense = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     grid.moe = init_device_mesh(device, (replicate, shard // ep, ep),
                                 mesh_dim_names=("replicate", "edp", "ep"))
-    set_timeout = dist.distributed_c10d._set_pg_timeout           # a mesh takes none
+    set_timeout = dist.distributed_c10d._set_pg_timeout           # init_device_mesh takes no timeout
     set_timeout(timedelta(seconds=max(timeout, 1800)), grid.files)
     for group in [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]:
         set_timeout(timedelta(seconds=timeout), group)
@@ -190,7 +190,7 @@ def shard(model, grid, dtype):
     for block in model.blocks:
         if grid.ep > 1:
             expert_parallel(block.moe.experts, grid.moe["ep"])
-        # ep has split dim 0: edp splits another one that it divides, for torch has no uneven ones there
+        # ep has split dim 0; edp splits a dim that it divides, since FSDP shards only dim 0 unevenly
         fully_shard(block.moe.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
             next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
         fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=policy)
@@ -198,8 +198,8 @@ def shard(model, grid, dtype):
     fully_shard(model, mesh=dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)                # sum ..
-            module.set_force_sum_reduction_for_comms(True)        # .. without a factor, which gloo lacks
+            module.set_gradient_divide_factor(1.0)                # sum, do not average
+            module.set_force_sum_reduction_for_comms(True)        # gloo has no sum with a factor
 
 
 @torch.no_grad()
@@ -274,7 +274,7 @@ class Masters:
         self.copies.append((p, master))
 
     def accumulate(self, master, copy):
-        """Move the gradient of a copy to its master, in fp32."""
+        """Add the gradient of a copy to its master's, in fp32, and free it."""
         if master.grad is None:
             master.grad = copy.grad.float()
         else:
@@ -339,7 +339,7 @@ def newton_schulz(matrices):
     steps of a quintic iteration (K. Jordan, 2024), in bf16 on a GPU."""
     x = matrices.reshape(-1, *matrices.shape[-2:])
     x = x.to(torch.bfloat16) if x.is_cuda else x
-    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # the smaller square
+    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # x @ x.mT is the smaller square
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -503,7 +503,7 @@ class TensorDescriptions(pickle.Unpickler):
 
 
 def fsync(path):
-    """Make a file, or the names in a folder, durable."""
+    """Flush a file, or the entries of a folder, to the disk."""
     if os.name == "posix":                                        # elsewhere folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
