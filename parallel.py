@@ -316,8 +316,9 @@ class Muon(torch.optim.AdamW):
         for group in [group for group in self.param_groups if "momentum" in group]:
             lr, beta = group["lr"], group["momentum"]
             for p in group["params"]:
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
-                update = orthogonalize(p.grad.lerp(momentum, beta))
+                gradient = p.grad / getattr(self, "grad_scale", 1.0)
+                momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
+                update = orthogonalize(gradient.lerp(momentum, beta))
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
                 p.grad = None                                     # so that AdamW leaves it alone
@@ -350,14 +351,18 @@ def newton_schulz(matrices):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm, grid=ALONE):
+def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
     """Scale the gradients so that the norm of all together is at most max_norm -> the norm before that [].
 
     One reduction: every rank has a part of each gradient, in `replicate` copies."""
     gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
     norm = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
-    torch._foreach_div_(gradients, ((norm + 1e-6) / max_norm).clamp(min=1.0))
+    excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    if grid.world == 1 and norm.device.type in ("cpu", "cuda") and norm.dtype == torch.float32:
+        optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
+    else:
+        torch._foreach_div_(gradients, excess)
     return norm
 
 
@@ -397,16 +402,22 @@ def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
         dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
-    from_rank_0(grid, lambda: publish(aside, path, problem, keep, meta))
+    sums = [checksums(aside.glob(f"__{grid.rank}_*"))] * grid.world      # every rank reads its own files
+    if grid.world > 1:
+        dist.all_gather_object(sums, sums[0], group=grid.files)
+    from_rank_0(grid, lambda: publish(aside, path, sums, problem, keep, meta))
 
 
-def publish(aside, path, problem, keep, meta):
+def publish(aside, path, sums, problem, keep, meta):
     """Add meta.json and the manifest, rename, delete old checkpoints.  OSError if there is a problem."""
     try:
         if problem:
             raise OSError(problem)
         (aside / "meta.json").write_text(json.dumps(meta))
-        (aside / "manifest.json").write_text(json.dumps(checksums(aside), indent=1))
+        manifest = checksums([aside / "meta.json", aside / ".metadata"])
+        for part in sums:
+            manifest |= part
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for written in (aside / "meta.json", aside / "manifest.json", aside):    # torch has synced the rest
             fsync(written)
         os.rename(aside, path)
@@ -460,7 +471,8 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 def find_corruption(path):
     """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
     try:
-        manifest, found = json.loads((path / "manifest.json").read_text()), checksums(path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        found = checksums(file for file in path.iterdir() if file.name != "manifest.json")
         wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
         if wrong:
             return f"{', '.join(wrong)} does not match manifest.json"
@@ -468,9 +480,9 @@ def find_corruption(path):
         return f"{type(error).__name__}: {error}"
 
 
-def checksums(path):
-    """The manifest of a checkpoint: {file name: size and sha256}."""
-    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+def checksums(files):
+    """{file name: size and sha256}, as in manifest.json."""
+    files = list(files)
     with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
         digests = threads.map(lambda file: hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest(), files)
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}

@@ -232,7 +232,7 @@ def train_step(run, step, stop=None):
         if s.z_coef:
             objective = objective + s.z_coef * out.statistics.z_sum.sum()
         (objective / max(1, n_tokens)).backward()
-    norm = parallel.clip_gradients(run.masters, s.clip, grid)
+    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()

@@ -202,7 +202,7 @@ def their_step(model, config, batch, seq_len, dtype, device):
         tokens = sampler.rows(done * batch, batch)[0].to(device)
         done += 1
         model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=True).loss.backward()
-        parallel.clip_gradients(masters, 1.0)
+        parallel.clip_gradients(masters, 1.0, optimizer)
         optimizer.step()
         masters.refresh()
         optimizer.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ def optimizer_share(run, steps=5):
             p.grad = torch.zeros_like(p)
 
         def update():
-            parallel.clip_gradients(run.masters, 1.0)
+            parallel.clip_gradients(run.masters, 1.0, run.optimizer)
             run.optimizer.step()
             run.masters.refresh()
         shares.append(seconds(update, run.device) / whole)

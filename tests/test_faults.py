@@ -155,19 +155,6 @@ def test_a_process_that_hangs_is_an_error_with_the_step(corpus, tmp_path):
     assert not parallel.find_corruption(tmp_path / "run/step-40")
 
 
-def test_a_second_interrupt_ends_a_process_that_waits_for_another(corpus, tmp_path):
-    with two_processes("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "100000",
-                       "--timeout", "100") as processes:
-        wait_for_step(processes[0], tmp_path / "run", 5)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-        for _ in range(2):
-            time.sleep(1)
-            assert processes[0].poll() is None
-            processes[0].send_signal(signal.SIGINT)
-        _, err = processes[0].communicate(timeout=10)
-    assert processes[0].returncode == 1 and err.endswith("ended at once; what was saved before is whole\n")
-
-
 # --- broken checkpoints -----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -382,8 +382,8 @@ def test_skipped_steps_are_said_and_counted(corpus, tmp_path, monkeypatch, capsy
     real = train.parallel.clip_gradients
     norms = iter([1.0, math.nan, math.inf, 1.0, 1.0, 1.0])
 
-    def clip(masters, max_norm, grid):
-        return real(masters, max_norm, grid) * next(norms)
+    def clip(masters, max_norm, optimizer, grid):
+        return real(masters, max_norm, optimizer, grid) * next(norms)
     monkeypatch.setattr(train.parallel, "clip_gradients", clip)
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "6", *SIZES, "--log_every",
                 "2"])
