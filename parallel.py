@@ -39,7 +39,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Model, Permute, cross_entropy, sort_by_expert
+from model import Experts, Model, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
 
@@ -193,7 +193,9 @@ def shard(model, grid, dtype):
         # ep has split dim 0; edp splits a dim that it divides, since FSDP shards only dim 0 unevenly
         fully_shard(block.moe.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
             next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
-        fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=policy)
+        matrices = [m for m in block.modules()
+                    if isinstance(m, (nn.Linear, Experts)) and m is not block.moe.experts]
+        fully_shard(matrices, mesh=dense, mp_policy=policy)
     fully_shard([model.embed, model.head], mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense)
     for module in model.modules():

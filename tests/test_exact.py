@@ -2,13 +2,16 @@
 
 In float64 to 1e-12, where only a difference in logic shows; on one grid also in float32, to rounding."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from conftest import small
 
+import model as model_module
 import parallel
+from model import Experts, MoE
 from train import Corpus, Run, Settings, train_step
 
 # processes, ep, replicate
@@ -32,6 +35,7 @@ CASES = {
     "documents": dict(documents=True, z_coef=0.1, lbl_coef=0.5, accumulate=2),
     "one expert chosen": dict(chosen=[1]),                        # the others, and ranks, get nothing
     "few experts chosen": dict(chosen=[2, 3, 11], top_k=3, batch_size=3),
+    "shared expert": dict(shared=True, accumulate=2),             # the README's fork
     "recomputed": dict(recomputed=True, accumulate=2, balance="top1", tie_embeddings=True),
     "odd widths": dict(d_model=15, d_expert=15),
     "odd widths and number": dict(d_model=15, d_expert=15, n_expert=10),          # shards of unequal size
@@ -56,17 +60,32 @@ class Rows:
         return [t[mine] for t in (self.tokens, self.targets, self.doc) if t is not None]
 
 
-def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, **changes):
+class SharedExpert(MoE):
+    """The README's fork: a dense expert beside the sparse ones."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.shared = Experts(replace(config, n_expert=1, top_k=1))
+
+    def forward(self, x, *args):
+        out, statistics = super().forward(x, *args)
+        h = x.flatten(0, 1)
+        return out + self.shared(h, torch.tensor([len(h)])).view_as(x), statistics
+
+
+def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, shared=False, **changes):
     """A run without files, as train.start makes it."""
     names = ("n_expert", "top_k", "gate", "tie_embeddings", "d_model", "d_expert")
     config = small(**SIZES | {k: changes.pop(k) for k in names if k in changes})
     s = Settings(**dict(seq_len=12, batch_size=12, lr=1e-2, steps=10, warmup=0) | changes)
     s.check(config)
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+    model_module.MoE = SharedExpert if shared else MoE
     try:
         model = parallel.build_model(config, grid, "cpu", dtype, seed=1)
     finally:
         torch.set_default_dtype(torch.float32)
+        model_module.MoE = MoE
     if recomputed:
         parallel.recompute_blocks(model)
     masters = parallel.Masters(model, dtype)

@@ -357,8 +357,8 @@ def test_one_device_synchronisation_per_layer(ranks):
 
 def dtypes_seen(grid):
     """-> {module: dtypes that its weights have when it computes}, those of all weights and gradients."""
-    model, seen = parallel.build_model(small(n_expert=12), grid, "cpu", torch.bfloat16, 0), {}
-    named = parallel.Masters(model).named
+    run, seen = make_run(grid, torch.bfloat16, shared=True), {}
+    model, named = run.model, run.masters.named
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
             {name: {p.dtype for p in m.parameters()}}))
@@ -371,7 +371,7 @@ def test_bf16_is_of_the_matrices_alone(ranks):
     for seen, kinds in (a.value for a in ranks(2, dtypes_seen, layout=(2, 1))):
         low = {name for name, dtypes in seen.items() if dtypes == {torch.bfloat16}}
         assert low == {"embed", "head"} | {f"blocks.{i}.{name}" for i in (0, 1) for name in (
-            "attn.qkv", "attn.out", "moe.experts")} and kinds == {torch.float32}
+            "attn.qkv", "attn.out", "moe.experts", "moe.shared")} and kinds == {torch.float32}
 
 
 # --- starting without memory ------------------------------------------------------------------------------
