@@ -55,7 +55,6 @@ from model import (
 )
 from router import (
     BALANCE,
-    GATES,
     Statistics,
     active_experts,
     differentiate_at,
@@ -487,17 +486,6 @@ class Settings:
                                  "(n_expert)")
 
 
-SIZES = {
-    "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
-    "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads",
-    "head_dim": "width of a head", "d_model": "width of the residual stream",
-    "n_expert": "experts per layer; 1 is a dense model",
-    "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
-    "gate": ", ".join(GATES),
-    "token_router": "true or false: a control, in which layer 0 routes on the token's embedding alone",
-    "rope_base": "base of the rotary positions",
-    "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
-    "max_seq_len": "longest sequence, prompt and generated text together"}
 TRAINING = {                                                      # what a preset sets beside the sizes
     "laptop": {},
     "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
@@ -529,16 +517,19 @@ def parse(argv):
 
     def numbers(text):
         return [int(n) for n in text.split(",")] if text else []
+    kinds = {int: (int, "N"), float: (float, "X"), str: (str, "NAME"), bool: (truth, "BOOL"),
+             list: (numbers, "K,K")}
     parser, groups = data.Parser(prog="train.py", description=__doc__), {}
     fields = [(f, *f.metadata["help"].split(": ", 1)) for f in dataclasses.fields(Settings)]
-    fields += [(f, "model (default: the preset's)", SIZES[f.name]) for f in dataclasses.fields(ModelConfig)]
+    fields += [(f, "model (default: the preset's)", f.metadata["help"])
+               for f in dataclasses.fields(ModelConfig)]
     for field, group, help in fields:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         if type(field.default) in (int, float) and field.default and "default" not in help + group:
             help += f" ({field.default})"
-        read = {bool: truth, list: numbers}.get(field.type, field.type)
-        groups[group].add_argument(f"--{field.name}", type=read, metavar="", help=help)
+        read, metavar = kinds[field.type]
+        groups[group].add_argument(f"--{field.name}", type=read, metavar=metavar, help=help)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
