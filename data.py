@@ -27,7 +27,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +70,16 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
     if meta["request"] != request:
         raise ValueError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
+    if meta["state"] != state_of(request):
+        print(f"note: the sources of {out} have changed since, and its tokens are the old ones; delete it to "
+              "prepare it anew")
     train, val, kind = meta["train"], meta["val"], "conversations" if chats else "documents"
     n_bytes = train["bytes"] + val["bytes"]
+    asked = request["vocab_size"] or 0                     # of bpe
+    fewer = f" (not {asked:,}: no more pairs repeat)" if meta["vocab_size"] < asked else ""
     print(f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
-          f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}\n"
+          f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}"
+          f"{fewer}\n"
           f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
           f"{val['tokens']:,} ({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
     return meta
@@ -82,7 +88,7 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=Fa
 def write_folder(folder, request):
     """Write encoding.json, train.bin, val.bin and meta.json."""
     chats, count = request["chats"], {"train": Counter(), "val": Counter()}
-    files = find_files(request["sources"], chats)
+    files, state = find_files(request["sources"], chats), state_of(request)
     held_out, n_chars, n_skipped = hold_out(files, chats)
     training = (text for bucket, _, text in read_documents(files, chats, []) if not held_out[bucket])
     sample = itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS))
@@ -103,9 +109,20 @@ def write_folder(folder, request):
         if not count[split]:
             raise ValueError(f"the sources are too small: {split}.bin would have 0 tokens; add some")
         count[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
-    meta = {"request": request, "files": len(files), "skipped": n_skipped, "vocab_size": encoding.n_vocab,
+    meta = {"request": request, "state": state, "files": len(files), "skipped": n_skipped,
+            "vocab_size": encoding.n_vocab,
             "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def state_of(request):
+    """[number, bytes, newest time] of the files of a request, by which a change is noticed; None if a source
+    is gone."""
+    try:
+        found = [path.stat() for path, _ in find_files(request["sources"], request["chats"])]
+        return [len(found), sum(f.st_size for f in found), max(f.st_mtime_ns for f in found)]
+    except (OSError, ValueError):
+        return None
 
 
 def load_meta(folder):
@@ -180,7 +197,7 @@ def read_document(source, chats, large, package):
         size, record = len(source), json.loads(source.decode("utf-8-sig"))
         if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
             raise ValueError('no "text" in it (conversations are read with --chats)')
-        text = json.dumps(read_chat(record)) if chats else record["text"]
+        text = json.dumps(read_chat(record), ensure_ascii=False) if chats else record["text"]
         file = io.StringIO(text if text.strip() else "")
     block = sys.maxsize if chats else BLOCK                # a conversation is never cut
     with file:
@@ -247,17 +264,25 @@ LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-pack
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
+GENERATED = re.compile(rb"(?i)generated (by|from|with)|auto-?(matically )?generated|do not (edit|modify)")
+
+
 def python_files(word):
     """Yield (path, "") of the .py files of the standard library; for "installed" (path, package) of all
-    packages."""
+    packages, without what is generated or more than a quarter digits."""
     roots = [LIBRARY]
     if word == "installed":
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if not LEFT_OUT & set(parts):
+            if not LEFT_OUT & set(parts) and (word == "stdlib" or is_written_by_hand(path.read_bytes())):
                 yield path, parts[0] if word == "installed" else ""
+
+
+def is_written_by_hand(raw):
+    digits = len(raw) - len(raw.translate(None, b"0123456789"))
+    return digits <= len(raw) / 4 and not GENERATED.search(raw[:500])
 
 
 def build_encoding(name, vocab_size=0, texts=()):
@@ -358,10 +383,14 @@ def read_hf_tokenizer(saved):
     model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
     if (model["type"], normalizer) != ("BPE", "NFC"):
         raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
-    parts = saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]])
-    kinds = [part["type"] for part in parts]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]) or parts[-1]["add_prefix_space"]:
-        raise ValueError(f"it splits text in a way that is not known here ({parts})")
+    match saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = GPT2_PATTERN
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            pass
+        case parts:
+            raise ValueError(f"it splits text in a way that is not known here ({parts})")
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]        # bytes that stand for themselves
     others = [b for b in range(256) if b not in visible]                   # in order, from character 256 on
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -370,7 +399,6 @@ def read_hf_tokenizer(saved):
     made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
     if made != sorted(made) or len(set(made)) != len(vocab) - 256:
         raise ValueError("its tokens are not numbered in the order of its merges")
-    pattern = parts[0]["pattern"]["Regex"] if kinds[0] == "Split" else GPT2_PATTERN
     return pattern, {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
 
 
@@ -626,6 +654,9 @@ def fail(message, code=2):
 @contextmanager
 def one_line_errors(who=""):
     """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):                # a terminal without Unicode prints what it can
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (ValueError, OSError) as error:

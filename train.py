@@ -410,7 +410,7 @@ class Settings:
     deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
-    steps: int = setting(1600, "schedule: updates of the weights; for tuning four epochs")
+    steps: int = setting(1000, "schedule: updates of the weights; for tuning four epochs")
     batch_size: int = setting(32, "schedule: sequences per step, of all processes")
     accumulate: int = setting(1, "schedule: micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule: tokens per sequence")
@@ -487,7 +487,7 @@ class Settings:
 
 
 TRAINING = {                                                      # what a preset sets beside the sizes
-    "laptop": {},
+    "laptop": dict(steps=1000, lr=0.012, optimizer="muon"),
     "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
     "gpu-1b": dict(steps=20000, batch_size=64, seq_len=1024, lr=6e-4, data="data/installed"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
@@ -841,8 +841,6 @@ class Console:
 
     def __init__(self, stream):
         self.stream = stream
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")                  # a terminal without Unicode
 
     def write(self, text):
         with contextlib.suppress(OSError, ValueError):

@@ -29,7 +29,7 @@ SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_mode
 # the same as command-line settings, for runs that take a second
 SIZES = ["--n_layer", "2", "--n_head", "2", "--n_kv_head", "1", "--head_dim", "8", "--d_model", "16",
          "--n_expert", "6", "--d_expert", "8", "--max_seq_len", "64", "--seq_len", "16", "--batch_size", "8",
-         "--log_every", "1", "--sample_tokens", "8", "--device", "cpu"]
+         "--log_every", "1", "--sample_tokens", "8", "--device", "cpu", "--optimizer", "adamw"]
 
 
 @pytest.fixture(autouse=True)

@@ -274,6 +274,25 @@ def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
     assert len(set(sides)) == 21 and 0 < sum(side for _, side in sides) <= 20
 
 
+def test_sources_that_changed_are_noticed(tmp_path, capsys):
+    save(tmp_path / "text/a.txt", "some words " * 900)
+    for words in ("", "have changed since"):
+        data.prepare(tmp_path / "out", [str(tmp_path / "text")], "bytes")
+        assert words in capsys.readouterr().out
+        save(tmp_path / "text/b.txt", "a third file")
+
+
+def test_a_text_without_spaces_trains_merges_and_a_small_vocabulary_is_said(tmp_path, capsys):
+    """DNA, or Chinese: words of more than 64 characters count in pieces."""
+    rng = random.Random(0)
+    for text in ("".join(rng.choices("ACGT", k=9000)), "".join(rng.choices("日本語文字", k=3000)) * 2):
+        ranks = data.train_bpe([text], 400)
+        assert len(ranks) == 400 and max(map(len, ranks)) > 3
+    save(tmp_path / "a.txt", "ab " * 900)
+    prepare(tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=5000)
+    assert "(not 5,000: no more pairs repeat)" in capsys.readouterr().out
+
+
 # --- preparing twice, and being stopped -------------------------------------------------------------------
 
 def test_preparing_again_changes_nothing_and_other_settings_are_refused(tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ import data
 import eval as evaluation
 import model
 import train
+from parallel import checkpoints
+
+ROOT = Path(train.__file__).parent
 
 
 def T(*args):
@@ -221,3 +224,18 @@ def test_a_traceback_is_one_variable_away(monkeypatch):
     monkeypatch.setenv("NANOSIGMA_TRACEBACK", "1")
     with pytest.raises(ValueError, match="nowhere"):
         evaluation.main(["loss", "--ckpt", "nowhere"])
+
+
+@pytest.mark.parametrize("program, console", [("eval.py", "ascii"), ("train.py", "ascii"),
+                                              ("train.py", "full")])
+def test_a_console_that_cannot_show_everything_ends_nothing(finished, corpus, tmp_path, program, console):
+    """It has no block characters, or takes nothing at all."""
+    args = {"eval.py": ["routing", str(finished)],
+            "train.py": ["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES]}
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    with open("/dev/full" if console == "full" else tmp_path / "shown", "w") as shown:
+        done = subprocess.run([sys.executable, ROOT / program, *args[program]], env=env, stdout=shown,
+                              stderr=shown)
+    assert done.returncode == 0
+    assert console == "full" or "layer 1" in (tmp_path / "shown").read_text()
+    assert program == "eval.py" or checkpoints(tmp_path / "run")[-1] == 2
