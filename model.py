@@ -54,10 +54,9 @@ class ModelConfig:
                 raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
             if field.type is float and not value > 0:
                 raise ValueError(f"{field.name} must be above 0, got {value!r}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim % 2 or self.n_head % self.n_kv_head:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, and n_head ({self.n_head}) a "
+                             f"multiple of n_kv_head ({self.n_kv_head})")
         if self.top_k > self.n_expert:
             raise ValueError(f"top_k ({self.top_k}) must not be above n_expert ({self.n_expert})")
         if self.gate not in GATES:
@@ -124,8 +123,8 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x, top_k, padding_mask=None, router_input=None, with_stats=True):
-        """x [B, T, D], padding_mask [N] (see Router), what the router sees if not x -> output [B, T, D],
-        Statistics (None without with_stats)."""
+        """x [B, T, D], padding_mask [N] (see Router), what the router sees if not x [B, T, D] -> output
+        [B, T, D], Statistics (None without with_stats)."""
         h = x.flatten(0, 1)
         scored = h if router_input is None else router_input.flatten(0, 1)
         weights, experts, load, statistics = self.router(scored, top_k, padding_mask, with_stats)
@@ -141,13 +140,12 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks without biases (arXiv 2002.05202), their weights stacked along dim 0."""
+    """E SwiGLU networks (arXiv 2002.05202) with stacked weights, gate and up projections side by side."""
 
     def __init__(self, config):
         super().__init__()
-        E, D, F_ = config.n_expert, config.d_model, config.d_expert
-        self.w_in = nn.Parameter(torch.empty(E, D, 2 * F_))       # gate and up projections side by side
-        self.w_out = nn.Parameter(torch.empty(E, F_, D))
+        self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
+        self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
 
     def forward(self, rows, load):
         """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.  parallel.py
@@ -182,7 +180,7 @@ def grouped_mm_limitation(dtype, device, widths):
         return f"in {str(dtype)[6:]} widths must be multiples of {16 // dtype.itemsize}"
 
 
-# --- attention and block ----------------------------------------------------------------------------------
+# --- attention, block, loss -------------------------------------------------------------------------------
 
 class RMSNorm(nn.RMSNorm):
     """In the weight's dtype (fp32) or wider, and back."""
@@ -251,8 +249,6 @@ class Block(nn.Module):
         return x + y, *(statistics or ())
 
 
-# --- loss -------------------------------------------------------------------------------------------------
-
 def cross_entropy(x, weight, targets):
     """x [n, D], weight [V, D], targets [n] (-1: none) -> summed cross-entropy [] in fp32 or wider, and its
     gradient with respect to the logits [n, V], softmax - one-hot, in x's dtype."""
@@ -264,12 +260,12 @@ def cross_entropy(x, weight, targets):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Output head and cross-entropy, some rows at a time: the [N, V] logits never exist (3.3 GB for 4,096
-    tokens of 200,064).  The gradient is computed beside the loss: no chunk is computed twice."""
+    """Output head and cross-entropy of x [N, D], weight [V, D], targets [N] (-1: none), some rows at a time:
+    the [N, V] logits never exist (3.3 GB for 4,096 tokens at a vocabulary of 200,064).  The gradient is
+    computed beside the loss: no chunk is computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_loss):
-        """x [N, D], weight [V, D], targets [N] (-1: none), cross_entropy or that compiled -> summed loss."""
+    def forward(ctx, x, weight, targets, chunk_loss):             # cross_entropy, or that compiled
         rows = 256 if x.device.type == "cpu" else 4096            # on a CPU what its caches hold
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -300,7 +296,7 @@ class Head(nn.Linear):
         return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss)
 
 
-# --- the model --------------------------------------------------------------------------------------------
+# --- the model, generation, counts ------------------------------------------------------------------------
 
 class Output(NamedTuple):
     """What a forward pass with targets returns: sums, over micro-batches and processes too."""
@@ -309,7 +305,6 @@ class Output(NamedTuple):
     n_targets: torch.Tensor     # [] int64
     n_tokens: torch.Tensor      # [] int64, routed: padding is not counted
     statistics: Statistics      # of all layers, [L, ..]
-
     load = property(lambda self: self.statistics.load)            # [L, E] int64
     prob_sum = property(lambda self: self.statistics.prob_sum)    # [L, E] with gradient
 
@@ -368,9 +363,7 @@ class Model(nn.Module):
         return Output(self.head(x, targets), (targets != -1).sum(), text.sum(), statistics)
 
     def features(self, tokens, top_k=None, doc=None, cache=None, at=None):
-        """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache).
-
-        cache, at: see Attention; a single token sees all positions up to its own, several are a prompt."""
+        """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""
         T, config, mask = tokens.shape[1], self.config, None
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len ({config.max_seq_len})")
@@ -378,7 +371,7 @@ class Model(nn.Module):
         at = torch.arange(T, device=x.device)[None] if at is None else at
         if doc is not None:
             mask = ((at[:, None] <= at[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
-        elif cache is not None and T == 1:
+        elif cache is not None and T == 1:                        # several tokens are a prompt, and causal
             mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= at)[:, None, None]
         cos, sin = rotary(at, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
@@ -404,14 +397,14 @@ class Model(nn.Module):
         stop         token ids that end a sequence, which then repeats the first; when all are over, it ends
         lengths      [B], of rows padded on the right
         compiled     compile the step (default: on CUDA)"""
-        (B, T), device, step = tokens.shape, tokens.device, self.decode
+        (B, T), step = tokens.shape, self.decode
         if tokens.is_cuda if compiled is None else compiled:
             step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-        done, ends = torch.zeros(B, dtype=torch.bool, device=device), torch.tensor(stop, device=device)
-        last = torch.full((B,), T - 1, device=device) if lengths is None else lengths - 1
+        done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
+        last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
         cache = self.kv_cache(B, T + max_new_tokens)
         x = self.features(tokens, top_k, cache=cache)[0]          # prefill
-        logits = self.head(x[torch.arange(B, device=device), last][:, None])[:, 0]
+        logits = self.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
         for left in reversed(range(min(max_new_tokens, self.config.max_seq_len + 1 - T))):
             new, last = sample(logits, temperature, top_p, generator), last + 1
             if stop:
@@ -433,8 +426,7 @@ class Model(nn.Module):
 
 
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
-    """logits [B, V] -> one token for each row [B].  temperature 0 is greedy; top_p keeps the most probable
-    tokens that together reach it."""
+    """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
     if temperature < 0 or top_p <= 0:
         raise ValueError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
     if temperature == 0:
@@ -445,11 +437,8 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
-# --- counting ---------------------------------------------------------------------------------------------
-
 def count_parameters(config, top_k=None):
-    """-> (total, active, active without embeddings): parameters, and those that one token makes use of.  The
-    output head counts as an embedding, and once when tied."""
+    """-> parameters: all, those that a token makes use of, and of these all but embedding and output head."""
     with torch.device("meta"):                                    # takes no memory
         sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
     total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
@@ -459,8 +448,7 @@ def count_parameters(config, top_k=None):
 
 
 def flops_per_token(config, seq_len, top_k=None):
-    """FLOPs of forward and backward pass for one token: 6 per active weight of a product, the head included,
-    and the causal half of attention; without recomputation, padding, and the optimizer."""
+    """FLOPs of forward and backward pass: 6 per active weight, the head included, and causal attention."""
     matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_dim * seq_len    # 2 products, half masked
     return 6 * (matrices + attention)
@@ -478,13 +466,10 @@ def main(argv=None):
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="that share the state (1)")
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
-    seq_len, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
-    flops, state = flops_per_token(config, seq_len), state_bytes(config, args.ranks)
-    print(f"{args.preset}: {config.n_layer} layers of {config.n_expert} experts\n"
-          f"parameters        {total:>15,}\n"
-          f"active per token  {active:>15,}   {core:,} without embeddings\n"
-          f"FLOPs per token   {flops:>15.4g}   forward and backward, at {seq_len} tokens\n"
-          f"bytes of state    {state:>15,}   on each of {args.ranks} ranks, bf16")
+    T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
+    print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
+          f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
+          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16")
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
@@ -511,8 +496,7 @@ def hf_config(config, top_k=None):
                          f"token_router, unlike this model: {config.gate}, {top_k}, {config.token_router}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
-        "intermediate_size": config.d_expert, "norm_topk_prob": config.gate == "normalized",
-        "rope_theta": config.rope_base}
+        "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
 
 
 def from_hf_config(saved):
@@ -529,8 +513,7 @@ def from_hf_config(saved):
 
 def hf_views(config, name, p):
     """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
-
-    Their experts are separate tensors that multiply from the left, so each is a transposed slice of ours."""
+    Their experts are separate tensors that multiply from the left: transposed slices of ours."""
     prefix = ""
     if name.startswith("blocks."):
         _, layer, name = name.split(".", 2)
@@ -538,11 +521,10 @@ def hf_views(config, name, p):
     if name == "attn.qkv.weight":
         heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
         return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
-    if name == "moe.experts.w_in":
-        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view
-                for e, expert in enumerate(p.mT) for n, view in zip(("gate", "up"), expert.chunk(2))}
-    if name == "moe.experts.w_out":
-        return {f"{prefix}mlp.experts.{e}.down_proj.weight": expert for e, expert in enumerate(p.mT)}
+    if ".experts." in name:
+        parts = ("gate", "up") if name.endswith("w_in") else ("down",)
+        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view for e, expert in enumerate(p.mT)
+                for n, view in zip(parts, expert.chunk(len(parts)))}
     return {prefix + HF_NAMES[name]: p}
 
 
@@ -550,8 +532,7 @@ def to_hf(model):
     """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
     lm_head when tied.  ValueError for selection biases, for which there is no place."""
     if any(bias.any() for bias in model.buffers()):
-        raise ValueError("Qwen3-MoE has no selection biases, which --balance loss-free and quantile make; "
-                         "train on with --init_from and another --balance, which zeroes them")
+        raise ValueError("Qwen3-MoE has no selection biases; --init_from with another --balance zeroes them")
     return {theirs: view.clone(memory_format=torch.contiguous_format)
             for name, p in model.named_parameters()
             for theirs, view in hf_views(model.config, name, p.detach()).items()}
@@ -559,17 +540,15 @@ def to_hf(model):
 
 @torch.no_grad()
 def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
-    """Fill a model from a mapping with transformers' names -> model.  put(name, p, whole) fills a parameter.
-
-    ValueError lists what is missing, unknown or of another shape; nothing is changed then."""
+    """Fill a model from a mapping with transformers' names -> model; put(name, p, whole) fills a parameter.
+    ValueError, before anything is changed, lists what is missing, unknown or of another shape."""
     wanted = {theirs: tuple(view.shape) for name, p in model.named_parameters()
               for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
     given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
              if theirs != "lm_head.weight" or not model.config.tie_embeddings}        # else a copy
-    wrong = [f"{theirs} is {given.get(theirs, 'missing')}, should be {wanted.get(theirs, 'absent')}"
-             for theirs in {**wanted, **given} if given.get(theirs) != wanted.get(theirs)]
-    if wrong:
-        raise ValueError(f"these weights do not fit the model: {'; '.join(wrong[:20])}")
+    if given != wanted:
+        missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
+        raise ValueError(f"these weights do not fit the model, which needs {missing}, not {unknown}")
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
         for theirs, view in hf_views(model.config, name, whole).items():
