@@ -17,7 +17,7 @@ Qwen3-MoE's architecture (the weights load into transformers) at the sizes of Si
 
 import argparse
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -27,33 +27,38 @@ import torch.nn.functional as F
 from router import GATES, Router, Statistics
 
 
+def size(help, **default):
+    """A field with the line of help that train.py shows."""
+    return field(**default, metadata={"help": help})
+
+
 @dataclass
 class ModelConfig:
     """Sizes of a model.  Raises ValueError, naming the field, for impossible values."""
 
-    vocab_size: int               # V, the special tokens and any padding included
-    n_layer: int                  # L
-    n_head: int                   # H, query heads
-    n_kv_head: int                # G, key/value heads; H / G query heads share one
-    head_dim: int                 # even (rotary positions turn pairs); need not be d_model / n_head
-    d_model: int                  # D
-    n_expert: int                 # E; 1 is a dense model
-    d_expert: int                 # F
-    top_k: int = 1                # K, the same in all layers unless the forward pass is given another
-    gate: str = "softmax"         # softmax, sigmoid or normalized: see router.Router
-    token_router: bool = False    # a control: layer 0 routes on the token's embedding, before attention
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    max_seq_len: int = 4096
+    vocab_size: int = size("V, rows of the embedding (default: the data's, rounded up to a multiple of 64)")
+    n_layer: int = size("L, layers")
+    n_head: int = size("H, query heads")
+    n_kv_head: int = size("G, key and value heads; H / G query heads share one")
+    head_dim: int = size("width of a head, even; need not be d_model / n_head")
+    d_model: int = size("D, width of the residual stream")
+    n_expert: int = size("E, experts per layer; 1 is a dense model")
+    d_expert: int = size("F, hidden width of an expert")
+    top_k: int = size("K, experts activated per token", default=1)
+    gate: str = size(f"{', '.join(GATES)}: see Router in router.py", default="softmax")
+    token_router: bool = size("true: a control, layer 0 routes on the token's embedding alone", default=False)
+    rope_base: float = size("base of the rotary positions", default=10000.0)
+    norm_eps: float = size("epsilon of the norms", default=1e-6)
+    tie_embeddings: bool = size("true or false: one matrix for embedding and head", default=False)
+    max_seq_len: int = size("longest sequence, prompt and generated text together", default=4096)
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
-            if field.type is float and not value > 0:
-                raise ValueError(f"{field.name} must be above 0, got {value!r}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{f.name} must be a whole number of at least 1, got {value!r}")
+            if f.type is float and not value > 0:
+                raise ValueError(f"{f.name} must be above 0, got {value!r}")
         if self.head_dim % 2 or self.n_head % self.n_kv_head:
             raise ValueError(f"head_dim ({self.head_dim}) must be even, and n_head ({self.n_head}) a "
                              f"multiple of n_kv_head ({self.n_kv_head})")

@@ -1,20 +1,17 @@
-"""Everything about many processes, and how parameters are held: fp32 masters, checkpoints.
+"""Many processes, fp32 masters, optimizers and checkpoints.
 
-The processes that torchrun starts (`ranks`) are laid out as two grids over the same ranks:
+The processes that torchrun starts (`ranks`) form two meshes:
 
-    dense   replicate x shard            attention, norms, embeddings, routers
-    moe     replicate x edp x ep         the experts; shard = edp * ep, where the edp ranks hold shards of the
-                                         same experts, and the ep ranks are neighbours
+    dense   replicate x shard         attention, norms, embeddings, routers
+    moe     replicate x edp x ep      the experts; edp * ep = shard, the ranks of an ep group are neighbours
 
-Parameters are sharded over `shard` and copied over `replicate` (FSDP2: ZeRO-3, arXiv 1910.02054, gathered
-layer by layer).  Experts are stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and
-tokens travel to them (GShard, arXiv 2006.16668), and `edp` shards what is left.  Every rank has its own data.
+FSDP2 shards parameters over `shard` and copies them over `replicate` (ZeRO-3, arXiv 1910.02054).  Experts are
+stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and tokens travel to them (GShard,
+arXiv 2006.16668), and `edp` shards what is left.
 
-One rule makes every gradient right: a rank's loss is a sum over its tokens divided by the count of ALL ranks;
-so losses, gradients and statistics are only ever summed, never averaged.  An expert's gradient is already
-summed over its ep group by the exchange that brings gradients back; FSDP sums over the rest.
-
-With one process there is no group and no collective.  Knows nothing of data, schedules or logging.
+A rank's loss is a sum over its own tokens divided by the count of ALL ranks.  So losses, gradients and
+statistics are only summed, never averaged.  The exchange that sends gradients back to the tokens' ranks sums
+an expert's gradient over its ep group; FSDP sums over the rest.  One process makes no group, no collective.
 """
 
 import hashlib
@@ -35,19 +32,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import Model, Permute, cross_entropy, sort_by_expert
+from model import Experts, Model, Permute, cross_entropy, sort_by_expert
 
-# --- the grid of processes, and sums ----------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
 class Grid:
-    """This process's place among all; by default it is alone."""
+    """The rank of this process and the meshes it is in; by default it is alone."""
 
     rank: int = 0
     world: int = 1
@@ -62,71 +60,56 @@ ALONE = Grid()
 
 
 def meet(timeout=120):
-    """Make the processes that torchrun started a group -> Grid.  ValueError if that takes over `timeout` s.
+    """Form one group of the processes that torchrun started -> Grid.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        store, rank, world = next(rendezvous("env://", timeout=wait))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives its workers: restarted ones would read the addresses of the dead
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-        return Grid(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
-    except (ValueError, RuntimeError) as error:
-        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ValueError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+    store, rank, world = next(rendezvous("env://", timeout=wait))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives its workers: restarted ones would read the addresses of the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    return Grid(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
 
 
 def from_rank_0(grid, work):
-    """Run work() on rank 0 -> its value on every rank; what JSON lacks (an open file) is None on the others.
+    """Run work() on rank 0 while the others wait, for hours if need be -> its value on every rank.
 
-    They wait for hours: it may prepare a corpus.  If it fails, rank 0 says why, and all end."""
+    If it raises, rank 0 raises that, and the others SystemExit."""
     if grid.world == 1:
         return work()
-    answer = [None, 1]                                            # the value as JSON, an exit code
+    answer = [None, 2]                                            # the value, an exit code
     try:
         if grid.rank == 0:
-            value = work()
-            answer = [json.dumps(value, default=lambda _: None), None]
-            return value
-    except (SystemExit, ValueError, OSError) as error:
-        answer[1] = (error.code or 0) if isinstance(error, SystemExit) else 2
+            answer = [work(), None]
+    except SystemExit as end:                                     # --help ends with 0
+        answer[1] = end.code or 0
         raise
     finally:
         dist.broadcast_object_list(answer, src=0, group=grid.files)
     if answer[1] is not None:
         raise SystemExit(answer[1])
-    return json.loads(answer[0])
-
-
-def gather(grid, value):
-    """[value of rank 0, of rank 1, ..] on every rank."""
-    values = [value] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(values, value, group=grid.files)
-    return values
+    return answer[0]
 
 
 def check_layout(world, ep, replicate, n_expert, device):
     """ValueError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world}) "
-                         "that torchrun starts")
+        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
     if n_expert % ep:
         raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
-    if world > 1 and device not in ("cuda", "cpu"):
-        raise ValueError(f"device ({device}) must be cuda or cpu for {world} processes")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if world > 1 and device == "cuda" and gpus < here:
-        raise ValueError(f"torchrun --nproc-per-node ({here}) is above the {gpus} GPUs of this machine")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = {"cpu": here, "cuda": torch.cuda.device_count()}.get(device, 1)
+    if here > devices:
+        raise ValueError(f"torchrun --nproc-per-node ({here}) is above the number of {device} devices here, "
+                         f"{devices}; --device cpu has no limit")
 
 
 def join(grid, ep, replicate, device, timeout):
-    """Lay out the meshes.  Collectives fail after `timeout` seconds from now on; those of checkpoints, where
-    some ranks have more to write than others, not before half an hour."""
+    """Lay out the meshes.  Collectives now fail after `timeout` seconds; those of checkpoints after half an
+    hour at least, since some ranks have more to write than others."""
     if grid.world == 1:
         return
     if device == "cuda":
@@ -135,7 +118,7 @@ def join(grid, ep, replicate, device, timeout):
     grid.dense = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     grid.moe = init_device_mesh(device, (replicate, shard // ep, ep),
                                 mesh_dim_names=("replicate", "edp", "ep"))
-    set_timeout = dist.distributed_c10d._set_pg_timeout           # a mesh takes none
+    set_timeout = dist.distributed_c10d._set_pg_timeout           # init_device_mesh takes no timeout
     set_timeout(timedelta(seconds=max(timeout, 1800)), grid.files)
     for group in [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]:
         set_timeout(timedelta(seconds=timeout), group)
@@ -155,7 +138,7 @@ def pick_device(name="auto"):
 
 
 def all_sum(grid, tensors):
-    """Sums over all ranks, without gradient: one reduction, in float64, in which counts are exact."""
+    """Sums over all ranks, without gradient: one reduction in float64, which holds counts exactly."""
     tensors = [t.detach() for t in tensors]
     if grid.world == 1:
         return tensors
@@ -167,46 +150,27 @@ def all_sum(grid, tensors):
 
 # --- expert parallelism: tokens travel to the rank that has their expert ----------------------------------
 
-class Exchange(torch.autograd.Function):
-    """rows [R, D], of which the first sends[0] go to rank 0 of the group, the next to rank 1 .. -> the rows
-    that come from rank 0, rank 1 ..  The gradient takes the same way back."""
-
-    @staticmethod
-    def forward(ctx, rows, sends, recvs, group):
-        ctx.back = recvs, sends, group
-        out = rows.new_empty(sum(recvs), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), recvs, sends, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Exchange.apply(grad, *ctx.back), None, None, None
-
-
 def expert_parallel(experts, mesh):
     """Keep this rank's share of the experts, and send every row to the rank that has its expert.
 
-    Outside nothing changes: forward() takes rows sorted by expert and a count for each, and returns them in
-    that order.  The experts of a rank without rows compute on none, since sharding needs all ranks at the
-    same place."""
-    group, n = mesh.get_group(), mesh.size()
+    Replaces experts.forward(rows [R, D] sorted by expert, load [E]) -> rows in the same order.  A rank that
+    receives no rows computes on none: FSDP needs every rank at the same place."""
+    exchange, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
     for name, p in list(experts.named_parameters()):
         mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(mine))
 
     def forward(rows, load):
-        theirs = torch.empty_like(load)                           # rows that each rank has for my experts
-        dist.all_to_all_single(theirs, load, group=group)
-        theirs = theirs.view(n, -1)
+        theirs = exchange(load, None, None).view(n, -1)           # rows that each rank has for my experts
         sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
-        rows = Exchange.apply(rows, sends, recvs, group)
-        # they come sorted by (rank, expert), and are computed sorted by (expert, rank)
+        rows = exchange(rows.contiguous(), recvs, sends)
+        # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
         expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
         order, inverse = sort_by_expert(expert)
         rows = experts.compute(Permute.apply(rows, order, inverse), theirs.sum(0),
                                experts.w_in.to_local(), experts.w_out.to_local())
-        return Exchange.apply(Permute.apply(rows, inverse, order), recvs, sends, group)
+        return exchange(Permute.apply(rows, inverse, order), sends, recvs)
 
     experts.forward = forward
 
@@ -214,10 +178,8 @@ def expert_parallel(experts, mesh):
 # --- sharding, compilation, recomputation ------------------------------------------------------------------
 
 def shard(model, grid, dtype):
-    """Split a model over the grid, to compute in `dtype`.
-
-    What is gathered at a time: the experts of a layer and the matrices of its attention, before they are
-    used, in `dtype`; the embeddings for a whole pass; routers and norms, in fp32, for a whole pass."""
+    """Shard a model that computes in `dtype`.  FSDP gathers experts and attention of a layer just before use,
+    embeddings once per pass, all in `dtype`; routers and norms once per pass in fp32."""
     if grid.world == 1:
         return
     dense, edp = grid.dense["shard"], grid.moe["edp"]
@@ -228,23 +190,25 @@ def shard(model, grid, dtype):
     for block in model.blocks:
         if grid.ep > 1:
             expert_parallel(block.moe.experts, grid.moe["ep"])
-        # ep has split dim 0: edp splits another one that it divides, for torch has no uneven ones there
+        # ep has split dim 0; edp splits a dim that it divides, since FSDP shards only dim 0 unevenly
         fully_shard(block.moe.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
             next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
-        fully_shard([block.attn.qkv, block.attn.out], mesh=dense, mp_policy=policy)
+        matrices = [m for m in block.modules()
+                    if isinstance(m, (nn.Linear, Experts)) and m is not block.moe.experts]
+        fully_shard(matrices, mesh=dense, mp_policy=policy)
     fully_shard([model.embed, model.head], mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)                # sum ..
-            module.set_force_sum_reduction_for_comms(True)        # .. not scaled before, which gloo lacks
+            module.set_gradient_divide_factor(1.0)                # sum, do not average
+            module.set_force_sum_reduction_for_comms(True)        # gloo has no sum with a factor
 
 
 @torch.no_grad()
 def build_model(config, grid, device, dtype, seed):
-    """A Model with its initial values, the same on every grid, of which every rank has its shards.
+    """A sharded Model, initialised to the same values on every grid.
 
-    It begins without memory (device meta); then one whole parameter is drawn at a time."""
+    It begins without memory (device meta); then every rank draws one whole parameter at a time."""
     with torch.device("meta"):
         model = Model(config)
     shard(model, grid, dtype)
@@ -271,10 +235,8 @@ def local(t):
 
 
 def compile_blocks(model, masters, backend="inductor"):
-    """Compile every block, the loss of a chunk of rows, and the addition of gradients.  Blocks share compiled
-    code, one for each K, shape and grad mode: the switch of K and validation need more than dynamo's 8.
-
-    For one process: FSDP's hooks would cut the graph of a block at every module that is sharded in it."""
+    """Compile every block, the loss of a chunk of rows and the addition of gradients; for one process, since
+    FSDP's hooks cut a block's graph.  A block compiles once for each K, shape and grad mode: above 8."""
     torch._dynamo.config.recompile_limit = 64
     compiled = partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
     for block in model.blocks:
@@ -292,32 +254,29 @@ def recompute_blocks(model):
 # --- precision, optimizer, clipping ------------------------------------------------------------------------
 
 class Masters:
-    """The fp32 parameters that the optimizer owns, by name, while the model computes in `dtype`.
+    """The fp32 parameters that the optimizer owns, by name.
 
-    With float32 they are the model's own.  With bfloat16 the model's matrices become copies, refreshed once
-    per step: casting all experts in every forward pass costs more than their own work.  A copy's gradient is
-    added to its master's in fp32 as soon as it is complete, so that accumulation over micro-batches does not
-    round.  Routers and norms stay fp32.  Sharded parameters have no copy: FSDP casts as it gathers.
+    When the model computes in bfloat16, its matrices are copies of these, refreshed once per step: to cast
+    all experts in every forward pass costs more than their products.  A copy's gradient is added to its
+    master's in fp32, so that micro-batches do not round.  Routers and norms stay fp32; FSDP casts its shards.
     """
 
     def __init__(self, model, dtype=torch.float32):
-        self.named, self.copies, self.add = {}, [], torch.Tensor.add_
-        self.buffers = dict(model.named_buffers())                # selection biases: state, but not optimized
-        for name, p in model.named_parameters():
-            self.named[name] = p
-            sharded = isinstance(p, DTensor)
-            if dtype == torch.bfloat16 and p.dim() > 1 and "router" not in name and not sharded:
+        self.named, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())   # biases
+        self.copies, self.add = [], torch.Tensor.add_
+        for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
+            if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
                 self.hold(name, p, dtype)
 
     def hold(self, name, p, dtype):
-        """From now on p computes in dtype, and its fp32 master is the optimizer's."""
+        """Give p a master in fp32, and let p itself be the copy."""
         self.named[name] = master = nn.Parameter(p.detach().clone())
         p.data = p.data.to(dtype)
         p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
         self.copies.append((p, master))
 
     def accumulate(self, master, copy):
-        """Move the gradient of a copy to its master, in fp32."""
+        """Add the gradient of a copy to its master's, in fp32, and free it."""
         if master.grad is None:
             master.grad = copy.grad.float()
         else:
@@ -333,26 +292,25 @@ class Masters:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    matrices = [p for name, p in masters.named.items() if kind == "muon" and (
-        ".experts." in name or name.endswith(("attn.qkv.weight", "attn.out.weight")))]
-    others = [p for p in masters.named.values() if not any(p is each for each in matrices)]
-    groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = Muon(groups, lr=lr, betas=betas, fused=True)
-    for p in others:
+    muons, matrices, norms = [], [], []
+    for name, p in masters.named.items():
+        is_muon = kind == "muon" and (".experts." in name or name.endswith(("qkv.weight", "out.weight")))
+        (muons if is_muon else matrices if p.dim() > 1 else norms).append(p)
+    optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
+                      {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
+    for p in matrices + norms:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if matrices:
-        optimizer.add_param_group({"params": matrices, "weight_decay": weight_decay, "momentum": momentum})
-        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in matrices})
+    if muons:
+        optimizer.add_param_group({"params": muons, "weight_decay": weight_decay, "momentum": momentum})
+        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in muons})
     return optimizer
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the group of matrices that has a momentum: attention and experts, each expert a
-    matrix of its own.
+    """AdamW, but Muon for the parameter group that has a momentum, where each expert is a matrix of its own.
 
-    Its update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
+    Muon's update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
     square of AdamW's, so that both share a learning rate (arXiv 2502.16982, eq. 4)."""
 
     @torch.no_grad()
@@ -360,8 +318,8 @@ class Muon(torch.optim.AdamW):
         for group in [group for group in self.param_groups if "momentum" in group]:
             lr, beta = group["lr"], group["momentum"]
             for p in group["params"]:
-                gradient, momentum = p.grad / getattr(self, "grad_scale", 1.0), self.state[p]["momentum"]
-                momentum.lerp_(gradient, 1 - beta)
+                gradient = p.grad / getattr(self, "grad_scale", 1.0)
+                momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
                 update = orthogonalize(gradient.lerp(momentum, beta))
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
@@ -370,8 +328,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(t):
-    """newton_schulz of every matrix of t [.., m, n].  What is sharded is gathered until each matrix is whole
-    on its rank."""
+    """newton_schulz of each matrix of t [.., m, n], gathered if sharded; experts split over ranks stay so."""
     if not isinstance(t, DTensor):
         return newton_schulz(t)
     whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
@@ -385,7 +342,7 @@ def newton_schulz(matrices):
     steps of a quintic iteration (K. Jordan, 2024), in bf16 on a GPU."""
     x = matrices.reshape(-1, *matrices.shape[-2:])
     x = x.to(torch.bfloat16) if x.is_cuda else x
-    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # the smaller square
+    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # x @ x.mT is the smaller square
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -402,19 +359,16 @@ def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
     One reduction: every rank has a part of each gradient, in `replicate` copies."""
     gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    total = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
-    excess = ((total + 1e-6) / max_norm).clamp(min=1.0)
-    if grid.world == 1 and total.device.type in ("cpu", "cuda") and total.dtype == torch.float32:
+    norm = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
+    excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    if grid.world == 1 and norm.device.type in ("cpu", "cuda") and norm.dtype == torch.float32:
         optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
     else:
         torch._foreach_div_(gradients, excess)
-    return total
+    return norm
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
-
-FAILURES = (Exception, dcp.CheckpointException)                   # the latter is no Exception
-
 
 def training_state(masters, optimizer=None):
     """All tensors of a checkpoint under flat names: model.NAME and, with an optimizer, its state of each."""
@@ -425,7 +379,7 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(grid, masters):
-    """Ranks that hold other bits than the first replica of the same shard: one flipped bit changes a sum."""
+    """Ranks whose parameters differ from the first replica's: one flipped bit changes a checksum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
@@ -440,47 +394,40 @@ def checkpoints(out):
 
 
 def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
-    """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta is its meta.json.
+    """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
-    OSError, on every rank, if that fails (a full disk, say); the checkpoints that were there stay whole."""
-    path, aside = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
-    for left_by_a_crash in Path(out).glob("step-*.tmp") if grid.rank == 0 else ():
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
-    gather(grid, None)                                            # nobody writes before that
-    sums, problem = {}, None
+    If that fails, as on a full disk, rank 0 raises OSError and the others end; older ones stay whole."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
+    path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
+    from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
-        dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)  # and fsync
-        mine = list(aside.glob(f"__{grid.rank}_*"))
-        if grid.rank == 0:
-            (aside / "meta.json").write_text(json.dumps(meta))
-            fsync(aside / "meta.json")
-            mine += [aside / ".metadata", aside / "meta.json"]
-        sums = {file.name: checksum(file) for file in mine}
-    except FAILURES as error:
-        problem = reason(error)
-    parts = gather(grid, (sums, problem))
-    problem = from_rank_0(grid, lambda: publish(aside, path, parts, keep))
-    if problem:
-        raise OSError(f"could not write {path}: {problem}")
+        dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)
+    except dcp.CheckpointException as error:
+        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
+    sums = [checksums(aside.glob(f"__{grid.rank}_*"))] * grid.world      # every rank reads its own files
+    if grid.world > 1:
+        dist.all_gather_object(sums, sums[0], group=grid.files)
+    from_rank_0(grid, lambda: publish(aside, path, sums, problem, keep, meta))
 
 
-def publish(aside, path, parts, keep):
-    """Write the manifest of all ranks' (checksums, problem), rename, delete old ones -> what went wrong."""
+def publish(aside, path, sums, problem, keep, meta):
+    """Add meta.json and the manifest, rename, delete old checkpoints.  OSError if there is a problem."""
     try:
-        for _, problem in parts:
-            if problem:
-                raise OSError(problem)
-        manifest = {name: value for sums, _ in parts for name, value in sums.items()}
+        if problem:
+            raise OSError(problem)
+        (aside / "meta.json").write_text(json.dumps(meta))
+        manifest = checksums([aside / "meta.json", aside / ".metadata"])
+        for part in sums:
+            manifest |= part
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        fsync(aside / "manifest.json")
-        fsync(aside)
+        for written in (aside / "meta.json", aside / "manifest.json", aside):    # torch has synced the rest
+            fsync(written)
         os.rename(aside, path)
         fsync(path.parent)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         shutil.rmtree(aside, ignore_errors=True)
-        return f"{free / 1e6:,.1f} MB are free; {error}"
+        raise OSError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
     for old in checkpoints(path.parent)[:-keep]:                  # only now
         shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
 
@@ -488,38 +435,36 @@ def publish(aside, path, parts, keep):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    held = Reader(Path(out) / f"step-{step}").read_metadata().state_dict_metadata
-    if set(held) != set(state):                                   # another optimizer, or lazily made state
-        raise ValueError(f"step-{step} of {out} does not hold what this code's optimizer and model do: "
-                         f"{min(set(held) ^ set(state))}, ..")
-    load_checkpoint(Path(out) / f"step-{step}", state, grid, checked=True)
+    path = Path(out) / f"step-{step}"
+    load_checkpoint(path, state, grid, checked=True)
+    unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
+    if unused:                                                    # an optimizer makes its state lazily
+        raise ValueError(f"{path} holds {min(unused)}, .., which this code's optimizer and model do not")
     return step
 
 
 def newest_whole(out, steps):
     """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
-    corrupt = []
     for step in reversed(steps):
         path = out / f"step-{step}"
         problem = find_corruption(path)
         if not problem:
             return step
-        corrupt.append(f"{path.name}: {problem}")
         os.rename(path, f"{path}.corrupt")
         print(f"checkpoint {path} is corrupt ({problem}); it is now {path.name}.corrupt", file=sys.stderr)
-    raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt: {'; '.join(corrupt)}")
+    raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
 def load_checkpoint(path, state, grid=ALONE, checked=False):
     """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
     it is corrupt or lacks one of them; the others end."""
     problem = None if checked else from_rank_0(grid, lambda: find_corruption(Path(path)))
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")       # with one process
         if not problem:
             dcp.load(state, storage_reader=Reader(path), process_group=grid.files, no_dist=grid.world == 1)
-    except FAILURES as error:
-        problem = reason(error)
+    except dcp.CheckpointException as error:
+        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     if problem:
         error = ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
         raise error if grid.rank == 0 else SystemExit(2)
@@ -527,17 +472,22 @@ def load_checkpoint(path, state, grid=ALONE, checked=False):
 
 def find_corruption(path):
     """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
-    files = [file for file in path.iterdir() if file.name != "manifest.json"]
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        with ThreadPoolExecutor() as threads:                     # sha256 takes longer than reading
-            found = dict(zip((file.name for file in files), threads.map(checksum, files)))
+        found = checksums(file for file in path.iterdir() if file.name != "manifest.json")
         wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
         if wrong:
             return f"{', '.join(wrong)} does not match manifest.json"
-        Reader(path).read_metadata()
-    except (FileNotFoundError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def checksums(files):
+    """{file name: size and sha256}, as in manifest.json."""
+    files = list(files)
+    with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
+        digests = threads.map(lambda file: hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest(), files)
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}
 
 
 class Reader(dcp.FileSystemReader):
@@ -545,43 +495,29 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = Metadata(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return TensorDescriptions(file).load()
 
 
-class Metadata(pickle.Unpickler):
-    """Calls only what describes tensors; UnpicklingError for everything else."""
+class TensorDescriptions(pickle.Unpickler):
+    """An unpickler that calls only what describes shapes, dtypes, offsets and paths, and runs no code."""
 
-    KNOWN = {"torch": ["Size"], "torch.serialization": ["_get_layout"],
-             "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-             "torch.distributed.checkpoint.metadata": [
-                 "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-                 "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"]}
+    ALLOWED = {"torch.Size", "torch.serialization._get_layout",
+               "torch.distributed.checkpoint.filesystem._StorageInfo"} | {
+        f"torch.distributed.checkpoint.metadata.{name}" for name in (
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath                                       # where it was written, on any system
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.KNOWN.get(module, ()):
+        if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
 
 
-def reason(error):
-    """The innermost message of what torch.distributed.checkpoint raises, on one line."""
-    for cause, _ in getattr(error, "failures", {}).values():      # of each rank: (error, traceback)
-        error = cause
-    return " ".join(str(error).split())[:300]
-
-
-def checksum(file):
-    digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
 def fsync(path):
-    """Make a file, or the names in a folder, durable."""
+    """Flush a file, or the entries of a folder, to the disk."""
     if os.name == "posix":                                        # elsewhere folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

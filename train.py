@@ -3,7 +3,7 @@
     python train.py                                   what fits: the laptop preset, or gpu on a GPU
     python train.py --n_expert 1 --out out/dense      the same model with one expert: the dense control
     python train.py --preset gpu-1b --data data/mine  a larger model, a corpus made by data.py
-    python train.py --init_from out/laptop --data chats.jsonl         tune the run's model on conversations
+    python train.py --init_from out/laptop --data data/functions      tune the run's model on conversations
     torchrun --standalone --nproc-per-node 8 train.py --ep 8     eight processes, which share the experts
 
 A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
@@ -20,10 +20,8 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # what --deterministic needs
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 try:
@@ -56,7 +55,6 @@ from model import (
 )
 from router import (
     BALANCE,
-    GATES,
     Statistics,
     active_experts,
     differentiate_at,
@@ -84,7 +82,7 @@ class Run:
     dtype: torch.dtype          # of the matrix products
     grid: parallel.Grid = parallel.ALONE
     done: int = 0               # steps
-    validated: tuple = None     # step, loss and Statistics of the last validation
+    validated: tuple = None     # loss and Statistics of the last validation
     ahead: tuple = None         # the Batch of the next step
     log: object = None          # log.jsonl, open and locked; rank 0's alone
     wandb: object = None
@@ -126,7 +124,7 @@ def main(argv=None):
 def train(run):
     """The loop: steps run.done .. steps-1, with their log, validations and checkpoints."""
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
-    eval_every, save_every = s.eval_every or quarter, s.save_every or quarter
+    eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or quarter
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
     bar = tqdm(total=s.steps, initial=run.done, disable=True if run.grid.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
@@ -153,7 +151,7 @@ def train(run):
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
                 if validate:
-                    row["val_loss"] = validation(run)[0]
+                    row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
                     bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
                 write_row(run, row)
@@ -249,9 +247,7 @@ def train_step(run, step, stop=None):
                 update_bias(block.moe.router.bias, load, s.bias_rate)
             elif s.balance == "quantile" and k < run.config.n_expert:
                 block.moe.router.bias.copy_(quantile_bias(margins, k))
-    # on a CPU fresh memory costs more than zeros; copies and shards are not better off for it
-    in_place = run.device == "cpu" and grid.world == 1 and not run.masters.copies
-    run.optimizer.zero_grad(set_to_none=not in_place)
+    run.optimizer.zero_grad()
     return Step(step, top_k, n_tokens, loss, total, norm, skipped, bool(flag))
 
 
@@ -299,36 +295,21 @@ def is_spike(run, loss, norm):
 
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills, also while
-    this process waits for others, where no handler in Python would run."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills."""
 
     def __enter__(self):
         self.requested, self.old = False, {}
-        if threading.current_thread() is not threading.main_thread():
-            return self                                           # only that one may set handlers
-        self.reader, self.writer = socket.socketpair()
-        self.writer.setblocking(False)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            if hasattr(signal, name):
-                self.old[name] = signal.signal(getattr(signal, name), lambda *_: None)
-        self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self.watch, daemon=True).start()
+            with contextlib.suppress(AttributeError, ValueError):         # Windows; not the main thread
+                self.old[name] = signal.signal(getattr(signal, name), self.request)
         return self
 
-    def watch(self):
-        """The system writes the number of every signal into the socket, whatever the main thread does."""
-        interrupts = 0
-        while number := self.reader.recv(1):
-            self.requested = True
-            interrupts += number[0] == signal.SIGINT
-            if interrupts == 2:
-                os.write(2, b"\nended at once; what was saved before is whole\n")
-                os._exit(1)
+    def request(self, number, _):
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *_):
-        if self.old:
-            signal.set_wakeup_fd(self.wakeup)
-            self.writer.close()                                   # ends the thread
         for name, old in self.old.items():
             signal.signal(getattr(signal, name), old)
 
@@ -349,6 +330,14 @@ def describe(run, did):
     return {name: value.tolist() if torch.is_tensor(value) else value for name, value in row.items()}
 
 
+def stable_ranks(masters):
+    """Of each layer's attn.out, sum of squared singular values / the largest squared [L].  It falls before a
+    run fails (arXiv 2602.01734)."""
+    matrices = [p.detach() for name, p in masters.named.items() if name.endswith("attn.out.weight")]
+    singular = [torch.linalg.svdvals(p.full_tensor() if isinstance(p, DTensor) else p) for p in matrices]
+    return [(values.square().sum() / values.max().square()).item() for values in singular]
+
+
 # dense bf16 FLOP/s as published; on any other device MFU is null rather than wrong
 PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12,
         "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -365,23 +354,17 @@ def utilisation(run, top_k, tokens_per_s):
 def write_row(run, row):
     """A line of log.jsonl, in which null stands for what is not finite."""
     if run.log:
-        def finite(value):
-            if isinstance(value, list):
-                return [finite(each) for each in value]
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-        print(json.dumps({name: finite(value) for name, value in row.items()}), file=run.log)
+        print(re.sub("NaN|-?Infinity", "null", json.dumps(row)), file=run.log)
     if run.wandb:
         run.wandb.log(row, step=row["step"])
 
 
 def validation(run):
-    """Held-out loss and Statistics, with the K of the last step."""
-    s, top_k = run.settings, top_k_at(max(0, run.done - 1), run.settings, run.config)
-    if not run.validated or run.validated[0] != run.done:
-        loss, statistics, _ = evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens,
-                                                  grid=run.grid)
-        run.validated = run.done, loss, statistics
-    return run.validated[1:]
+    """Held-out loss, with the K of the last step.  The Statistics are kept for the report."""
+    top_k = top_k_at(max(0, run.done - 1), run.settings, run.config)
+    run.validated = evaluation.validate(run.model, run.corpus.val, top_k, run.device,
+                                        run.settings.eval_tokens, grid=run.grid)[:2]
+    return run.validated[0]
 
 
 def save_checkpoint(run):
@@ -418,8 +401,7 @@ class Settings:
     preset: str = setting("", f"run: {', '.join(PRESETS)} (default: gpu on a GPU, else laptop)")
     out: str = setting("", "run: directory of the run (default: out/PRESET; for tuning out/RUN-chat)")
     data: str = setting("data/stdlib", "run: folder or token file of data.py (default: data/stdlib, or for "
-                        "gpu and gpu-1b data/installed, made if missing); with --init_from also a file of "
-                        "conversations, or the word functions: Python's own documented ones")
+                        "gpu and gpu-1b data/installed, made if missing)")
     init_from: str = setting("", "run: start from the weights of a run, of its step-N, or of a Qwen3-MoE")
     growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
     device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
@@ -457,7 +439,8 @@ class Settings:
     spike: float = setting(0.0, "guard: skip steps this many standard deviations above the last 128 (off)")
 
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
-    eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run)")
+    eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run, at "
+                            "least 100)")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
     save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run)")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
@@ -494,26 +477,15 @@ class Settings:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
         if self.top_k_choices and self.initial_top_k:
             raise ValueError("top_k_choices and initial_top_k are two schedules: leave one out")
-        if not all(1 <= k <= config.n_expert for k in self.top_k_choices):
-            raise ValueError(f"top_k_choices ({self.top_k_choices}) must be from 1 to {config.n_expert} "
-                             "(n_expert)")
-        possible = all(1 <= k <= config.n_expert for k in self.initial_top_k)
-        if len(self.initial_top_k) > config.n_layer or not possible:
+        if len(self.initial_top_k) > config.n_layer:
             raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
-                             f"(n_layer) from 1 to {config.n_expert} (n_expert)")
+                             "(n_layer)")
+        for name in ("initial_top_k", "top_k_choices"):
+            if not all(1 <= k <= config.n_expert for k in getattr(self, name)):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be from 1 to {config.n_expert} "
+                                 "(n_expert)")
 
 
-SIZES = {
-    "vocab_size": "rows of the embedding (default: the data's vocabulary, rounded up to a multiple of 64)",
-    "n_layer": "layers", "n_head": "query heads", "n_kv_head": "key and value heads",
-    "head_dim": "width of a head", "d_model": "width of the residual stream",
-    "n_expert": "experts per layer; 1 is a dense model",
-    "d_expert": "hidden width of an expert", "top_k": "experts activated per token",
-    "gate": ", ".join(GATES),
-    "token_router": "true or false: a control, in which layer 0 routes on the token's embedding alone",
-    "rope_base": "base of the rotary positions",
-    "norm_eps": "epsilon of the norms", "tie_embeddings": "true or false: one matrix for embedding and head",
-    "max_seq_len": "longest sequence, prompt and generated text together"}
 TRAINING = {                                                      # what a preset sets beside the sizes
     "laptop": {},
     "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
@@ -545,16 +517,19 @@ def parse(argv):
 
     def numbers(text):
         return [int(n) for n in text.split(",")] if text else []
+    kinds = {int: (int, "N"), float: (float, "X"), str: (str, "NAME"), bool: (truth, "BOOL"),
+             list: (numbers, "K,K")}
     parser, groups = data.Parser(prog="train.py", description=__doc__), {}
     fields = [(f, *f.metadata["help"].split(": ", 1)) for f in dataclasses.fields(Settings)]
-    fields += [(f, "model (default: the preset's)", SIZES[f.name]) for f in dataclasses.fields(ModelConfig)]
+    fields += [(f, "model (default: the preset's)", f.metadata["help"])
+               for f in dataclasses.fields(ModelConfig)]
     for field, group, help in fields:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         if type(field.default) in (int, float) and field.default and "default" not in help + group:
             help += f" ({field.default})"
-        read = {bool: truth, list: numbers}.get(field.type, field.type)
-        groups[group].add_argument(f"--{field.name}", type=read, metavar="", help=help)
+        read, metavar = kinds[field.type]
+        groups[group].add_argument(f"--{field.name}", type=read, metavar=metavar, help=help)
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
@@ -576,11 +551,6 @@ def resolve(typed):
     if out.name.startswith("step-"):
         raise ValueError(f"out ({out}) must not begin with step-, which is the name of a checkpoint")
     exists = (out / "settings.json").exists()
-    if data.is_chat_source(typed.get("data", "")):
-        if not (exists or source):
-            raise ValueError(f"data {typed['data']} are conversations: --init_from names the run (or the "
-                             "folder of Hugging Face) whose model they tune, and whose tokenizer they need")
-        typed["data"] = str(data.chats_folder(typed["data"], tokenizer_of(out if exists else source)))
     if exists:
         values = of_the_run(out, typed)
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
@@ -596,11 +566,6 @@ def resolve(typed):
     if "lbl_coef" in typed and not BALANCE[s.balance]:
         raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
-
-
-def tokenizer_of(source):
-    """The tokenizer of a run, of a step-N folder in it, or of a folder of Hugging Face."""
-    return data.build_encoding(evaluation.run_folder(source))
 
 
 def of_the_run(out, typed):
@@ -667,9 +632,7 @@ def plan_run(argv, world):
     """Resolve settings, data and checkpoints, on rank 0 -> what all ranks need to start.
 
     Prepares the corpus if it is missing.  ValueError for what the user has to change."""
-    typed = parse(argv)
-    asked = typed.get("data", "")
-    s, config, exists = resolve(typed)
+    s, config, exists = resolve(typed := parse(argv))
     device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
@@ -678,10 +641,6 @@ def plan_run(argv, world):
         sources, vocab_size = CORPORA[s.data]
         print("preparing the corpus, once:")
         print(data.describe(s.data, data.prepare(Path(s.data), sources, vocab_size=vocab_size)))
-    if not Path(s.data).exists() and data.is_chat_source(asked):
-        print(f"preparing the conversations of {asked}, once:")
-        print(data.describe(s.data, data.prepare(Path(s.data), [asked], chats=True, tokenizer=tokenizer_of(
-            s.out if exists else s.init_from))))
     corpus = open_corpus(s)
     sha256 = data.file_sha256(corpus.file)
     if corpus.has_chats() and not (exists or "steps" in typed):
@@ -836,10 +795,8 @@ def open_run(run, plan):
     settings = {name: plan[name] for name in ("settings", "model", "data_sha256")}
     text = json.dumps(settings, indent=1)
     if not plan["exists"] or (out / "settings.json").read_text() != text:
-        with open(out / "settings.tmp", "w") as aside:
-            aside.write(text)
-            aside.flush()
-            os.fsync(aside.fileno())
+        (out / "settings.tmp").write_text(text)
+        parallel.fsync(out / "settings.tmp")
         os.replace(out / "settings.tmp", out / "settings.json")
     run.log.seek(0)
     header, *lines = run.log.readlines() or [json.dumps(settings | {
@@ -923,9 +880,9 @@ def introduce(run, exists):
           f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout}")
     if exists:
         print(f"from step {run.done}")
-        meta = Path(s.out) / f"step-{run.done}/meta.json"
-        before, now = meta.exists() and json.loads(meta.read_text())["top_k"], top_k_at(run.done, s, config)
-        if before and before != now:                              # --steps moves the switch
+        meta = json.loads((Path(s.out) / f"step-{run.done}/meta.json").read_text())
+        before, now = meta["top_k"], top_k_at(run.done, s, config)
+        if before != now:                                         # --steps moves the switch
             print(f"experts activated per layer: {before} so far, {now} from here on")
         return True
     print(f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
@@ -937,7 +894,7 @@ def introduce(run, exists):
               f"{text.n_left_out:,}, whose first answer does not, are left out")
     print("Ctrl-C saves and ends; the same command resumes")
     if corpus.val is not None:
-        print(f"step 0: held out {validation(run)[0]:.4f}")
+        print(f"step 0: held out {validation(run):.4f}")
     return True
 
 
@@ -947,18 +904,20 @@ def report(run, seconds):
     if run.done < s.steps:
         print(f"stopped and saved after step {run.done}; the same command resumes")
         return
-    torch.use_deterministic_algorithms(False)                     # sampling cannot be
-    top_k = top_k_at(run.done - 1, s, run.config)
     if corpus.val is not None:
-        loss, statistics = validation(run)
+        loss, statistics = run.validated
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:
             print("load of each expert on held-out text; half height is the uniform share:")
             print(evaluation.draw_load(statistics.load))
-    if corpus.encoding and s.sample_tokens and run.grid.world == 1:
+    if corpus.encoding and s.sample_tokens and run.grid.world == 1 and not corpus.has_chats():
+        torch.use_deterministic_algorithms(False)                 # sampling cannot be
+        prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
-            write_sample(run, top_k)
+            texts = evaluation.generate_text(run.model, corpus.encoding, [prompt], s.sample_tokens,
+                                             top_k_at(run.done - 1, s, run.config))
+            print("\nit writes:\n" + "".join(piece for piece, in texts))
     print(f"\n{run.done} steps, {seconds / 60:.1f} minutes\nlog         {s.out}/log.jsonl\n"
           f"checkpoint  {s.out}/step-{run.done}\ntry next\n  python eval.py routing {s.out}")
     if corpus.has_chats():
@@ -966,23 +925,9 @@ def report(run, seconds):
     else:
         print(f"  python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram\n"
               f"  python eval.py sample --ckpt {s.out} --prompt \"def \"\n"
-              f"  python train.py --init_from {s.out} --data functions   # tune it on conversations")
+              f"  python data.py --chats --tokenizer {s.out}      # conversations, to tune it on:\n"
+              f"  python train.py --init_from {s.out} --data data/functions")
     print("  python train.py --help")
-
-
-def write_sample(run, top_k):
-    """Print a text of the model, or its answer to a held-out question."""
-    corpus, encoding = run.corpus, run.corpus.encoding
-    if not corpus.has_chats():
-        print("\nit writes:")
-        prompt = [encoding.encode_single_token("<|endoftext|>")]
-    elif corpus.val:
-        prompt = corpus.val.first_question()
-        print(f"\na held-out question, and its answer:\n{encoding.decode(prompt)}", end="")
-    else:
-        return
-    texts = evaluation.generate_text(run.model, encoding, [prompt], run.settings.sample_tokens, top_k)
-    print(*(piece for piece, in texts), sep="")
 
 
 if __name__ == "__main__":

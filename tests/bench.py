@@ -343,10 +343,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("c10d::")
-        if name == "alltoall_base_":
-            out, rows, group, _, splits = args[:5]
-            me, n = dist.ProcessGroup.unbox(group).rank(), dist.ProcessGroup.unbox(group).size()
-            stays = (splits[me] if splits else len(rows) // n) * rows[:1].nbytes if len(rows) else 0
+        if name == "_c10d_functional::all_to_all_single":
+            rows, _, splits, group = args
+            stays = splits[dist.distributed_c10d._resolve_process_group(group).rank()] * rows[:1].nbytes
             self.sent["loads" if rows.dtype == torch.int64 else "rows"] += rows.nbytes - stays
         elif name == "_allgather_base_":
             self.sent["weights"] += args[0].nbytes - args[1].nbytes
@@ -446,7 +445,9 @@ def one_of_many(args):
             lambda module, inputs, routing: leaving.append(int((routing.experts // share != mine).sum())))
     with Traffic() as counted:
         train.train_step(run, 99)
-    everyone = parallel.gather(grid, (sum(leaving), counted.sent))
+    everyone = [(sum(leaving), counted.sent)] * grid.world
+    if grid.world > 1:
+        dist.all_gather_object(everyone, everyone[0])
     sent = sum((Counter(sent) for _, sent in everyone), Counter())
     if grid.rank == 0:
         print(json.dumps({"seconds": median(times[args.warm:]),

@@ -71,12 +71,10 @@ def finished(corpus, tmp_path_factory):
 
 
 @pytest.fixture
-def in_folder(tmp_path):
+def in_folder(tmp_path, monkeypatch):
     """Work in an empty folder."""
-    before = os.getcwd()
-    os.chdir(tmp_path)
-    yield tmp_path
-    os.chdir(before)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def train_with(argv, step):
@@ -121,9 +119,8 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(4):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, rank), daemon=True)
-            process.start()
-            self.workers.append((process, ours))
+            self.workers.append((context.Process(target=work, args=(theirs, rank), daemon=True), ours))
+            self.workers[-1][0].start()
 
     def stop(self):
         for process, _ in self.workers:
@@ -140,12 +137,11 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        workers, answers = self.workers[:world], []
         meets, self.group = not layout or self.group != (world, layout), (world, layout)
-        for _, connection in workers:
+        for _, connection in self.workers[:world]:
             connection.send((world, port, layout, meets, function, args))
-        end = time.monotonic() + limit
-        for rank, (_, connection) in enumerate(workers):
+        answers, end = [], time.monotonic() + limit
+        for rank, (_, connection) in enumerate(self.workers[:world]):
             if not connection.poll(max(0, end - time.monotonic())):
                 self.stop()
                 pytest.fail(f"rank {rank} hangs")

@@ -1,12 +1,8 @@
 """Masters and copies, clipping, checkpoints; what many processes do beside computing the same."""
 
 import errno
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,11 +15,10 @@ from conftest import SIZES, small, train_with
 from test_exact import make_run, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import eval as evaluation
 import parallel
 import train
-from model import Model, ModelConfig
+from model import Model
 from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
 
 
@@ -75,24 +70,21 @@ def test_bf16_gradients_accumulate_in_fp32():
 
 
 def test_decay_is_on_matrices_only():
-    _, masters, optimizer = build()
-    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert {decays[id(p)] for p in masters.named.values() if p.dim() > 1} == {0.1}
-    assert {decays[id(p)] for p in masters.named.values() if p.dim() == 1} == {0.0}
+    for group in build()[2].param_groups:
+        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("max_norm", [0.05, 1e9])
-def test_clipping_equals_torch(max_norm):
-    (a, masters, optimizer), (b, _, theirs) = build(), build()
+def test_clipping_equals_torch(max_norm, kind):
+    (a, masters, optimizer), (b, _, theirs) = build(kind=kind), build(kind=kind)
     backward(a, 0)
     backward(b, 0)
     total = clip_gradients(masters, max_norm, optimizer)
-    want = torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm)
-    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(total, torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm))
     optimizer.step()                                              # scales the gradients as it reads them
     theirs.step()
     for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p.grad, q.grad)
         torch.testing.assert_close(p, q)
 
 
@@ -112,8 +104,9 @@ def test_newton_schulz_against_the_svd(shape):
 
 def test_muon_is_what_its_paper_says():
     """Matrices of attention and experts, one expert at a time; everything else as with AdamW."""
-    (a, masters, muon), (b, _, adamw) = build(kind="muon"), build()
+    (a, _, muon), (b, _, adamw) = build(kind="muon"), build()
     for i in range(3):
+        b.load_state_dict(a.state_dict())
         before = {name: p.detach().clone() for name, p in a.named_parameters()}
         momentum = {name: muon.state[p]["momentum"].clone() for name, p in a.named_parameters()
                     if "momentum" in muon.state[p]}
@@ -121,21 +114,19 @@ def test_muon_is_what_its_paper_says():
             "attn.qkv.weight", "attn.out.weight", "moe.experts.w_in", "moe.experts.w_out"}
         backward(a, i)
         backward(b, i)
-        gradient = {name: p.grad.clone() for name, p in a.named_parameters()}
-        clip_gradients(masters, 1e9, muon)
         muon.step()
         adamw.step()
-        for name, p in a.named_parameters():
+        for (name, p), q in zip(a.named_parameters(), b.parameters()):
             if name in momentum:
-                m = 0.95 * momentum[name] + 0.05 * gradient[name]
-                u = 0.05 * gradient[name] + 0.95 * m
-                each = u.unbind() if u.dim() == 3 else [u]
-                u = torch.stack([parallel.newton_schulz(e) for e in each]).view_as(u)
-                want = before[name] * (1 - 1e-2 * 0.1) - 1e-2 * 0.2 * max(p.shape[-2:]) ** 0.5 * u
-                torch.testing.assert_close(p, want)
-            elif i == 0:
-                torch.testing.assert_close(p, dict(b.named_parameters())[name])
-        b.load_state_dict(a.state_dict())
+                m = 0.95 * momentum[name] + 0.05 * q.grad
+                u = 0.05 * q.grad + 0.95 * m
+                u = torch.stack([parallel.newton_schulz(each) for each in u.view(-1, *p.shape[-2:])])
+                u = 0.2 * max(p.shape[-2:]) ** 0.5 * u.view_as(p)
+                torch.testing.assert_close(p, before[name] * (1 - 1e-2 * 0.1) - 1e-2 * u)
+            elif i == 0:                                          # later the others' gradients differ
+                torch.testing.assert_close(p, q)
+        muon.zero_grad()
+        adamw.zero_grad()
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -168,38 +159,36 @@ def test_newest_are_kept(tmp_path):
 @pytest.mark.parametrize("manifest", ["", "{", "[1]", "{}", '{".metadata": 3}'])
 def test_a_foreign_manifest_is_corrupt(tmp_path, manifest):
     """Files that are cut, flipped or missing: test_faults.py."""
-    _, masters, _ = build()
-    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
+    save_checkpoint(tmp_path, 1, training_state(build()[1]), keep=1)
     (tmp_path / "step-1/manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match="corrupt"):
-        load_checkpoint(tmp_path / "step-1", training_state(masters))
+        load_checkpoint(tmp_path / "step-1", training_state(build()[1]))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    _, masters, _ = build()
-    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
-    with pytest.raises(ValueError, match="step-1"):
-        load_checkpoint(tmp_path / "step-1", training_state(build(n_layer=3)[1]))
-    with pytest.raises(ValueError, match="step-1"):
-        load_checkpoint(tmp_path / "step-1", training_state(build(d_model=32)[1]))
+    _, masters, optimizer = build()
+    save_checkpoint(tmp_path, 1, training_state(masters, optimizer), keep=1)
+    for changes in (dict(n_layer=3), dict(d_model=32)):
+        with pytest.raises(ValueError, match="step-1 is corrupt or of another model"):
+            load_checkpoint(tmp_path / "step-1", training_state(build(**changes)[1]))
+    with pytest.raises(ValueError, match="holds exp_avg.*this code's optimizer and model do not"):
+        parallel.load_newest(tmp_path, [1], training_state(masters))             # an optimizer's lazy state
 
 
-@pytest.mark.parametrize("where", ["checksum", "fsync", "rename"])
+@pytest.mark.parametrize("where", ["checksums", "fsync", "rename"])
 def test_a_save_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch, where):
     """On a real full disk: test_train.py."""
-    _, masters, _ = build()
-    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
+    state = training_state(build()[1])
+    save_checkpoint(tmp_path, 1, state, keep=1)
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(parallel.os if where == "rename" else parallel, where, fail)
     with pytest.raises(OSError, match="could not write .*MB are free; .*Input/output error"):
-        save_checkpoint(tmp_path, 2, training_state(masters), keep=1)
+        save_checkpoint(tmp_path, 2, state, keep=1)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
-    load_checkpoint(tmp_path / "step-1", training_state(masters))
-    save_checkpoint(tmp_path, 2, training_state(masters), keep=1)                # and the next one works
-    assert checkpoints(tmp_path) == [2]
+    load_checkpoint(tmp_path / "step-1", state)
 
 
 def test_durable_then_renamed_then_the_old_one_is_deleted(tmp_path, monkeypatch):
@@ -228,21 +217,19 @@ def test_checkpoints_are_those_of_torch(tmp_path):
 # --- the grid of processes --------------------------------------------------------------------------------
 
 def places(grid):
-    return {"rank": grid.rank, "dense": grid.dense.mesh.tolist(), "moe": grid.moe.mesh.tolist(),
-            "neighbours": grid.moe["ep"].mesh.tolist()}
+    return grid.moe.mesh.tolist(), grid.moe["ep"].mesh.tolist()
 
 
 def test_the_ranks_of_one_ep_are_neighbours(ranks):
-    for rank, answer in enumerate(ranks(4, places, layout=(2, 1))):
-        assert answer.value == {"rank": rank, "dense": [[0, 1, 2, 3]], "moe": [[[0, 1], [2, 3]]],
-                                "neighbours": [[0, 1], [0, 1], [2, 3], [2, 3]][rank]}
-    assert ranks(4, places, layout=(2, 2))[0].value["moe"] == [[[0, 1]], [[2, 3]]]
+    assert [a.value for a in ranks(4, places, layout=(2, 1))] == [
+        ([[[0, 1], [2, 3]]], pair) for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    assert ranks(4, places, layout=(2, 2))[0].value[0] == [[[0, 1]], [[2, 3]]]
 
 
 @pytest.mark.parametrize("changes, named", [
     (dict(world=6, ep=4), "ep x replicate"), (dict(ep=3, replicate=2), "number of processes"),
     (dict(ep=2, world=1), "number of processes"), (dict(ep=4, n_expert=6), "must divide n_expert"),
-    (dict(device="mps"), "device"), (dict(device="cuda"), "is above the 2 GPUs")])
+    (dict(device="mps"), "number of mps devices here, 1"), (dict(device="cuda"), "of cuda devices here, 2")])
 def test_an_impossible_layout_is_refused(monkeypatch, changes, named):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -252,54 +239,26 @@ def test_an_impossible_layout_is_refused(monkeypatch, changes, named):
         parallel.check_layout(**possible | changes)
 
 
-def work_of_rank_0(timeout, seconds):
-    """It takes longer than the processes would wait for anything else."""
+def slow_work_of_rank_0(timeout):
+    """It takes twice as long as the processes would wait for anything else."""
     grid = parallel.meet(timeout)
-
-    def work():
-        time.sleep(seconds)
-        return {"rank": grid.rank, "file": sys.stdout}
-    answer = parallel.from_rank_0(grid, work)
-    return answer["rank"], answer["file"] is not None
+    return parallel.from_rank_0(grid, lambda: time.sleep(2 * timeout) or {"rank": grid.rank})
 
 
 def test_the_others_wait_for_rank_0(ranks):
-    ranks(3, work_of_rank_0, 60, 0)                               # so that they have all been started
-    assert [a.value for a in ranks(3, work_of_rank_0, 2, 4)] == [(0, True), (0, False), (0, False)]
+    ranks(3, os.getpid)                                           # so that they have all been started
+    assert [a.value for a in ranks(3, slow_work_of_rank_0, 2)] == [{"rank": 0}] * 3
 
 
 def failing_work(error):
-    grid = parallel.meet()
-
     def work():
         raise error
-    try:
-        parallel.from_rank_0(grid, work)
-    except (ValueError, MemoryError) as raised:
-        return str(raised)
+    return parallel.from_rank_0(parallel.meet(), work)
 
 
-@pytest.mark.parametrize("error, code", [(ValueError("why"), 2), (MemoryError("why"), 1), (SystemExit(0), 0)])
-def test_if_rank_0_fails_all_end_with_its_exit_code(ranks, error, code):
-    first, *others = ranks(3, failing_work, error)
-    assert first.code == 0 if isinstance(error, SystemExit) else first.value == "why"
-    assert [(a.code, a.err) for a in others] == [(code, "")] * 2
-
-
-@pytest.mark.parametrize("owner", [False, True], ids=["the others do not come", "the port is taken"])
-def test_processes_that_cannot_meet_are_one_line(monkeypatch, owner):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = str(other.getsockname()[1])
-        if owner:
-            other.listen()
-        else:
-            other.close()
-        for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port}: .*") as error:
-            parallel.meet(timeout=1)
-    assert "\n" not in str(error.value) and ("in use" in str(error.value)) == owner
+@pytest.mark.parametrize("end", [0, 2])
+def test_if_rank_0_ends_all_end_with_its_exit_code(ranks, end):
+    assert [(a.code, a.err) for a in ranks(3, failing_work, SystemExit(end))] == [(end, "")] * 3
 
 
 # --- sums and what is sent --------------------------------------------------------------------------------
@@ -316,63 +275,22 @@ def test_sums_are_exact_and_leave_their_terms_alone(ranks):
         assert terms[0] == [[2 ** 40 + rank, 1]] and terms[2] == 1
 
 
-def silent_rank(name):
-    """The neighbour of rank 0 in a group does not answer for 8 seconds -> seconds until rank 0 says so, of a
-    timeout of 2."""
+def silent_rank():
+    """Seconds until rank 0, whose timeout is 2, says that its neighbour does not answer."""
     grid = parallel.meet()
-    parallel.join(grid, *((2, 1) if name == "ep" else (1, 2)), "cpu", timeout=2)
-    mesh = {"ep": grid.moe, "shard": grid.dense, "replicate": grid.dense}[name][name]
-    if grid.rank == mesh.mesh[1]:
+    parallel.join(grid, 2, 1, "cpu", timeout=2)
+    if grid.rank == 1:
         time.sleep(8)
-    if grid.rank:
-        return
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="(?i)timed out"):
-        dist.all_reduce(torch.zeros(1), group=mesh.get_group())
+    if grid.rank == 0:
+        with pytest.raises(RuntimeError, match="(?i)timed out"):
+            dist.all_reduce(torch.zeros(1), group=grid.moe["ep"].get_group())
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("group", ["ep", "shard", "replicate"])
-def test_the_timeout_reaches_every_group(ranks, group):
+def test_the_timeout_reaches_every_group(ranks):
     """Four processes: a group of all of them would be the world's own."""
-    assert 1 < ranks(4, silent_rank, group)[0].value < 6
-
-
-class Collectives(TorchDispatchMode):
-    """Names of the collectives that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("c10d::"):
-            self.names.append(func.name().removeprefix("c10d::"))
-        return func(*args, **(kwargs or {}))
-
-
-def count_collectives(grid, **changes):
-    run = make_run(grid, torch.float32, **changes)
-    train.train_step(run, 0)                                   # .. which cuts the batch of the next one
-    with Collectives() as seen:
-        train.train_step(run, 1)
-    return {name: seen.names.count(name) for name in set(seen.names)}
-
-
-def test_how_many_collectives_a_step_has(ranks):
-    """One sum for the counts of the step, one per micro-batch, one for the norm; gathered twice per layer and
-    micro-batch (experts, attention), once in all (tables, the rest); gradients sent per micro-batch."""
-    assert count_collectives(ALONE, accumulate=3) == {} and not dist.is_initialized()
-    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(1, 1)))
-    layers, micro = 2, 3
-    assert found == {"allreduce_": 2 + micro, "_allgather_base_": micro * (2 * 2 * layers + 2),
-                     "_reduce_scatter_base_": micro * (2 * layers + 2)}
-    (found, *_) = (a.value for a in ranks(4, count_collectives_3, layout=(4, 1)))
-    assert found["alltoall_base_"] == micro * layers * 5          # counts; rows, there and back, twice
-
-
-def count_collectives_3(grid):
-    return count_collectives(grid, accumulate=3)
+    assert 1 < ranks(4, silent_rank)[0].value < 6
 
 
 def sent(grid, accumulate, recomputed, dtype):
@@ -402,6 +320,11 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
     assert (counted["rows"] > 0) == (layout[0] > 1) and (counted["copies"] > 0) == (layout[1] > 1)
 
 
+def test_one_process_makes_no_collective():
+    train.train_step(make_run(ALONE, torch.float32), 0)
+    assert not dist.is_initialized()
+
+
 class Waiting(TorchDispatchMode):
     """Operators that wait for a GPU, since sizes or Python depend on what it computed."""
 
@@ -418,9 +341,8 @@ class Waiting(TorchDispatchMode):
 
 def count_syncs(grid):
     """How often Python asks for the value of a tensor while a model computes: on a GPU each would wait."""
-    run, calls = make_run(grid, torch.float32, n_expert=12), []
+    run, calls, real = make_run(grid, torch.float32, n_expert=12), [], torch.Tensor.tolist
     with pytest.MonkeyPatch.context() as patch, Waiting() as waiting:
-        real = torch.Tensor.tolist
         patch.setattr(torch.Tensor, "tolist", lambda t: calls.append("tolist") or real(t))
         run.model(*run.corpus.train.rows(0, 4)).loss.backward()
     return [*calls, *waiting.names]
@@ -434,75 +356,44 @@ def test_one_device_synchronisation_per_layer(ranks):
 # --- precision of many processes --------------------------------------------------------------------------
 
 def dtypes_seen(grid):
-    """-> dtypes that a bf16 model computes in, and those of weights and gradients."""
-    model = parallel.build_model(small(n_expert=12), grid, "cpu", torch.bfloat16, 0)
-    named = parallel.Masters(model).named
-    seen = {}
+    """-> {module: dtypes that its weights have when it computes}, those of all weights and gradients."""
+    run, seen = make_run(grid, torch.bfloat16, shared=True), {}
+    model, named = run.model, run.masters.named
     for name, module in model.named_modules():
-        if name.endswith(("router", "attn_norm", "attn.qkv", "experts", "head", "embed")):
-            module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
-                {name: {str(parallel.local(p).dtype)[6:] for p in m.parameters()}}))
+        module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
+            {name: {p.dtype for p in m.parameters()}}))
     tokens = torch.randint(0, 64, (4, 12))
     model(tokens, tokens).loss.backward()
-    kinds = {str(t.dtype)[6:] for p in named.values() for t in (p, p.grad)}
-    return seen, kinds
+    return seen, {t.dtype for p in named.values() for t in (p, p.grad)}
 
 
 def test_bf16_is_of_the_matrices_alone(ranks):
     for seen, kinds in (a.value for a in ranks(2, dtypes_seen, layout=(2, 1))):
-        low = {name for name, dtypes in seen.items() if dtypes == {"bfloat16"}}
-        layers = "blocks.0", "blocks.1"
-        assert low == {"embed", "head", *(f"{i}.{n}" for i in layers for n in ("attn.qkv", "moe.experts"))}
-        assert all(seen[f"{i}.{n}"] == {"float32"} for i in layers for n in ("moe.router", "attn_norm"))
-        assert kinds == {"float32"}
-
-
-def bf16_norm(grid, accumulate):
-    """Norms of the gradient of the same tokens again and again."""
-    run = make_run(grid, torch.bfloat16, accumulate=accumulate, batch_size=4 * accumulate, clip=1e9)
-    rows = run.corpus.train.rows
-    run.corpus.train.rows = lambda first, count, rank=0, world=1: rows(0, 4, rank, world)
-    return train.train_step(run, 0).norm.item()
-
-
-def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(ranks):
-    """In bf16 the sum of 300 equal ones would stop growing at 256."""
-    one = [a.value for a in ranks(2, bf16_norm, 1, layout=(1, 1))][0]
-    many = [a.value for a in ranks(2, bf16_norm, 300, layout=(1, 1))][0]
-    assert many == pytest.approx(one, rel=0.01)
-    assert one == pytest.approx(bf16_norm(ALONE, 1), rel=0.02)
+        low = {name for name, dtypes in seen.items() if dtypes == {torch.bfloat16}}
+        assert low == {"embed", "head"} | {f"blocks.{i}.{name}" for i in (0, 1) for name in (
+            "attn.qkv", "attn.out", "moe.experts", "moe.shared")} and kinds == {torch.float32}
 
 
 # --- starting without memory ------------------------------------------------------------------------------
 
-# parameters so large that memory goes back to the system when they are freed
-BIG = dict(vocab_size=4096, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, d_model=256, n_expert=32,
-           d_expert=1024)
-
-
 def memory_of_start(grid):
     """-> bytes by which this process grew at most, of the whole model, of its largest parameter."""
     def held(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-    def build(config):
-        return parallel.build_model(config, grid, "cpu", torch.float32, 0)
-    build(small(n_expert=12))                                     # what torch loads at first use
+        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
+    # parameters so large that memory goes back to the system when they are freed
+    config = small(vocab_size=4096, n_layer=4, head_dim=32, d_model=256, n_expert=32, d_expert=1024)
+    parallel.build_model(small(n_expert=12), grid, "cpu", torch.float32, 0)     # torch loads code
     Path("/proc/self/clear_refs").write_text("5")                 # the peak is what it is now
-    before = held("VmRSS")
-    model = build(ModelConfig(**BIG))
-    grown = held("VmHWM") - before
+    before = held("VmRSS:")
+    model = parallel.build_model(config, grid, "cpu", torch.float32, 0)
     sizes = [4 * p.numel() for p in model.parameters()]
-    del model
-    return grown, sum(sizes), max(sizes)
+    return held("VmHWM:") - before, sum(sizes), max(sizes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
-@pytest.mark.parametrize("layout", [(1, 1), (4, 1)], ids=str)
-def test_a_rank_never_holds_more_than_its_shard_and_a_parameter_twice(ranks, layout):
+def test_a_rank_never_holds_more_than_its_shard_and_a_parameter_twice(ranks):
     ranks.stop()                                                  # new ones have no memory to use again
-    for grown, total, largest in (a.value for a in ranks(4, memory_of_start, layout=layout)):
+    for grown, total, largest in (a.value for a in ranks(4, memory_of_start, layout=(4, 1))):
         assert total > 400e6 and largest > 64e6 and total / 5 < grown < total / 4 + 2.2 * largest
 
 
@@ -541,47 +432,46 @@ def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
 
 
 def failing_save(grid, out):
-    """Rank 1 cannot read what it wrote."""
+    """Rank 1 has no space -> what each rank raises."""
     state = training_state(make_run(grid, torch.float32).masters)
     save_checkpoint(out, 1, state, 2, grid)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="Not a directory"):
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, SystemExit)) as raised:
         if grid.rank == 1:
-            patch.setattr(parallel, "checksum", lambda path: os.listdir(path))
+            patch.setattr(dcp.FileSystemWriter, "write_data", fail)
         save_checkpoint(out, 2, state, 2, grid)
+    return str(raised.value)
 
 
 def test_a_rank_that_cannot_write_fails_the_save_of_all(ranks, tmp_path):
-    ranks(3, failing_save, tmp_path, layout=(1, 1))
+    first, *others = (a.value for a in ranks(3, failing_save, tmp_path, layout=(1, 1)))
+    assert "step-2: " in first and "No space left on device" in first and others == ["2", "2"]
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
 # --- training ---------------------------------------------------------------------------------------------
 
 def losses(out):
-    return [[r[k] for k in ("loss", "lbl", "grad_norm") if k in r] + r["load_max"] + r["load_min"]
+    return [[r[k] for k in ("loss", "lbl", "grad_norm", "val_loss") if k in r] + r["load_max"] + r["load_min"]
             for r in evaluation.read_log(out)[1:]]
 
 
 def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_path):
     """4 -> 2 -> 1 -> 4 processes, and one all the way: the same curve, and the same held-out losses."""
     base = ["--data", str(corpus), *SIZES, "--batch_size", "9", "--accumulate", "3", "--lr", "1e-3",
-            "--balance", "top1", "--save_every", "2"]
-    train.main([*base, "--out", str(tmp_path / "one"), "--steps", "8", "--eval_every", "2"])
-    out = tmp_path / "many"
-    for world, steps, more in ((4, 2, ["--ep", "2"]), (2, 4, ["--ep", "1", "--replicate", "2"]),
-                               (1, 6, ["--replicate", "1"]), (4, 8, [])):
-        # each is told of all 8 steps, for the schedule's sake, and asked to stop before
-        argv = [*base, "--out", str(out), "--steps", "8", "--eval_every", "2", *more]
-        answers = ranks(world, train_until, argv, steps)
+            "--balance", "top1", "--save_every", "2", "--steps", "8", "--eval_every", "2"]
+    train.main([*base, "--out", str(tmp_path / "one")])
+    for world, last, more in ((4, 2, ["--ep", "2"]), (2, 4, ["--ep", "1", "--replicate", "2"]),
+                              (1, 6, ["--replicate", "1"]), (4, 8, [])):
+        answers = ranks(world, train_until, [*base, "--out", str(tmp_path / "many"), *more], last)
         assert all(a.code is None for a in answers), answers
         assert all(a.out == "" for a in answers[1:]) and "held out" in answers[0].out
-    assert len(losses(out)) == 8
-    for a, b in zip(losses(tmp_path / "one"), losses(out)):
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert len(one) == len(many) == 8
+    for a, b in zip(one, many):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-    vals = [[r["val_loss"] for r in evaluation.read_log(o)[1:] if "val_loss" in r]
-            for o in (tmp_path / "one", out)]
-    assert len(vals[0]) == 4 and vals[0] == pytest.approx(vals[1], rel=1e-6)
-    assert evaluation.read_log(out)[0]["processes"] == 4
 
 
 def train_until(argv, last):
@@ -598,51 +488,12 @@ def train_until(argv, last):
 @pytest.mark.parametrize("more, message", [
     (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
     (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
-    (["--data", "nowhere"], "nowhere"), (["--data", "SHORT"], "seq_len (16) is too long for the 9 tokens"),
+    (["--data", "nowhere"], "nowhere"), (["--seq_len", "65"], "seq_len"),
     (["--nonsense", "1"], "unrecognized arguments: --nonsense"), (["--init_from", "nowhere"], "nowhere")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
-    short = tmp_path / "short.bin"
-    writer = data.TokenWriter(short, 64)
-    writer.write([1] * 9)
-    writer.close()
-    more = [str(short) if word == "SHORT" else word for word in more]
     answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, *more])
     assert [a.code for a in answers] == [2, 2]
     line, = answers[0].err.splitlines()
     assert line.startswith("error: ") and message in line
     assert answers[1].err == "" and all(a.out == "" for a in answers)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_in_use_is_refused_by_all(ranks, corpus, tmp_path):
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2"]
-    run = train.start(train.plan_run(argv, 1), ALONE)
-    with run.log:
-        answers = ranks(2, train.main, argv)
-    assert [a.code for a in answers] == [2, 2]
-    assert "in use by another process" in answers[0].err and answers[1].err == ""
-
-
-def test_help_is_shown_once(ranks):
-    answers = ranks(2, train.main, ["--help"])
-    assert [a.code for a in answers] == [0, 0] and "--replicate" in answers[0].out and answers[1].out == ""
-
-
-def test_torchrun_trains_and_stops_when_asked(corpus, tmp_path):
-    """The real torchrun, told to end: all ranks save after the same step, and the command goes on there."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               train.__file__, "--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--ep", "2"]
-    log = tmp_path / "run" / "log.jsonl"
-    with subprocess.Popen([*command, "--steps", "100000"], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (log.exists() and log.read_text().count("\n") > 3):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    step, = checkpoints(tmp_path / "run")
-    assert f"stopped and saved after step {step}" in out
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == step
