@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import model as M
 from model import PRESETS, ChunkedCrossEntropy, Experts, Model, count_parameters, from_hf, sample, to_hf
 from parallel import Masters
-from router import GATES, differentiate_at, load_balancing_loss
+from router import GATES
 
 
 def randomised(config, seed=1):
@@ -197,7 +197,7 @@ def test_packed_documents_equal_one_by_one(tied, K):
 
 
 def test_recomputation_counts_once():
-    """Under activation checkpointing a block runs twice; loads, losses and gradients are those of once."""
+    """Under activation checkpointing a block runs twice; statistics and gradients are those of once."""
     once, twice = randomised(small()).double(), randomised(small()).double()
     tokens, calls = torch.randint(0, 64, (3, 10)), []
     for block in twice.blocks:
@@ -206,8 +206,7 @@ def test_recomputation_counts_once():
     for model in (once, twice):
         out = model(tokens, tokens)
         assert out.load.sum(-1).tolist() == [30, 30]
-        (out.loss + differentiate_at(lambda p, load=out.load: load_balancing_loss(load, p, 30),
-                                     [out.prob_sum], [out.prob_sum])[1]).backward()
+        (out.loss + out.prob_sum.square().sum()).backward()
     assert len(calls) == 4                                        # it did run twice
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(once.parameters(), twice.parameters()))
 
