@@ -3,18 +3,19 @@
     tokens [B,T] -> embedding [B,T,D]
       per layer:  x + attention(norm(x))       grouped-query attention, QK-norm, rotary positions
                   x + moe(norm(x))
-         moe:     router     h [N,D] -> weights [N,K], experts [N,K], rows of each expert [E], statistics
+         moe:     router     h [N,D] -> weights [N,K], experts [N,K], load [E], statistics
                   dispatch   rows sorted by expert [R,D]
                   experts    SwiGLU on stacked weights [E,D,2F] and [E,F,D], one grouped product each -> [R,D]
                   combine    back to token order, times weights, summed over K -> [N,D]
     norm -> logits [B,T,V] -> cross-entropy SUMMED over the targets
 
-The architecture is Qwen3-MoE's (the weights load into transformers) at the sizes of Sigma-MoE-Tiny
-(arXiv 2512.16248).  A dense model is the same model with one expert.  The shape letters are in router.py.
+Qwen3-MoE's architecture (the weights load into transformers) at the sizes of Sigma-MoE-Tiny (arXiv
+2512.16248).  A dense model is the same with one expert.  The shape letters are in router.py.
 
     python model.py --preset sigma-moe-tiny --ranks 64    parameters, FLOPs per token, bytes of state per rank
 """
 
+import argparse
 import zlib
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -22,7 +23,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from router import GATES, Router, Statistics
 
@@ -46,8 +46,7 @@ class ModelConfig:
     d_expert: int = size("F, hidden width of an expert")
     top_k: int = size("K, experts activated per token", default=1)
     gate: str = size(f"{', '.join(GATES)}: see Router in router.py", default="softmax")
-    token_router: bool = size("true or false: a control, in which layer 0 routes on the token's embedding "
-                              "alone", default=False)
+    token_router: bool = size("true: a control, layer 0 routes on the token's embedding alone", default=False)
     rope_base: float = size("base of the rotary positions", default=10000.0)
     norm_eps: float = size("epsilon of the norms", default=1e-6)
     tie_embeddings: bool = size("true or false: one matrix for embedding and head", default=False)
@@ -60,10 +59,9 @@ class ModelConfig:
                 raise ValueError(f"{f.name} must be a whole number of at least 1, got {value!r}")
             if f.type is float and not value > 0:
                 raise ValueError(f"{f.name} must be above 0, got {value!r}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim % 2 or self.n_head % self.n_kv_head:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, and n_head ({self.n_head}) a "
+                             f"multiple of n_kv_head ({self.n_kv_head})")
         if self.top_k > self.n_expert:
             raise ValueError(f"top_k ({self.top_k}) must not be above n_expert ({self.n_expert})")
         if self.gate not in GATES:
@@ -79,21 +77,20 @@ class ModelConfig:
 
 
 PRESETS = {
-    # two CPU cores, five minutes; the paper's proportions: experts half as wide as the residual stream
+    # five minutes on two CPU cores; the paper's proportions: experts half as wide as the residual stream
     "laptop": ModelConfig(
         vocab_size=2048, n_layer=4, n_head=2, n_kv_head=2, head_dim=32, d_model=64, n_expert=96, d_expert=32,
         tie_embeddings=True, max_seq_len=512),
-    # 0.31B parameters (5.6 GB of training state), 9M of them active: quick experiments on one card.
-    # Fewer, larger micro-batches are faster: --accumulate 1 on 24 GB or more, 2 on 16 GB, 8 on 8 to 12 GB
+    # 0.31B parameters (5.6 GB of training state), 9M of them active; --accumulate 2 on 16 GB, 8 on 8 to 12 GB
     "gpu": ModelConfig(
         vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, head_dim=64, d_model=512, n_expert=96,
         d_expert=256, tie_embeddings=True, max_seq_len=1024),
-    # 1.1B parameters (19 GB of training state), 0.1B active: --accumulate 1 on 80 GB, 4 on 40 GB, 16 on 24 GB
+    # 1.1B parameters (19 GB of training state), 0.1B active; --accumulate 4 on 40 GB, 16 on 24 GB
     "gpu-1b": ModelConfig(
         vocab_size=50304, n_layer=13, n_head=16, n_kv_head=4, head_dim=64, d_model=1024, n_expert=96,
         d_expert=256, tie_embeddings=True, max_seq_len=2048),
-    # 19.98B parameters, 0.537B of them active without embeddings.  Head and expert widths are inferred from
-    # the published totals; vocabulary and rotary base are those of sibling models by the same authors.
+    # 19.98B parameters, 0.537B active without embeddings.  Head and expert widths are inferred from these
+    # published totals; vocabulary and rotary base are those of sibling models by the same authors.
     "sigma-moe-tiny": ModelConfig(
         vocab_size=200064, n_layer=56, n_head=16, n_kv_head=4, head_dim=96, d_model=1536, n_expert=96,
         d_expert=768),
@@ -103,18 +100,17 @@ PRESETS = {
 # --- mixture of experts -----------------------------------------------------------------------------------
 
 class Permute(torch.autograd.Function):
-    """rows[order].  The gradient is gathered by the inverse permutation, in a fixed order, where autograd's
-    own index_select would scatter it."""
+    """rows[order], whose gradient is gathered by the inverse permutation, not scattered."""
 
     @staticmethod
     def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(order, inverse)
+        ctx.save_for_backward(inverse)
         return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return Permute.apply(grad, inverse, order), None, None
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 def sort_by_expert(experts):
@@ -132,14 +128,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x, top_k, padding_mask=None, router_input=None, with_stats=True):
-        """x [B, T, D] -> output [B, T, D], Statistics (None without with_stats).
-
-        padding_mask [B, T] is False for padding: computed like text, for static shapes, but with an output of
-        zero and in no statistics.  router_input: what the router sees in place of x."""
+        """x [B, T, D], padding_mask [N] (see Router), what the router sees if not x [B, T, D] -> output
+        [B, T, D], Statistics (None without with_stats)."""
         h = x.flatten(0, 1)
-        mask = None if padding_mask is None else padding_mask.flatten()
         scored = h if router_input is None else router_input.flatten(0, 1)
-        weights, experts, load, statistics = self.router(scored, top_k, mask, with_stats)
+        weights, experts, load, statistics = self.router(scored, top_k, padding_mask, with_stats)
         if not with_stats and experts.numel() <= len(load):       # a generated token: most experts idle
             rows = self.experts.few_rows(h, experts)
         else:
@@ -152,18 +145,16 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks without biases (arXiv 2002.05202), their weights stacked along dim 0."""
+    """E SwiGLU networks (arXiv 2002.05202) with stacked weights, gate and up projections side by side."""
 
     def __init__(self, config):
         super().__init__()
-        E, D, F_ = config.n_expert, config.d_model, config.d_expert
-        self.w_in = nn.Parameter(torch.empty(E, D, 2 * F_))       # gate and up projections side by side
-        self.w_out = nn.Parameter(torch.empty(E, F_, D))
+        self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
+        self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
 
     def forward(self, rows, load):
-        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.
-
-        The seam of expert parallelism: parallel.py replaces this method, and nothing outside changes."""
+        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.  parallel.py
+        replaces this method for expert parallelism, and nothing outside changes."""
         return self.compute(rows, load, self.w_in, self.w_out)
 
     @staticmethod
@@ -179,30 +170,22 @@ class Experts(nn.Module):
 
 
 def grouped_product(rows, weights, ends):
-    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out].  Expert e owns rows ends[e-1]:ends[e],
-    often none."""
-    if grouped_mm_limitation(rows.dtype, rows.device.type, weights.shape[1:]):
-        return looped_product(rows, weights, ends)
+    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out].  Expert e has ends[e-1]:ends[e]."""
+    if grouped_mm_limitation(rows.dtype, rows.device.type, weights.shape[1:]):    # one expert after the other
+        parts = rows.tensor_split(ends.tolist()[:-1])
+        return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind())])
     return F.grouped_mm(rows, weights, offs=ends)
-
-
-def looped_product(rows, weights, ends):
-    """grouped_product one expert after the other: the reference, and for what grouped_mm refuses."""
-    parts = rows.tensor_split(ends.tolist()[:-1])
-    return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind())])
 
 
 def grouped_mm_limitation(dtype, device, widths):
     """Why torch's grouped_mm does not take rows and weights of these widths, or None."""
-    dtypes = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
-    if dtype not in dtypes.get(device, ()):
-        return f"it does not compute in {str(dtype)[6:]} on {device}"
-    unit = 16 // dtype.itemsize                                   # a stride is a multiple of 16 bytes
-    wrong = [width for width in widths if width % unit]
-    return f"in {str(dtype)[6:]} widths are multiples of {unit}, and {wrong[0]} is not" if wrong else None
+    if (device, dtype) not in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
+        return f"no {str(dtype)[6:]} on {device}"
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return f"in {str(dtype)[6:]} widths must be multiples of {16 // dtype.itemsize}"
 
 
-# --- attention and block ----------------------------------------------------------------------------------
+# --- attention, block, loss -------------------------------------------------------------------------------
 
 class RMSNorm(nn.RMSNorm):
     """In the weight's dtype (fp32) or wider, and back."""
@@ -212,8 +195,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(positions, head_dim, base, dtype):
-    """cos and sin [.., T, 1, head_dim/2] of the angles that positions [.., T] turn each pair by (arXiv
-    2104.09864)."""
+    """positions [.., T] -> cos, sin [.., T, 1, head_dim/2] of the angle of each pair (arXiv 2104.09864)."""
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
     angle = positions.to(wide)[..., None, None] / base ** exponent
@@ -239,10 +221,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None, at=None):
-        """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query sees; None is causal.
-
-        cache: keys and values [B, capacity, G, head_dim] each, written at the positions at [B, T]; read if
-        there is a mask."""
+        """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query sees; None is causal.  cache:
+        keys and values [B, capacity, G, head_dim], written at positions at [B, T], and read if masked."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -259,9 +239,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that."""
 
-    def __init__(self, config, token_router=False):
+    def __init__(self, config, first):
         super().__init__()
-        self.token_router = token_router
+        self.token_router = config.token_router and first
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -274,11 +254,9 @@ class Block(nn.Module):
         return x + y, *(statistics or ())
 
 
-# --- loss -------------------------------------------------------------------------------------------------
-
 def cross_entropy(x, weight, targets):
-    """x [n, D], weight [V, D], targets [n] (-1: none) -> summed cross-entropy [], its gradient with respect
-    to the logits [n, V] in x's dtype, which is softmax - one-hot.  Softmax and loss are in fp32 or wider."""
+    """x [n, D], weight [V, D], targets [n] (-1: none) -> summed cross-entropy [] in fp32 or wider, and its
+    gradient with respect to the logits [n, V], softmax - one-hot, in x's dtype."""
     log_prob = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1)
     valid, target = (targets != -1)[:, None], targets.clamp(min=0)[:, None]
     right = log_prob.gather(1, target)
@@ -287,13 +265,12 @@ def cross_entropy(x, weight, targets):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Output head and cross-entropy, some rows at a time: the [N, V] logits never exist (3.3 GB for 4,096
-    tokens at a vocabulary of 200,064).  The gradient is computed beside the loss: no chunk is computed twice.
-    """
+    """Output head and cross-entropy of x [N, D], weight [V, D], targets [N] (-1: none), some rows at a time:
+    the [N, V] logits never exist (3.3 GB for 4,096 tokens at a vocabulary of 200,064).  The gradient is
+    computed beside the loss: no chunk is computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_loss):
-        """x [N, D], weight [V, D], targets [N] (-1: none), cross_entropy or that compiled -> summed loss."""
+    def forward(ctx, x, weight, targets, chunk_loss):             # cross_entropy, or that compiled
         rows = 256 if x.device.type == "cpu" else 4096            # on a CPU what its caches hold
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -307,7 +284,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None
@@ -325,60 +301,46 @@ class Head(nn.Linear):
         return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss)
 
 
-# --- the model --------------------------------------------------------------------------------------------
+# --- the model, generation, counts ------------------------------------------------------------------------
 
 class Output(NamedTuple):
-    """What a forward pass with targets returns.  All of it adds up over micro-batches and processes."""
+    """What a forward pass with targets returns: sums, over micro-batches and processes too."""
 
     loss: torch.Tensor          # [] cross-entropy in nats, SUMMED over the targets that are not -1
-    counts: torch.Tensor        # [2] int64: targets, and tokens routed without padding
+    n_targets: torch.Tensor     # [] int64
+    n_tokens: torch.Tensor      # [] int64, routed: padding is not counted
     statistics: Statistics      # of all layers, [L, ..]
-
-    n_targets = property(lambda self: int(self.counts[0]))        # waits for the device
-    n_tokens = property(lambda self: int(self.counts[1]))
     load = property(lambda self: self.statistics.load)            # [L, E] int64
     prob_sum = property(lambda self: self.statistics.prob_sum)    # [L, E] with gradient
 
 
 class Model(nn.Module):
-    """A sparse language model, initialised (see init_weights)."""
+    """A sparse language model, initialised (see draw)."""
 
     def __init__(self, config, seed=None):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, config.token_router and i == 0)
-                                    for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
-        if not self.embed.weight.is_meta:
-            self.init_weights(torch.initial_seed() if seed is None else seed)
+        for name, p in self.named_parameters() if not self.embed.weight.is_meta else ():
+            self.draw(name, p, torch.initial_seed() if seed is None else seed)
 
     def tie(self):
-        """One tensor for embedding and head, if the config says so.  Needed again after to_empty(), which
-        parts them."""
+        """One tensor for embedding and head, if tied; again after to_empty(), which parts them."""
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     @torch.no_grad()
-    def init_weights(self, seed):
-        """Draw all parameters; selection biases are zero.
-
-            norms                         1
-            routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
-            attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
-            everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125
-
-        """
-        for bias in self.buffers():
-            bias.zero_()
-        for name, p in self.named_parameters():
-            self.draw(name, p, seed)
-
     def draw(self, name, p, seed):
-        """Fill p, the whole of the parameter of this name, from a generator of its own, seeded by the name:
-        a process that holds a part of the parameters draws the same ones."""
+        """Fill p, the whole parameter of this name, from a generator seeded by name: the same on every grid.
+
+        norms                         1
+        routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
+        attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
+        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125"""
         D, L = self.config.d_model, self.config.n_layer
         generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         if p.dim() == 1:
@@ -386,54 +348,45 @@ class Model(nn.Module):
         elif "router" in name:
             p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         else:
-            std = 0.5 * D ** -0.5
-            p.normal_(0.0, std / (2 * L) ** 0.5 if name.endswith(("attn.out.weight", "w_out")) else std,
-                      generator=generator)
+            residual = name.endswith(("attn.out.weight", "experts.w_out"))
+            p.normal_(0.0, 0.5 * D ** -0.5 / ((2 * L) ** 0.5 if residual else 1), generator=generator)
 
     def forward(self, tokens, targets=None, top_k=None, doc=None):
-        """Logits, or with targets the loss and the routing statistics.
+        """tokens [B, T] int64 -> logits [B, T, V] in fp32 or wider, or with targets Output.
 
-        tokens, targets  [B, T] int64; a target of -1 is not counted
-        top_k            experts activated per token: one number, or one for each layer; default the config's
-        doc              [B, T] document ids: attention stays inside a document; -1 is padding, which counts
-                         nowhere
-
-        -> logits [B, T, V] (fp32 or wider), or Output.
-        """
-        if targets is not None and not len(tokens):               # no rows on this rank: one of padding, so
-            tokens, nothing = tokens.new_zeros(1, tokens.shape[1]), tokens.new_full((1, tokens.shape[1]), -1)
-            targets = doc = nothing                               # that collectives match
+        targets  [B, T]; -1 is not counted
+        top_k    experts activated per token: one number, or one for each layer; default the config's
+        doc      [B, T] document ids: attention stays inside a document; -1 is padding, counted nowhere"""
+        if targets is not None and not len(tokens):
+            tokens = tokens.new_zeros(1, tokens.shape[1])         # no rows on this rank: run one of padding,
+            targets = doc = torch.full_like(tokens, -1)           # so that collectives match
         x, statistics = self.features(tokens, top_k, doc)
         if targets is None:
             return self.head(x)
         targets = targets if doc is None else targets.masked_fill(doc < 0, -1)
         text = torch.ones_like(tokens) if doc is None else doc >= 0
-        return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), text.sum()]), statistics)
+        return Output(self.head(x, targets), (targets != -1).sum(), text.sum(), statistics)
 
     def features(self, tokens, top_k=None, doc=None, cache=None, at=None):
-        """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache).
-
-        cache, at: see Attention; a single token sees all positions up to its own, several are a prompt."""
-        B, T = tokens.shape
-        if T > self.config.max_seq_len:
-            raise ValueError(f"{T} tokens are longer than max_seq_len ({self.config.max_seq_len})")
-        x, padding_mask = self.embed(tokens), None if doc is None else doc >= 0
-        positions, mask = torch.arange(T, device=x.device), None
+        """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""
+        T, config, mask = tokens.shape[1], self.config, None
+        if T > config.max_seq_len:
+            raise ValueError(f"{T} tokens are longer than max_seq_len ({config.max_seq_len})")
+        x, padding_mask = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
+        at = torch.arange(T, device=x.device)[None] if at is None else at
         if doc is not None:
-            mask = ((positions <= positions[:, None]) & (doc[:, :, None] == doc[:, None, :]))[:, None]
-        elif cache is not None and T == 1:
+            mask = ((at[:, None] <= at[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
+        elif cache is not None and T == 1:                        # several tokens are a prompt, and causal
             mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= at)[:, None, None]
-        positions = positions if at is None else at
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        cos, sin = rotary(at, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
-        for block, k, kv in zip(self.blocks, self.config.layer_top_k(top_k), caches):
+        for block, k, kv in zip(self.blocks, config.layer_top_k(top_k), caches):
             x, *statistics = block(x, k, cos, sin, mask, padding_mask, kv, at)
             sums.append(statistics)
         return self.norm(x), None if cache else Statistics(*map(torch.stack, zip(*sums)))
 
     def decode(self, tokens, at, cache, top_k=None):
-        """tokens [B] at positions at [B] -> logits of the next ones [B, V].  Static shapes and no device
-        synchronisation: compiled, this is a CUDA graph."""
+        """tokens [B] at positions at [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
         return self.head(self.features(tokens[:, None], top_k, cache=cache, at=at[:, None])[0])[:, 0]
 
     def generate(self, tokens, max_new_tokens, *args, **kwargs):
@@ -444,41 +397,28 @@ class Model(nn.Module):
     @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=(),
                generator=None, lengths=None, compiled=None):
-        """Continue tokens [B, T] by sampling: yields the next token of every sequence [B], again and again.
+        """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].
 
-        temperature  0 is greedy
-        top_p        keep the most probable tokens that together reach it
         stop         token ids that end a sequence, which then repeats the first; when all are over, it ends
-        lengths      [B], of rows padded on the right; all must fit into the context, which else, when it is
-                     full, forgets its older half
+        lengths      [B], of rows padded on the right
         compiled     compile the step (default: on CUDA)"""
-        window, (B, T), device = self.config.max_seq_len, tokens.shape, tokens.device
-        if lengths is not None and T + max_new_tokens > window:
-            raise ValueError(f"rows of different lengths need at most {window} tokens (max_seq_len) in all")
-        step = self.decode
+        (B, T), step = tokens.shape, self.decode
         if tokens.is_cuda if compiled is None else compiled:
             step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-        text, new, cache = tokens[:, -window:], None, None
-        done, ends = torch.zeros(B, dtype=torch.bool, device=device), torch.tensor(stop, device=device)
-        for _ in range(max_new_tokens):
-            if text.shape[1] > window:
-                text, cache = text[:, -max(1, window // 2):], None
-            if cache is None:                                     # prefill
-                cache = self.kv_cache(B, T + max_new_tokens)
-                positions = torch.arange(text.shape[1], device=device).expand(B, -1)
-                last = positions[:, -1] if lengths is None else lengths - 1
-                x = self.features(text, top_k, cache=cache, at=positions)[0]
-                logits = self.head(x[torch.arange(B, device=device), last][:, None])[:, 0]
-            else:
-                logits = step(new, last, cache, top_k)
+        done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
+        last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
+        cache = self.kv_cache(B, T + max_new_tokens)
+        x = self.features(tokens, top_k, cache=cache)[0]          # prefill
+        logits = self.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
+        for left in reversed(range(min(max_new_tokens, self.config.max_seq_len + 1 - T))):
             new, last = sample(logits, temperature, top_p, generator), last + 1
             if stop:
                 new = new.masked_fill(done, stop[0])
                 done |= torch.isin(new, ends)
-            text = torch.cat([text, new[:, None]], 1)
             yield new
-            if stop and done.all():
-                break
+            if not left or stop and done.all():
+                return
+            logits = step(new, last, cache, top_k)
 
     def kv_cache(self, batch, length):
         """Keys and values of each layer for `length` positions, rounded up: every capacity compiles anew."""
@@ -491,25 +431,20 @@ class Model(nn.Module):
 
 
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
-    """One token for each row of logits [B, V] -> [B].  temperature 0 is greedy."""
-    if not (0 <= temperature < float("inf") and 0 < top_p):
+    """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
+    if temperature < 0 or top_p <= 0:
         raise ValueError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
     prob, token = logits.softmax(-1).sort(-1, descending=True)
-    prob = prob * (prob.cumsum(-1) - prob < top_p)                # the likeliest, until top_p is reached
+    prob = prob * (prob.cumsum(-1) - prob < top_p)
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
-# --- counting ---------------------------------------------------------------------------------------------
-
 def count_parameters(config, top_k=None):
-    """-> (total, active, active without embeddings): parameters, and those that one token makes use of.
-
-    Counted on the meta device, which takes no memory.  top_k as in Model.forward.  The output head counts as
-    an embedding, and once when tied."""
-    with torch.device("meta"):
+    """-> parameters: all, those that a token makes use of, and of these all but embedding and output head."""
+    with torch.device("meta"):                                    # takes no memory
         sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
     total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
     embeddings = sum(n for name, n in sizes.items() if name in ("embed.weight", "head.weight"))
@@ -518,37 +453,28 @@ def count_parameters(config, top_k=None):
 
 
 def flops_per_token(config, seq_len, top_k=None):
-    """Floating-point operations of forward and backward pass for one token: 6 per active weight of a product,
-    with the K of every layer, the router, the head and the causal half of attention (each query sees
-    seq_len / 2 keys on average); without recomputation, padding, and the optimizer."""
+    """FLOPs of forward and backward pass: 6 per active weight, the head included, and causal attention."""
     matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_dim * seq_len    # 2 products, half masked
     return 6 * (matrices + attention)
 
 
 def state_bytes(config, ranks=1):
-    """Bytes of training state per rank: fp32 weight, gradient and two moments of each parameter (16), and in
-    one process a bf16 copy that computes (2)."""
+    """Bytes per rank: fp32 weight, gradient and two moments, and in one process a bf16 copy that computes."""
     return (18 if ranks == 1 else 16) * count_parameters(config)[0] // ranks
 
 
 def main(argv=None):
-    from data import Parser  # for the command line only
-
-    parser = Parser(prog="model.py", description="Count a preset.")
+    parser = argparse.ArgumentParser(prog="model.py", description="Count a preset.")
     parser.add_argument("--preset", default="laptop", choices=PRESETS, help="which (laptop)")
     parser.add_argument("--seq_len", type=int, metavar="T", help="for the FLOPs of attention (the longest)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="that share the state (1)")
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
-    seq_len = args.seq_len or config.max_seq_len
-    total, active, core = count_parameters(config)
-    flops, state = flops_per_token(config, seq_len), state_bytes(config, args.ranks)
-    print(f"{args.preset}: {config.n_layer} layers of {config.n_expert} experts\n"
-          f"parameters        {total:>15,}\n"
-          f"active per token  {active:>15,}   {core:,} without embeddings\n"
-          f"FLOPs per token   {flops:>15.4g}   forward and backward, at {seq_len} tokens\n"
-          f"bytes of state    {state:>15,}   on each of {args.ranks} ranks, bf16")
+    T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
+    print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
+          f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
+          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16")
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
@@ -559,7 +485,7 @@ HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head"
             "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
             "max_seq_len": "max_position_embeddings"}
 HF_FIXED = {"model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [],
-            "decoder_sparse_step": 1}
+            "decoder_sparse_step": 1, "use_sliding_window": False}
 HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "head.weight": "lm_head.weight", "attn_norm.weight": "input_layernorm.weight",
             "attn.out.weight": "self_attn.o_proj.weight", "attn.q_norm.weight": "self_attn.q_norm.weight",
@@ -569,17 +495,13 @@ HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.n
 
 def hf_config(config, top_k=None):
     """config.json of transformers' Qwen3MoeForCausalLM.  ValueError for what that model does not have."""
-    found = config.layer_top_k(top_k)
-    if len(set(found)) > 1:
-        raise ValueError(f"Qwen3-MoE has one number of experts per token, not {found}: export a checkpoint "
-                         "from after the switch")
-    if config.gate not in ("softmax", "normalized") or config.token_router:
-        raise ValueError(f"Qwen3-MoE has no {config.gate} gate or no token_router; train with --gate softmax "
-                         "or normalized, or use eval.py on the run itself")
+    top_k = config.layer_top_k(top_k)
+    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized") or config.token_router:
+        raise ValueError("Qwen3-MoE has a softmax or normalized gate, one top_k for all layers and no "
+                         f"token_router, unlike this model: {config.gate}, {top_k}, {config.token_router}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
-        "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": found[0],
-        "intermediate_size": config.d_expert, "norm_topk_prob": config.gate == "normalized",
-        "rope_theta": config.rope_base}
+        "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
+        "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
 
 
 def from_hf_config(saved):
@@ -587,20 +509,16 @@ def from_hf_config(saved):
     saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
     wrong = [f"{name} {saved[name]!r}" for name, value in HF_FIXED.items() if saved.get(name, value) != value]
-    wrong += [f"rope {rope}"] * (rope.get("rope_type", rope.get("type", "default")) != "default")
-    wrong += [name for name in ("use_sliding_window", "quantization_config") if saved.get(name)]
-    wrong += [f"no {theirs}" for theirs in HF_SIZES.values() if saved.get(theirs) is None]
-    if wrong:
-        raise ValueError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong)}")
-    base = rope.get("rope_theta", saved.get("rope_theta", 10000.0))
-    return {ours: saved[theirs] for ours, theirs in HF_SIZES.items()} | {
-        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax", "rope_base": float(base)}
+    if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
+    return {ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()} | {
+        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax",
+        "rope_base": float(rope.get("rope_theta", saved.get("rope_theta", 10000.0)))}
 
 
 def hf_views(config, name, p):
     """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
-
-    Their experts are separate tensors that multiply from the left, so each is a transposed slice of ours."""
+    Their experts are separate tensors that multiply from the left: transposed slices of ours."""
     prefix = ""
     if name.startswith("blocks."):
         _, layer, name = name.split(".", 2)
@@ -608,13 +526,10 @@ def hf_views(config, name, p):
     if name == "attn.qkv.weight":
         heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
         return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
-    if name == "moe.experts.w_in":
-        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view
-                for e, expert in enumerate(p.mT) for n, view in zip(("gate", "up"), expert.chunk(2))}
-    if name == "moe.experts.w_out":
-        return {f"{prefix}mlp.experts.{e}.down_proj.weight": expert for e, expert in enumerate(p.mT)}
-    if name not in HF_NAMES:
-        raise ValueError(f"Qwen3-MoE has no place for the parameter {name}")
+    if ".experts." in name:
+        parts = ("gate", "up") if name.endswith("w_in") else ("down",)
+        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view for e, expert in enumerate(p.mT)
+                for n, view in zip(parts, expert.chunk(len(parts)))}
     return {prefix + HF_NAMES[name]: p}
 
 
@@ -622,8 +537,7 @@ def to_hf(model):
     """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
     lm_head when tied.  ValueError for selection biases, for which there is no place."""
     if any(bias.any() for bias in model.buffers()):
-        raise ValueError("transformers' Qwen3-MoE has no selection biases, which --balance loss-free makes; "
-                         "train on with --init_from and another --balance, which zeroes them")
+        raise ValueError("Qwen3-MoE has no selection biases; --init_from with another --balance zeroes them")
     return {theirs: view.clone(memory_format=torch.contiguous_format)
             for name, p in model.named_parameters()
             for theirs, view in hf_views(model.config, name, p.detach()).items()}
@@ -631,29 +545,20 @@ def to_hf(model):
 
 @torch.no_grad()
 def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
-    """Fill a model from a mapping with transformers' names, one parameter after the other -> model.
-
-    put(name, p, whole value) fills one.  ValueError lists what is missing, unknown or of another shape;
-    nothing is changed then."""
-    config = model.config
-    shapes = {theirs: tuple(view.shape) for name, p in model.named_parameters()
-              for theirs, view in hf_views(config, name, torch.empty(p.shape, device="meta")).items()}
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    problems = [f"{theirs} is missing" for theirs in shapes if theirs not in state]
-    problems += [f"{theirs} is unknown" for theirs in state if theirs not in shapes.keys() | tied]
-    problems += [f"{theirs} is {tuple(state[theirs].shape)}, should be {shape}"
-                 for theirs, shape in shapes.items() if theirs in state and state[theirs].shape != shape]
-    if tied & set(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
-        problems.append("lm_head.weight is not the embedding, though they are tied")
-    if problems:
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:20])}")
+    """Fill a model from a mapping with transformers' names -> model; put(name, p, whole) fills a parameter.
+    ValueError, before anything is changed, lists what is missing, unknown or of another shape."""
+    wanted = {theirs: tuple(view.shape) for name, p in model.named_parameters()
+              for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
+    given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
+             if theirs != "lm_head.weight" or not model.config.tie_embeddings}        # else a copy
+    if given != wanted:
+        missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
+        raise ValueError(f"these weights do not fit the model, which needs {missing}, not {unknown}")
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
-        for theirs, view in hf_views(config, name, whole).items():
+        for theirs, view in hf_views(model.config, name, whole).items():
             view.copy_(state[theirs])
         put(name, p, whole)
-    for bias in model.buffers():
-        bias.zero_()
     return model
 
 

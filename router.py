@@ -8,10 +8,8 @@ Shape letters, used in every file:
     R = N*K rows routed (a token activates K experts, so it appears in K rows)
 
 A router scores every expert for every token with one matrix, keeps the K best, and hands the token to them.
-Nothing in that forces the experts to be used evenly; that is what the losses below are for.
-
-The statistics of a forward pass are SUMS over tokens (counts, sums of probabilities).  Sums add up over
-micro-batches and over processes, means do not, so every loss here is a function of sums.
+Nothing in that forces the experts to be used evenly; that is what the losses below are for.  They are
+functions of SUMS over tokens, which, unlike means, add up over micro-batches and processes.
 """
 
 import math
@@ -31,23 +29,23 @@ class Statistics(NamedTuple):
 
     The gate's probability p is the softmax over all experts, whatever the gate."""
 
-    load: torch.Tensor                  # [E] int64, rows that each expert gets; sums to N*K without padding
-    prob_sum: torch.Tensor = None       # [E] p of each expert, with gradient
-    sharp_sum: torch.Tensor = None      # [E] the same at the router's temperature, with gradient
-    sharp_top_sum: torch.Tensor = None  # [] the largest of those of each token, with gradient
-    z_sum: torch.Tensor = None          # [] squared logsumexp of the logits, with gradient
-    top_sum: torch.Tensor = None        # [] the largest p of each token
-    entropy_sum: torch.Tensor = None    # [] entropy of p in nats; log E is a flat gate
-    margins: torch.Tensor = None        # [E, BINS] int64 histograms for quantile balancing, else [E, 0]
+    load: torch.Tensor          # [E] int64, rows that each expert gets; sums to N*K without padding
+    prob_sum: torch.Tensor      # [E] p of each expert, with gradient
+    sharp_sum: torch.Tensor     # [E] the same at the router's temperature, with gradient
+    sharp_top_sum: torch.Tensor # [] the largest of those of each token, with gradient
+    z_sum: torch.Tensor         # [] squared logsumexp of the logits, with gradient
+    top_sum: torch.Tensor       # [] the largest p of each token
+    entropy_sum: torch.Tensor   # [] entropy of p in nats; log E is a flat gate
+    margins: torch.Tensor       # [E, BINS] int64 histograms for quantile balancing, else [E, 0]
 
 
 class Routing(NamedTuple):
     """Where the N tokens of one layer go."""
 
-    weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient; 0 for padding
+    weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient
     experts: torch.Tensor       # [N, K] int64, the chosen experts, the best one first
     rows: torch.Tensor          # [E] int64, rows that each expert computes, padding too
-    statistics: Statistics      # of the tokens that are not padding; None if not asked for
+    statistics: Statistics      # of the tokens that are not padding, or None
 
 
 class Router(nn.Module):
@@ -55,8 +53,8 @@ class Router(nn.Module):
 
     Computed in fp32 (or wider): rounding the scores to bf16 flips choices between near-equal experts.
 
-    Every gate must leave the router a gradient from the language-model loss at K = 1.  Probabilities divided
-    by the sum of the chosen ones are the constant 1 there, and the router learns nothing; hence
+    Every gate must leave the router a gradient at K = 1, where probabilities divided by the sum of the chosen
+    ones are the constant 1, and the router learns nothing; hence
 
       softmax      the plain probability p_k, softmax taken over ALL experts and never renormalised
                    (Switch Transformer, arXiv 2101.03961, eq. 2)
@@ -65,8 +63,7 @@ class Router(nn.Module):
                    not change with K; its gradient is that of log p
 
     The choice is made by score + bias.  The bias [E] is 0 unless loss-free or quantile balancing moves it;
-    it is no parameter, has no gradient, and never enters the weights.
-    """
+    it is no parameter, has no gradient, and never enters the weights."""
 
     def __init__(self, d_model, n_expert, gate):
         super().__init__()
@@ -77,7 +74,8 @@ class Router(nn.Module):
         self.counts_margins = False                               # and this, for quantile balancing
 
     def forward(self, h, top_k, mask=None, with_stats=True):
-        """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding."""
+        """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding, which is routed like text, so
+        that shapes are static, but is not counted; it has no gradient, for nothing looks at it."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
@@ -88,19 +86,19 @@ class Router(nn.Module):
         weights = score.gather(-1, experts)
         if self.gate == "normalized":
             weights = weights / weights.sum(-1, keepdim=True).detach()
-        rows = count_rows(experts, prob.shape[-1])
-        if mask is not None:
-            weights = weights * mask[:, None]
-        statistics = self.statistics(logits, prob, experts, rows, mask) if with_stats else None
-        if with_stats and self.counts_margins and top_k < len(rows):
-            statistics = statistics._replace(margins=count_margins(score.detach(), choice, top_k, mask))
+        rows, statistics = count_rows(experts, prob.shape[-1]), None
+        if with_stats:
+            load = rows if mask is None else count_rows(experts, len(rows), mask)
+            margins = rows.new_zeros(len(rows), 0)
+            if self.counts_margins:
+                margins = count_margins(score.detach(), choice, top_k, mask)
+            statistics = self.statistics(logits, prob, load, margins, mask)
         return Routing(weights, experts, rows, statistics)
 
-    def statistics(self, logits, prob, experts, rows, mask):
-        """logits, prob [N, E], experts [N, K], rows [E], mask [N] or None -> Statistics."""
+    def statistics(self, logits, prob, load, margins, mask):
+        """logits, prob [N, E], load [E], mask [N] or None -> Statistics."""
         def total(x):                                             # over tokens, without padding
             return x.sum(0) if mask is None else (x * mask.view(-1, *[1] * (x.dim() - 1))).sum(0)
-        load = rows if mask is None else count_rows(experts, prob.shape[-1], mask)
         prob_sum, top = total(prob), prob.amax(-1)
         sharp_sum, sharp_top_sum = prob_sum, total(top)
         if self.temperature != 1:
@@ -110,8 +108,7 @@ class Router(nn.Module):
         with torch.no_grad():
             entropy_sum = total(log_total - torch.linalg.vecdot(prob, logits))
         return Statistics(load, prob_sum, sharp_sum, sharp_top_sum, total(log_total.square()),
-                          total(top.detach()), entropy_sum, rows.new_zeros(
-                              len(rows), BINS if self.counts_margins else 0))
+                          total(top.detach()), entropy_sum, margins)
 
 
 def count_rows(experts, n_expert, mask=None):
@@ -126,12 +123,11 @@ def count_rows(experts, n_expert, mask=None):
 def load_balancing_loss(load, prob_sum, n_tokens):
     """The conventional load-balancing loss: E * sum_i f_i p_i, per layer (arXiv 2101.03961, eq. 4-6).
 
-    f_i is the fraction of routed rows that expert i gets (no gradient), p_i the mean probability of expert i.
-    1.0 is balanced, for every K, and E is full collapse onto one expert.  1.0 is also reached by a flat p
-    with any f at all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
+    f_i is the fraction of routed rows that expert i gets (no gradient), p_i its mean probability.  1.0 is
+    balanced, for every K, and E is collapse onto one expert.  1.0 is also reached by a flat p with any f at
+    all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
 
-    load [..., E] counts, prob_sum [..., E], n_tokens a number -> [...], one value per layer.
-    """
+    load [..., E] counts, prob_sum [..., E], n_tokens a number -> [...], one value per layer."""
     load = load.to(prob_sum.dtype)
     return load.shape[-1] * (load * prob_sum).sum(-1) / (load.sum(-1).clamp(min=1) * n_tokens)
 
@@ -141,11 +137,9 @@ def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
 
     fhat_i is the mean over tokens of p_i = softmax(z / temperature)_i, a differentiable stand-in for f_i, and
     pbar the mean of each token's largest p.  1.0 only when p is one-hot AND balanced; a flat p gives E, and
-    so does collapse: the shortcut of the conventional loss is closed.  Not linear in the sums, but a function
-    of them:
+    so does collapse: the shortcut of the conventional loss is closed.
 
-    sharp_sum [..., E], sharp_top_sum [...] -> [...], one value per layer.
-    """
+    sharp_sum [..., E], sharp_top_sum [...] -> [...], one value per layer."""
     top = (n_tokens * sharp_top_sum).clamp(min=torch.finfo(sharp_top_sum.dtype).tiny)     # no tokens, no loss
     return sharp_sum.shape[-1] * sharp_sum.square().sum(-1) / top
 
@@ -153,16 +147,11 @@ def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
 # what --balance may be: the loss and the statistics that it is a function of, if it is a loss
 BALANCE = {"lbl": (load_balancing_loss, ("load", "prob_sum")),
            "top1": (top1_balancing_loss, ("sharp_sum", "sharp_top_sum")),
-           "loss-free": None,
-           "quantile": None,
-           "none": None}
+           "loss-free": None, "quantile": None, "none": None}
 
 
 def router_z_loss(z_sum, n_tokens):
-    """Mean squared logsumexp of the router's logits, which keeps them small (ST-MoE, arXiv 2202.08906, eq.
-    5).
-
-    z_sum [...] -> [...]."""
+    """Mean squared logsumexp of the logits, which keeps them small (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return z_sum / n_tokens
 
 
@@ -171,12 +160,11 @@ def differentiate_at(loss, totals, parts):
 
     A balance loss wants the statistics of the whole batch, but a process (or a micro-batch) only has the
     graph of its own part.  By the chain rule the whole gradient is the sum over parts of (d loss / d
-    sums)(global) * d sums (local), so no gradient need cross a collective: exact for every differentiable
-    function of the sums.
+    sums)(global) * d sums (local): exact for every differentiable function of the sums, and no gradient
+    crosses a collective.
 
     loss: sums -> [L].  totals: global sums.  parts: this part's, of which those with a graph get a gradient.
-    Returns (value [L], detached; a scalar whose gradient, summed over the parts, is that of loss.sum()).
-    """
+    -> (value [L], detached; a scalar whose gradient, summed over the parts, is that of loss.sum())"""
     totals = [t.detach().requires_grad_(part.requires_grad) for t, part in zip(totals, parts)]
     with torch.enable_grad():
         value = loss(*totals)
@@ -188,9 +176,7 @@ def differentiate_at(loss, totals, parts):
 @torch.no_grad()
 def update_bias(bias, load, rate):
     """Loss-free balancing: b_i += rate * sign(mean load - load_i), in place, once per step from the load of
-    the whole step (arXiv 2408.15664, Algorithm 1).  bias, load [..., E].
-
-    Integers, so that an exactly fair share moves nothing."""
+    the whole step (arXiv 2408.15664, Algorithm 1).  bias, load [..., E]."""
     bias += rate * (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
 
 
@@ -202,7 +188,7 @@ def count_margins(score, choice, top_k, mask=None):
 
     c_i is the (K+1)-th largest of token i's biased scores choice [N, E], s_ij = score [N, E]: token i takes
     expert j if its bias is above that margin."""
-    margin = choice.topk(top_k + 1, -1).values[:, -1:] - score
+    margin = choice.topk(min(top_k + 1, len(choice.T)), -1).values[:, -1:] - score
     bins = ((margin / SCALE).asinh() / LIMIT * (BINS / 2) + BINS / 2).long().clamp(0, BINS - 1)
     bins = bins + BINS * torch.arange(score.shape[1], device=score.device)
     return count_rows(bins, score.shape[1] * BINS, mask).view(-1, BINS)
@@ -219,15 +205,14 @@ def quantile_bias(margins, top_k):
     return bias - bias.mean()
 
 
-# --- yardsticks -------------------------------------------------------------------------------------------
+# --- yardsticks, and the schedule of K --------------------------------------------------------------------
 
 @lru_cache
 def noise_floor(n_tokens, n_expert, top_k):
     """Largest and smallest relative deviation of the load that a UNIFORM router would show by chance.
 
-    Each expert's load is Binomial(n_tokens, K/E); the expected maximum and minimum of E of them, as if they
-    were independent, and widened by sqrt(E / (E - 1)) since they must add up.  -> (max, min), 0.4 is +40 %.
-    """
+    Each expert's load is Binomial(n_tokens, K/E): the expected maximum and minimum of E of them, as if they
+    were independent, widened by sqrt(E / (E - 1)) since they must add up.  -> (max, min); 0.4 is +40 %."""
     if top_k == n_expert:
         return 0.0, 0.0
     share = top_k / n_expert
@@ -236,30 +221,24 @@ def noise_floor(n_tokens, n_expert, top_k):
     x = torch.arange(low, high + 1, dtype=torch.float64)
     below = torch.distributions.Binomial(n_tokens, torch.tensor(share, dtype=torch.float64)).log_prob(x)
     below = below.exp().cumsum(0).clamp(max=1)                    # P(load <= x)
-    largest, smallest = (low + chance.sum().item() for chance in (1 - below ** n_expert,
-                                                                  (1 - below) ** n_expert))
+    largest = low + (1 - below ** n_expert).sum().item()
+    smallest = low + ((1 - below) ** n_expert).sum().item()
     widen = (n_expert / (n_expert - 1)) ** 0.5
     return widen * (largest / mean - 1), max(-1.0, widen * (smallest / mean - 1))
 
 
 def zipf_bound(top_share, n_expert, top_k):
-    """Smallest possible largest deviation, if the router were a function of the token id alone.
-
-    All occurrences of a token then go to the same K experts, each of which gets at least top_share, the most
-    frequent token's share of the corpus.  0 where that is below a fair share."""
+    """Smallest possible largest deviation, if the router were a function of the token id alone: all tokens of
+    the most frequent id, top_share of the corpus, go to the same K experts.  0 below a fair share."""
     return max(0.0, top_share * n_expert / top_k - 1)
 
-
-# --- schedule ---------------------------------------------------------------------------------------------
 
 def active_experts(step, steps, initial, target, switch, n_layer):
     """Experts activated per token in each layer at this step: a list of n_layer integers.
 
     Progressive sparsification (arXiv 2512.16248): the low layers, where routing collapses first, start with
     more experts (`initial`, from layer 0 up; layers beyond the list use `target`) and change to `target` at
-    once when the fraction `switch` of the steps is over.  switch = 1 never changes.  Without `initial` all
-    layers use target.
-    """
+    once when the fraction `switch` of the steps is over.  switch = 1 never changes."""
     before = switch >= 1 or step < round(switch * steps, 6)      # 0.29 * 100 is 28.999999999999996
     initial = list(initial or [])[:n_layer] if before else []
     return initial + [target] * (n_layer - len(initial))

@@ -23,14 +23,14 @@ def rows(out):
     return evaluation.read_log(out)[1:]
 
 
-@pytest.fixture(scope="session", params=["softmax, K 1", "normalized, K 3, untied", "dense"])
+@pytest.fixture(scope="session", params=[
+    ["--tie_embeddings", "true"], ["--gate", "normalized", "--top_k", "3", "--tie_embeddings", "false"],
+    ["--n_expert", "1"]], ids=["softmax, K 1", "normalized, K 3, untied", "dense"])
 def exported(request, corpus, tmp_path_factory):
     """-> (run, its export)."""
     root = tmp_path_factory.mktemp("exported")
-    more = {"softmax, K 1": ["--tie_embeddings", "true"], "dense": ["--n_expert", "1"],
-            "normalized, K 3, untied": ["--gate", "normalized", "--top_k", "3", "--tie_embeddings", "false"]}
     train.main(["--data", str(corpus), "--out", str(root / "run"), *SIZES, "--steps", "30", "--lr", "0.01",
-                *more[request.param]])
+                *request.param])
     evaluation.main(["export", "--ckpt", str(root / "run"), "--to", str(root / "hf")])
     return root / "run", root / "hf"
 
@@ -116,10 +116,9 @@ def test_the_chat_template(tokenizers):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--gate", "sigmoid"], "no sigmoid gate"),
-    (["--balance", "loss-free"], "no selection biases, which --balance loss-free makes; train on with"),
-    (["--initial_top_k", "3", "--switch", "1"], "one number of experts per token, not [3, 1]"),
-    (["--token_router", "true"], "no token_router"), ([], "File exists")])
+    (["--gate", "sigmoid"], "sigmoid, [1, 1], False"), (["--balance", "loss-free"], "no selection biases"),
+    (["--initial_top_k", "3", "--switch", "1"], "softmax, [3, 1], False"),
+    (["--token_router", "true"], "softmax, [1, 1], True"), ([], "File exists")])
 def test_what_cannot_be_exported_is_said(corpus, tmp_path, capsys, more, message):
     """Before anything is written; nothing is overwritten."""
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])
@@ -148,53 +147,45 @@ def test_a_run_goes_on_from_its_own_export(exported, corpus, tmp_path):
             == evaluation.read_settings(tmp_path / "hf")["model"])
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1)])
-def test_many_processes_start_from_a_folder(ranks, exported, corpus, tmp_path, layout):
+def test_many_processes_start_from_a_folder(ranks, exported, corpus, tmp_path):
     run, folder = exported
-    n_expert = evaluation.read_settings(run)["model"]["n_expert"]
-    if n_expert % layout[0]:
-        pytest.skip("one expert is not shared out")
+    ep = "1" if evaluation.read_settings(run)["model"]["n_expert"] == 1 else "2"
     argv = ["--data", str(corpus), "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--steps", "2",
             "--init_from", str(folder), "--device", "cpu", "--sample_tokens", "0"]
     train.main([*argv, "--out", str(tmp_path / "one")])
-    answers = ranks(2, train.main, [*argv, "--out", str(tmp_path / "two"), "--ep", str(layout[0])])
+    answers = ranks(2, train.main, [*argv, "--out", str(tmp_path / "two"), "--ep", ep])
     assert [a.code for a in answers] == [None, None]
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("changes, messages", [
-    (dict(model_type="llama"), ["only a plain Qwen3-MoE can be read", "model_type 'llama'"]),
-    (dict(rope_scaling={"type": "yarn"}, attention_bias=True), ["yarn", "attention_bias True"]),
-    (dict(hidden_size="-"), ["no hidden_size"]),
-    (dict(rms_norm_eps="1e-6"), ["config.json cannot be read"]),
-    (dict(rope_theta=None), ["config.json cannot be read"]),
-    (dict(num_hidden_layers=3), ["model.layers.2.mlp.experts.0.gate_proj.weight is missing"]),
-    (dict(num_hidden_layers=1), ["model.layers.1.mlp.gate.weight is unknown"]),
-    (dict(moe_intermediate_size=16), ["experts.0.gate_proj.weight is (8, 16), should be (16, 16)"])])
-def test_a_folder_that_does_not_fit(ranks, corpus, tmp_path, changes, messages):
+@pytest.mark.parametrize("changes, message", [
+    (dict(model_type="llama"), "only a plain Qwen3-MoE can be read, not one with model_type 'llama'"),
+    (dict(rope_scaling={"type": "yarn"}), "yarn"), (dict(hidden_size=None), "d_model must be a whole number"),
+    (dict(rms_norm_eps="1e-6"), "config.json cannot be read"),
+    (dict(num_hidden_layers=3), "needs [('model.layers.2."),
+    (dict(num_hidden_layers=1), "not [('model.layers.1."),
+    (dict(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))")])
+def test_a_folder_that_does_not_fit(ranks, finished, corpus, tmp_path, changes, message):
     """One line on rank 0."""
     folder = tmp_path / "hf"
-    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "1"])
-    evaluation.main(["export", "--ckpt", str(tmp_path / "run"), "--to", str(folder)])
-    saved = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if v != "-"}))
+    evaluation.main(["export", "--ckpt", str(finished), "--to", str(folder)])
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | changes))
     answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "new"), "--init_from",
                                     str(folder), "--seq_len", "16", "--device", "cpu"])
     assert [a.code for a in answers] == [2, 2]
     line, = answers[0].err.splitlines()
-    assert all(message in line for message in messages)
+    assert message in line
 
 
 @pytest.mark.parametrize("how, message", [
-    ("no weights", "model.safetensors is missing or corrupt"), ("cut", "is missing or corrupt"),
-    ("tokenizer", "is not that of"), ("neither", "is not a directory of train.py")])
+    ("cut", "model.safetensors is missing or corrupt"), ("tokenizer", "is not that of"),
+    ("neither", "is not a directory of train.py")])
 def test_a_folder_that_is_no_model(exported, corpus, tmp_path, capsys, how, message):
     folder = tmp_path / "hf"
     shutil.copytree(exported[1], folder)
-    if how == "no weights":
-        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif how == "cut":
+    if how == "cut":
         raw = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(raw[:1000])
     elif how == "tokenizer":
