@@ -508,7 +508,8 @@ def from_hf_config(saved):
     """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  ValueError lists what we do not have."""
     saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    wrong = [f"{name} {saved[name]!r}" for name, value in HF_FIXED.items() if saved.get(name, value) != value]
+    plain = HF_FIXED | {"quantization_config": None}
+    wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
     if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
     return {ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()} | {
@@ -530,6 +531,8 @@ def hf_views(config, name, p):
         parts = ("gate", "up") if name.endswith("w_in") else ("down",)
         return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view for e, expert in enumerate(p.mT)
                 for n, view in zip(parts, expert.chunk(len(parts)))}
+    if name not in HF_NAMES:
+        raise ValueError(f"Qwen3-MoE has no place for the parameter {name}")
     return {prefix + HF_NAMES[name]: p}
 
 
@@ -550,7 +553,9 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
     wanted = {theirs: tuple(view.shape) for name, p in model.named_parameters()
               for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
     given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
-             if theirs != "lm_head.weight" or not model.config.tie_embeddings}        # else a copy
+             if theirs != "lm_head.weight" or not model.config.tie_embeddings}
+    if len(given) < len(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
+        raise ValueError("lm_head.weight is not the embedding, though the configuration ties them")
     if given != wanted:
         missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
         raise ValueError(f"these weights do not fit the model, which needs {missing}, not {unknown}")

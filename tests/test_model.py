@@ -391,11 +391,23 @@ def test_hf_names_round_trip(tied):
     assert ("lm_head.weight" in state) != tied
     torch.testing.assert_close(state["model.layers.1.mlp.experts.3.up_proj.weight"],
                                a.blocks[1].moe.experts.w_in[3, :, 12:].T)
-    from_hf(state | {"lm_head.weight": torch.zeros(1)} if tied else state, b)        # ignored if tied
+    copy = {"lm_head.weight": state["model.embed_tokens.weight"]} if tied else {}     # some files have it
+    from_hf(state | copy, b)
     for tensor in state.values():                                 # a copy: the model does not change with it
         tensor.zero_()
     assert all(torch.equal(p, q) and p.any() for p, q in zip(a.parameters(), b.parameters()))
     assert torch.equal(b.head.weight, b.embed.weight) == tied
+
+
+def test_what_hugging_faces_format_cannot_hold_is_refused():
+    """A fork's shared expert is not dropped in silence, nor an output matrix that is not the embedding."""
+    model = Model(small(tie_embeddings=True))
+    state = to_hf(model)
+    with pytest.raises(ValueError, match="not the embedding, though"):
+        from_hf(state | {"lm_head.weight": 2 * state["model.embed_tokens.weight"]}, model)
+    model.blocks[0].moe.shared = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="no place for the parameter moe.shared.weight"):
+        to_hf(model)
 
 
 def test_from_hf_lists_everything_that_does_not_fit():
