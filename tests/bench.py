@@ -3,29 +3,28 @@
     python tests/bench.py                                       every table; needs .[test,hf]
     python tests/bench.py step --sizes medium --top_k 1 --rounds 9
 
-The candidates of a table run in turn in one process, so that a noisy machine is noisy for all of them, on
-inputs that change from round to round.  A time is the median of the rounds (least and most behind it):
-process CPU time on one CPU thread, wall time on several, device events on a GPU.  A ratio is the median of
-the rounds' ratios.  Never a test: nothing here passes or fails.
-
     step        a whole training step, beside transformers and a dense model
-    processes   weak scaling, and bytes sent
+    processes   weak scaling
     scale       arithmetic: the paper's model on many GPUs
-    gpu         what one card does, in four minutes: steps, compile time, memory, kernels, generation
+    gpu         what one card does, in four minutes: steps, compile time, memory, generation
+
+The candidates of a table run in turn in one process, so that a noisy machine is noisy for all of them.  A
+time is the median of the rounds: process CPU time of one thread, or device events on a GPU; a ratio is the
+median of the rounds' ratios.  fp32 on a CPU, bf16 on a GPU.  Never a test: nothing here passes or fails.
 """
 
 import argparse
-import dataclasses
 import datetime
 import gc
+import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,33 +32,24 @@ from statistics import median
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
 import parallel
 import train
-from model import (
-    PRESETS,
-    Model,
-    ModelConfig,
-    count_parameters,
-    flops_per_token,
-    state_bytes,
-)
+from model import PRESETS, Model, ModelConfig, count_parameters, flops_per_token, hf_config, to_hf
 
 # sizes, sequences per step and tokens per sequence
 SIZES = {
     "laptop": (PRESETS["laptop"], 32, 128),
     "medium": (ModelConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, head_dim=32, d_model=256,
                            n_expert=96, d_expert=128, tie_embeddings=True, max_seq_len=512), 8, 512),
-    "paper": (dataclasses.replace(PRESETS["sigma-moe-tiny"], n_layer=1, vocab_size=8192, tie_embeddings=True,
-                                  max_seq_len=512), 8, 512)}     # one layer of the paper's, a small head
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    "paper": (replace(PRESETS["sigma-moe-tiny"], n_layer=1, vocab_size=8192, tie_embeddings=True,
+                      max_seq_len=512), 8, 512)}                 # one layer of the paper's, a small head
 
 
 def dense(config):
     """The model with one expert that has as many FLOPs as the active ones together, and nothing to route."""
-    return dataclasses.replace(config, n_expert=1, top_k=1, d_expert=config.d_expert * config.top_k)
+    return replace(config, n_expert=1, top_k=1, d_expert=config.d_expert * config.top_k)
 
 
 class Tokens:
@@ -86,24 +76,16 @@ def seconds(work, device):
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
+    began = time.process_time()
     work()
-    return clock() - began
+    return time.process_time() - began
 
 
 def interleave(candidates, args):
     """{name: work} -> {name: seconds of each round}.  The first rounds, which fill caches, do not count."""
-    times = {name: [] for name in candidates}
-    bar = tqdm(total=(args.warm + args.rounds) * len(candidates), leave=False, disable=None)
-    with bar:
-        for turn in range(args.warm + args.rounds):
-            for name, work in candidates.items():
-                taken = seconds(work, args.device)
-                if turn >= args.warm:
-                    times[name].append(taken)
-                bar.update()
-    return times
+    rounds = [[seconds(work, args.device) for work in candidates.values()]
+              for _ in range(args.warm + args.rounds)]
+    return dict(zip(candidates, zip(*rounds[args.warm:])))
 
 
 def ratio(times, others):
@@ -118,30 +100,8 @@ def table(title, head, rows):
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def report(title, times, flops, device):
-    """A row per candidate: its time, its share of the rate of a large product, its time over ours.
+SIDE = {"cpu": 2048, "cuda": 8192}                                # of the matrices of a large product
 
-    flops: {name: FLOPs} of a round."""
-    limit, product_flops = times["large product"], 2 * SIDE[device] ** 3
-    rows = [(name, f"{median(each) * 1e3:.1f}", f"{min(each) * 1e3:.1f}", f"{max(each) * 1e3:.1f}",
-             f"{median(a / b for a, b in zip(limit, each)) * flops[name.split()[0]] / product_flops:.0%}",
-             ratio(times["ours"], each) if name != "ours" else "")
-            for name, each in times.items() if name != "large product"]
-    table(title, ("candidate", "ms", "least", "most", "of the limit", "times ours"), rows)
-    print(f"limit: {flops['ours'] / 1e9:.1f} GFLOP at {product_flops / median(limit) / 1e9:.0f} GFLOP/s; "
-          f"ours / dense: {ratio(times['dense'], times['ours'])}")
-
-
-SIDE = {"cpu": 2048, "cuda": 8192}                                # of the matrices below
-
-
-def product(dtype, device):
-    """The limit: a product of two large matrices, into memory that is there."""
-    a, b, out = (torch.randn(SIDE[device], SIDE[device], device=device).to(dtype) for _ in range(3))
-    return lambda: torch.mm(a, b, out=out)
-
-
-# --- candidates -------------------------------------------------------------------------------------------
 
 def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumulate=1):
     """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
@@ -159,26 +119,20 @@ def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumula
 
 def our_step(run):
     """A training step of this project: train.train_step as it is."""
-    done = 0
-
-    def work():
-        nonlocal done
-        train.train_step(run, done)
-        done += 1
-    return work
+    steps = itertools.count()
+    return lambda: train.train_step(run, next(steps))
 
 
 def transformers_model(config, device):
-    """Qwen3MoeForCausalLM with the weights that ours is initialised with."""
-    try:
-        import transformers
-        from test_model import hf_folder
-    except ImportError as error:
-        raise SystemExit(f"{error}: the comparison needs pip install -e '.[test,hf]'") from None
-    transformers.utils.logging.disable_progress_bar()
+    """Qwen3MoeForCausalLM with the weights that ours is initialised with, its experts grouped products."""
+    import transformers
+    from safetensors.torch import save_file
     with tempfile.TemporaryDirectory() as folder:
-        folder = hf_folder(Model(config, 0), Path(folder))
-        return transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(config)))
+        save_file(to_hf(Model(config, 0)), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model = transformers.Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model.set_experts_implementation("grouped_mm")
+    return model
 
 
 class AllCopied(parallel.Masters):
@@ -190,47 +144,43 @@ class AllCopied(parallel.Masters):
             self.hold(name, p, dtype)
 
 
-def their_step(model, config, batch, seq_len, dtype, device):
-    """A training step of transformers' model: our optimizer, clipping and fp32 masters, its own forward and
-    backward, its own balance loss."""
+def their_step(config, batch, seq_len, dtype, device):
+    """A training step of transformers' model and balance loss, with our optimizer, clipping, fp32 masters."""
+    sampler, steps = Tokens(config.vocab_size, seq_len), itertools.count()
+    model = transformers_model(config, device)
     masters = AllCopied(model, dtype)
     optimizer = parallel.make_optimizer(masters, "adamw", 1e-4, (0.9, 0.95), 0.1)
-    sampler, done = Tokens(config.vocab_size, seq_len), 0
 
     def step():
-        nonlocal done
-        tokens = sampler.rows(done * batch, batch)[0].to(device)
-        done += 1
+        tokens = sampler.rows(next(steps) * batch, batch)[0].to(device)
         model(input_ids=tokens, labels=tokens, use_cache=False, output_router_logits=True).loss.backward()
-        parallel.clip_gradients(masters, 1.0, optimizer)
-        optimizer.step()
-        masters.refresh()
-        optimizer.zero_grad(set_to_none=True)
+        update(masters, optimizer)
     return step
 
 
-# --- tables -----------------------------------------------------------------------------------------------
+def update(masters, optimizer):
+    parallel.clip_gradients(masters, 1.0, optimizer)
+    optimizer.step()
+    masters.refresh()
+    optimizer.zero_grad(set_to_none=True)
+
 
 def bench_step(args):
-    for size, top_k, kind in cases(args):
+    dtype, device = torch.bfloat16 if args.device == "cuda" else torch.float32, args.device
+    for size, top_k in itertools.product(args.sizes, args.top_k):
         config, batch, seq_len = SIZES[size]
-        config, dtype = dataclasses.replace(config, top_k=top_k), DTYPES[kind]
-        run = our_run(config, batch, seq_len, dtype, args.device)
-        model = transformers_model(config, args.device)
-        theirs = their_step(model, config, batch, seq_len, dtype, args.device)
-        candidates = {
-            "large product": product(dtype, args.device),
-            "ours": our_step(run),
-            "dense": our_step(our_run(dense(config), batch, seq_len, dtype, args.device)),
-            "transformers grouped_mm": with_experts(model, "grouped_mm", theirs)}
-        if top_k == 1 and size != "paper":                        # there it takes a minute
-            candidates["transformers eager"] = with_experts(model, "eager", theirs)
-        times = interleave(candidates, args)
-        flops = {name: flops_per_token(each, seq_len) * batch * seq_len
-                 for name, each in (("ours", config), ("dense", dense(config)), ("transformers", config))}
-        report(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens, {kind}", times, flops, args.device)
-        print(f"optimizer, clipping and copies: {optimizer_share(run):.0%} of ours")
-        del run, model, theirs, candidates
+        config = replace(config, top_k=top_k)
+        a, b, out = (torch.randn(SIDE[device], SIDE[device], device=device).to(dtype) for _ in range(3))
+        times = interleave({
+            "limit": partial(torch.mm, a, b, out=out),
+            "ours": our_step(our_run(config, batch, seq_len, dtype, device)),
+            "transformers": their_step(config, batch, seq_len, dtype, device),
+            "dense": our_step(our_run(dense(config), batch, seq_len, dtype, device))}, args)
+        # the limit: as many FLOPs at the rate of one large product
+        scale = flops_per_token(config, seq_len) * batch * seq_len / (2 * SIDE[device] ** 3)
+        times["limit"] = [scale * t for t in times["limit"]]
+        table(f"step, {size}, K = {top_k}, {batch * seq_len:,} tokens", ("candidate", "ms", "times ours"), [
+            (name, f"{median(each) * 1e3:.1f}", ratio(times["ours"], each)) for name, each in times.items()])
         gc.collect()
 
 
@@ -238,38 +188,18 @@ def optimizer_share(run, steps=5):
     """Median over some steps of the time in clipping, AdamW and the copies, as a part of the whole."""
     shares = []
     for i in range(steps):
-        whole = seconds(lambda i=i: train.train_step(run, i), run.device)
+        whole = seconds(partial(train.train_step, run, i), run.device)
         for p in run.masters.named.values():
             p.grad = torch.zeros_like(p)
-
-        def update():
-            parallel.clip_gradients(run.masters, 1.0, run.optimizer)
-            run.optimizer.step()
-            run.masters.refresh()
-        shares.append(seconds(update, run.device) / whole)
-        run.optimizer.zero_grad(set_to_none=True)
+        shares.append(seconds(partial(update, run.masters, run.optimizer), run.device) / whole)
     return median(shares)
 
-
-def with_experts(model, experts, work):
-    """work() with transformers' experts computed in this way."""
-    def chosen():
-        model.set_experts_implementation(experts)
-        work()
-    return chosen
-
-
-def cases(args):
-    return [(size, top_k, kind) for size in args.sizes for top_k in args.top_k for kind in args.dtypes]
-
-
-# --- one card ---------------------------------------------------------------------------------------------
 
 def bench_gpu(args):
     """One command for whoever has a card.  On a CPU the same with the laptop preset, to see that it runs."""
     card = args.device == "cuda"
-    paper = dataclasses.replace(PRESETS["sigma-moe-tiny"], n_layer=6, vocab_size=8192, tie_embeddings=True)
-    small = dataclasses.replace(PRESETS["laptop"], n_layer=2)
+    paper = replace(PRESETS["sigma-moe-tiny"], n_layer=6, vocab_size=8192, tie_embeddings=True)
+    small = replace(PRESETS["laptop"], n_layer=2)
     cases = {"gpu, as python train.py runs it": (PRESETS["gpu"], 64, 1024, 1),
              "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
              "6 layers of the paper's": (paper, 64, 4096, 4),
@@ -279,57 +209,30 @@ def bench_gpu(args):
     for name, (config, batch, seq_len, micro) in cases.items():
         config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
         run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
-        work, tokens = our_step(run), batch * seq_len
-        began = time.perf_counter()
+        work, tokens, began = our_step(run), batch * seq_len, time.perf_counter()
         work()
         if card:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         first = time.perf_counter() - began
-        times = [seconds(work, args.device) for _ in range(args.warm + args.rounds)][args.warm:]
+        took = median(interleave({"": work}, args)[""])
         memory = torch.cuda.max_memory_allocated() / 2 ** 30 if card else 0
-        rate = tokens / median(times)
-        mfu = train.utilisation(run, config.layer_top_k(), rate)
-        print(f"| {name} | {tokens:,} in {micro} | {median(times) * 1e3:.1f} | {rate:,.0f} | "
-              f"{f'{mfu:.1%}' if mfu else 'unknown'} | {optimizer_share(run):.0%} | {memory:.1f} | "
-              f"{first:.0f} |", flush=True)
-        if name == "gpu-1b":
-            print_kernels(work)
+        mfu = train.utilisation(run, config.layer_top_k(), tokens / took)
+        print(f"| {name} | {tokens:,} in {micro} | {took * 1e3:.1f} | {tokens / took:,.0f} | "
+              f"{f'{mfu:.1%}' if mfu else 'unknown'} | "
+              f"{optimizer_share(run):.0%} | {memory:.1f} | {first:.0f} |", flush=True)
         del run, work
         gc.collect()
     config, batch, seq_len = (PRESETS["gpu-1b"], 16, 1024) if card else (small, 8, 64)
     model = Model(config, 0).to(args.device, torch.bfloat16)
-    bench_generation(model, args)
-    theirs = transformers_model(config, args.device)
-    step = their_step(theirs, config, batch, seq_len, torch.bfloat16, args.device)
-    times = interleave({"ours": our_step(our_run(config, batch, seq_len, torch.bfloat16, args.device)),
-                        "transformers": with_experts(theirs, "grouped_mm", step)}, args)
+    for rows in 1, 32:
+        prompt = torch.randint(0, 2000, (rows, 32), device=args.device)
+        times = interleave({"": partial(model.generate, prompt, 128, temperature=0)}, args)[""]
+        print(f"\ngenerate, 32 tokens + 128, {rows} sequences: {rows * 128 / median(times):,.0f} tokens/s")
+    what = config, batch, seq_len, torch.bfloat16, args.device
+    times = interleave({"ours": our_step(our_run(*what)), "transformers": their_step(*what)}, args)
     print(f"\ntransformers grouped_mm / ours, {batch * seq_len:,} tokens: "
           f"{ratio(times['ours'], times['transformers'])}")
-
-
-def bench_generation(model, args, prompt=32, new=128):
-    rows = []
-    for batch in (1, 32):
-        tokens = torch.randint(0, 2000, (batch, prompt), device=args.device)
-        times = [seconds(partial(model.generate, tokens, new, temperature=0), args.device)
-                 for _ in range(args.warm + args.rounds)][args.warm:]
-        rows.append((str(batch), *(f"{batch * new / pick(times):,.0f}" for pick in (median, max, min))))
-    table(f"generate, bf16, {prompt} tokens + {new}", ("sequences", "tokens/s", "least", "most"), rows)
-
-
-def print_kernels(work):
-    """The ten largest of a step."""
-    with torch.profiler.profile() as profile:
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    kinds = [(e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
-             for e in profile.key_averages()
-             if (e.device_type == torch.autograd.DeviceType.CUDA) == torch.cuda.is_available()]
-    total = sum(took for took, _, _ in kinds)
-    for took, count, name in sorted(kinds, reverse=True)[:10]:
-        print(f"  {took / total:6.1%} {took / 1e3:8.2f} ms {count:6} x  {name[:90]}")
 
 
 # --- many processes ---------------------------------------------------------------------------------------
@@ -385,105 +288,61 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
             "sums": 2 * away(world) * 8 * counted}
 
 
-KINDS = {"rows": "rows to their experts and back", "loads": "how many rows", "weights": "weights, gathered",
-         "gradients": "gradients, to their shard", "copies": "gradients, between copies of the model",
-         "sums": "counts, statistics, norms"}
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2)]            # processes, ep, replicate
-
-
 def bench_processes(args):
-    """Weak scaling on this machine (as many sequences per process), and what was sent."""
-    found = {layout: [] for layout in LAYOUTS}
-    for _ in tqdm(range(args.rounds), leave=False, disable=None):
-        for layout, answers in found.items():
-            answers.append(in_processes(*layout, args))
-    alone = [a["seconds"] for a in found[1, 1, 1]]
-    rows = []
-    for layout, answers in found.items():
-        times = [a["seconds"] for a in answers]
-        rows.append((*map(str, layout), *(f"{pick(times) * 1e3:.0f}" for pick in (median, min, max)),
-                     ratio(times, alone)))
+    """Weak scaling on this machine: as many sequences per process."""
+    layouts = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2)]        # processes, ep, replicate
+    rounds = [[in_processes(*layout, args) for layout in layouts] for _ in range(args.rounds)]
+    rows = [(*map(str, layout), f"{median(times) * 1e3:.0f}", ratio(times, [each[0] for each in rounds]))
+            for layout, times in zip(layouts, zip(*rounds))]
     table("weak scaling, laptop, fp32, one CPU thread per process", (
-        "processes", "ep", "replicate", "ms per step", "least", "most", "one process / these"), rows)
-    rows = []
-    for (world, ep, replicate), answers in found.items():
-        sent = answers[0]["sent"]
-        formula = traffic(SIZES["laptop"][0], world, ep, replicate, answers[0]["rows"]) if world > 1 else {}
-        rows += [(str(world), str(ep), str(replicate), KINDS[kind], f"{sent.get(kind, 0):,.0f}", f"{n:,.0f}")
-                 for kind, n in formula.items()]
-    table("bytes sent by a process in a step (mean)",
-          ("processes", "ep", "replicate", "kind", "counted", "formula"), rows)
+        "processes", "ep", "replicate", "ms per step", "one process / these"), rows)
 
 
 def in_processes(world, ep, replicate, args):
-    """Start this program under torchrun -> what its rank 0 found out."""
+    """Start this program under torchrun -> seconds of a step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-               __file__, "--layout", f"{ep},{replicate}", "--warm", str(args.warm)]
-    done = subprocess.run(command, text=True, capture_output=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
+               __file__, "--layout", str(ep), str(replicate), "--warm", str(args.warm)]
+    return float(subprocess.check_output(command))
 
 
 def one_of_many(args):
-    """A process of those: steps of the laptop preset, the last one with its traffic counted."""
-    torch.set_num_threads(1)
+    """A process of those: steps of the laptop preset."""
     config, batch, length = SIZES["laptop"]
     grid = parallel.meet()
     parallel.join(grid, *args.layout, "cpu", 600)
-    run = our_run(config, batch * grid.world, length, torch.float32, "cpu", grid)
-    times = []
+    run, times = our_run(config, batch * grid.world, length, torch.float32, "cpu", grid), []
     for step in range(args.warm + 5):
         began = time.perf_counter()
         train.train_step(run, step)
         times.append(time.perf_counter() - began)
-    share = config.n_expert // args.layout[0]
-    mine = grid.rank % args.layout[0]                             # the rank in its group of ep
-    leaving = []
-    for block in run.model.blocks:
-        block.moe.router.register_forward_hook(
-            lambda module, inputs, routing: leaving.append(int((routing.experts // share != mine).sum())))
-    with Traffic() as counted:
-        train.train_step(run, 99)
-    everyone = [(sum(leaving), counted.sent)] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(everyone, everyone[0])
-    sent = sum((Counter(sent) for _, sent in everyone), Counter())
     if grid.rank == 0:
-        print(json.dumps({"seconds": median(times[args.warm:]),
-                          "rows": sum(rows for rows, _ in everyone) / grid.world,
-                          "sent": {kind: n / grid.world for kind, n in sent.items()}}))
+        print(median(times[args.warm:]))
     parallel.leave(grid)
 
 
-# what the arithmetic of `scale` takes for given: an H100's bf16 peak and links as published, in one direction
-GPU = {"flops": 989e12, "in a node": 450e9, "between nodes": 50e9}
+# what `scale` takes for given: an H100's bf16 peak and links as published, in one direction
+GPU, NODE, NET = 989e12, 450e9, 50e9                              # FLOP/s, bytes/s in a node, between nodes
 SHARE = 0.47                # of a large product's rate: a layer of the paper's, bf16, one expert; on a CPU
 
 
 def bench_scale(args):
     """No measurement: what sigma-moe-tiny would take on many GPUs, if a layer came as near to a GPU's peak as
     it does to a CPU's."""
-    config, length, sequences = PRESETS["sigma-moe-tiny"], 4096, 1024
-    rows = []
+    config, length, sequences, rows = PRESETS["sigma-moe-tiny"], 4096, 1024, []
     for world, ep, replicate, micro in ((8, 8, 1, 32), (64, 8, 1, 4), (64, 8, 8, 4), (512, 8, 8, 1),
                                         (512, 8, 64, 1)):
-        tokens = sequences * length / world                       # of a GPU, in a step
-        flops = flops_per_token(config, length)
-        work = tokens * flops * 4 / 3 / (SHARE * GPU["flops"])    # a third more: layers are computed again
+        tokens, flops = sequences * length / world, flops_per_token(config, length)   # of a GPU, in a step
+        work = tokens * flops * 4 / 3 / (SHARE * GPU)             # a third more: layers are computed again
         leaving = config.n_layer * tokens * config.top_k * (ep - 1) / ep
         sent = traffic(config, world, ep, replicate, leaving, micro, 2, recomputed=True)
-        near = world // replicate <= 8                            # a copy of the model lies in one node
-        inside = GPU["in a node"]
-        away = {"rows": inside, "loads": inside, "copies": GPU["between nodes"], "sums": GPU["between nodes"],
-                "weights": inside if near else GPU["between nodes"],
-                "gradients": inside if near else GPU["between nodes"]}
-        took = {kind: n / away[kind] for kind, n in sent.items()}
+        near = NODE if world // replicate <= 8 else NET           # does a copy of the model lie in one node?
+        speed = {"rows": NODE, "loads": NODE, "copies": NET, "sums": NET, "weights": near, "gradients": near}
+        took = {kind: n / speed[kind] for kind, n in sent.items()}
         exchange = took.pop("rows") + took.pop("loads")           # nothing else can be done meanwhile
         least, most = work + exchange, work + exchange + sum(took.values())
-        mfu = [tokens * flops / GPU["flops"] / t for t in (most, least)]
+        mfu = [tokens * flops / GPU / t for t in (most, least)]
         rows.append((str(world), str(ep), str(replicate), str(micro), f"{tokens / micro:,.0f}",
-                     f"{state_bytes(config, world) * replicate / 1e9:.1f}", f"{work:.3f}",
+                     f"{16e-9 * count_parameters(config)[0] * replicate / world:.1f}", f"{work:.3f}",
                      f"{exchange:.3f}", f"{took['weights']:.3f}", f"{took['gradients'] + took['copies']:.3f}",
                      f"{least:.2f} to {most:.2f}", f"{mfu[0]:.0%} to {mfu[1]:.0%}"))
     table(f"arithmetic: sigma-moe-tiny, {sequences} sequences of {length} tokens a step", (
@@ -498,41 +357,23 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (all)")
-    many = {"type": lambda text: text.split(","), "metavar": "A,B"}
-    parser.add_argument("--sizes", default=list(SIZES), help=", ".join(SIZES), **many)
-    parser.add_argument("--dtypes", default=list(DTYPES), help=", ".join(DTYPES), **many)
-    parser.add_argument("--top_k", default=[1, 8], type=lambda text: [int(k) for k in text.split(",")],
-                        metavar="K,K", help="experts per token (1,8)")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--top_k", nargs="+", default=[1, 8], type=int, metavar="K", help="of step (1 8)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
     parser.add_argument("--warm", type=int, default=3, help="rounds before them (3)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (1)")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (the best there is)")
-    parser.add_argument("--layout", default=[], type=lambda text: [int(n) for n in text.split(",")],
-                        help=argparse.SUPPRESS)                   # one of the processes of `processes`
-    args = parser.parse_args(argv)
-    for given, known in (args.tables, TABLES), (args.sizes, SIZES), (args.dtypes, DTYPES):
-        for name in given:
-            if name not in known:
-                parser.error(f"{name!r} is none of {', '.join(known)}")
-    if min(args.rounds, args.threads, *args.top_k) < 1 or args.warm < 0:
-        parser.error("--rounds, --threads and --top_k must be at least 1, and --warm 0")
-    args.device = parallel.pick_device(args.device)
-    if args.device not in SIDE:
-        parser.error(f"--device must be one of {', '.join(SIDE)}, not {args.device}")
-    return args
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=SIDE)
+    parser.add_argument("--layout", nargs=2, type=int, help=argparse.SUPPRESS)    # a process of `processes`
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
+    torch.set_num_threads(1)
     if args.layout:
         return one_of_many(args)
-    torch.set_num_threads(args.threads)
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")                # as train.py has it
+    torch.set_float32_matmul_precision("high")                    # as train.py has it
     warnings.filterwarnings("ignore")
-    settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
-    print(f"torch {torch.__version__}, {train.device_name(args.device)}, "
-          f"{datetime.date.today()}; allocator: {json.dumps(settings) if settings else 'as it comes'}")
+    print(f"torch {torch.__version__}, {train.device_name(args.device)}, {datetime.date.today()}")
     for name in args.tables or TABLES:
         TABLES[name](args)
 
