@@ -562,7 +562,8 @@ CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['r
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # what would change what is learned: must be absent, empty or 1
 UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "audio", "thinking",
-               "reasoning_content", "rejected", "weight", "train", "loss", "label")
+               "reasoning_content", "chosen", "rejected", "weight", "train", "train_on_turn", "loss", "mask",
+               "label")
 
 
 def encode_chat(encoding, chat, answer=False):

@@ -118,7 +118,7 @@ def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=para
         mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
         tokens, targets, *doc = (t.to(device) for t in sampler.batch(mine))
         out = model(tokens, targets, top_k, *doc)
-        sums = sums + torch.stack([out.loss.double(), out.n_targets.double()])
+        sums = sums + torch.stack([out.loss.double(), out.counts[0].double()])
         statistics = Statistics(*map(torch.add, statistics, out.statistics)) if statistics else out.statistics
     (loss, n_targets), *statistics = parallel.all_sum(grid, [sums, *statistics])
     return (loss / n_targets.clamp(min=1)).item(), Statistics(*statistics), windows

@@ -307,9 +307,11 @@ class Output(NamedTuple):
     """What a forward pass with targets returns: sums, over micro-batches and processes too."""
 
     loss: torch.Tensor          # [] cross-entropy in nats, SUMMED over the targets that are not -1
-    n_targets: torch.Tensor     # [] int64
-    n_tokens: torch.Tensor      # [] int64, routed: padding is not counted
+    counts: torch.Tensor        # [2] int64: targets, and tokens routed without padding
     statistics: Statistics      # of all layers, [L, ..]
+
+    n_targets = property(lambda self: int(self.counts[0]))        # waits for the device
+    n_tokens = property(lambda self: int(self.counts[1]))
     load = property(lambda self: self.statistics.load)            # [L, E] int64
     prob_sum = property(lambda self: self.statistics.prob_sum)    # [L, E] with gradient
 
@@ -365,7 +367,7 @@ class Model(nn.Module):
             return self.head(x)
         targets = targets if doc is None else targets.masked_fill(doc < 0, -1)
         text = torch.ones_like(tokens) if doc is None else doc >= 0
-        return Output(self.head(x, targets), (targets != -1).sum(), text.sum(), statistics)
+        return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), text.sum()]), statistics)
 
     def features(self, tokens, top_k=None, doc=None, cache=None, at=None):
         """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""

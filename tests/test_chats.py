@@ -229,6 +229,7 @@ BAD = {
     ({"tool_calls": [{"name": "clock"}]}, "tool_calls [{'name': 'clock'}] is not supported"))
 } | {json.dumps(GOOD | field): said for field, said in (
     ({"tools": [{"name": "clock"}]}, "tools"), ({"label": False}, "label False is not"),
+    ({"mask": [0, 1]}, "mask [0, 1] is not"), ({"train_on_turn": False}, "train_on_turn False is not"),
     ({"system": ["s"]}, "message 1 (system) is no text"))}
 
 
@@ -333,7 +334,7 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats,
     assert settings.out == "out/base-chat" and settings.lr == pytest.approx(0.3 * saved["settings"]["lr"])
     assert settings.initial_top_k == []                           # which that preset sets
     again = train.resolve(train.parse(["--init_from", "base", "--data", str(corpus), "--seq_len", "16"]))[0]
-    assert again.out == "out/laptop" and again.lr == train.Settings.lr         # text: as ever
+    assert again.out == "out/laptop" and again.lr == train.TRAINING["laptop"]["lr"]      # text: as ever
 
 
 def test_the_log_is_of_the_answers(tuned, base, chats):
