@@ -398,27 +398,32 @@ def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
 
     If that fails, as on a full disk, rank 0 raises OSError and the others end; older ones stay whole."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
-    path, aside, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", None
+    path, aside, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
     from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
         dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)
+        sums = checksums(aside.glob(f"__{grid.rank}_*"))          # every rank reads its own files
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
-    sums = [checksums(aside.glob(f"__{grid.rank}_*"))] * grid.world      # every rank reads its own files
+    except OSError as error:
+        problem = error
+    parts = [(sums, problem)] * grid.world
     if grid.world > 1:
-        dist.all_gather_object(sums, sums[0], group=grid.files)
-    from_rank_0(grid, lambda: publish(aside, path, sums, problem, keep, meta))
+        dist.all_gather_object(parts, parts[0], group=grid.files)
+    from_rank_0(grid, lambda: publish(aside, path, parts, keep, meta))
 
 
-def publish(aside, path, sums, problem, keep, meta):
-    """Add meta.json and the manifest, rename, delete old checkpoints.  OSError if there is a problem."""
+def publish(aside, path, parts, keep, meta):
+    """Add meta.json and the manifest, of the ranks' (checksums, problem), rename, delete old checkpoints.
+    OSError if there is a problem."""
     try:
-        if problem:
-            raise OSError(problem)
+        manifest = {}
+        for sums, problem in parts:
+            if problem:
+                raise OSError(problem)
+            manifest |= sums
         (aside / "meta.json").write_text(json.dumps(meta))
-        manifest = checksums([aside / "meta.json", aside / ".metadata"])
-        for part in sums:
-            manifest |= part
+        manifest |= checksums([aside / "meta.json", aside / ".metadata"])
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for written in (aside / "meta.json", aside / "manifest.json", aside):    # torch has synced the rest
             fsync(written)

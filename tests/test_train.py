@@ -622,8 +622,8 @@ def test_a_device_without_bf16_trains_in_fp32_and_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("width, dtype, said", [
-    ("8", "float32", None), ("6", "float32", "widths are multiples of 4, and 6 is not"),
-    ("12", "bfloat16", "widths are multiples of 8, and 12 is not")])
+    ("8", "float32", None), ("6", "float32", "widths must be multiples of 4"),
+    ("12", "bfloat16", "widths must be multiples of 8")])
 def test_widths_that_grouped_mm_refuses_are_said_once(corpus, tmp_path, capsys, width, dtype, said):
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES,
                 "--d_expert", width, "--dtype", dtype])
