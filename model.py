@@ -154,7 +154,7 @@ class Experts(nn.Module):
 
     def forward(self, rows, load):
         """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.  parallel.py
-        replaces this method for expert parallelism, and nothing outside changes."""
+        replaces this method for expert parallelism; few_rows is for one process."""
         return self.compute(rows, load, self.w_in, self.w_out)
 
     @staticmethod
@@ -286,7 +286,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None
+        return grad_x * grad, grad_w * grad, None, None           # a scalar in fp32, which rounds nothing
 
 
 class Head(nn.Linear):
@@ -378,7 +378,7 @@ class Model(nn.Module):
         at = torch.arange(T, device=x.device)[None] if at is None else at
         if doc is not None:
             mask = ((at[:, None] <= at[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
-        elif cache is not None and T == 1:                        # several tokens are a prompt, and causal
+        elif cache is not None and T == 1:                        # decoding; a prompt is causal
             mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= at)[:, None, None]
         cos, sin = rotary(at, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
@@ -401,7 +401,7 @@ class Model(nn.Module):
                generator=None, lengths=None, compiled=None):
         """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].
 
-        stop         token ids that end a sequence, which then repeats the first; when all are over, it ends
+        stop         token ids that end a sequence, padded with the first from then on; ends when all have
         lengths      [B], of rows padded on the right
         compiled     compile the step (default: on CUDA)"""
         (B, T), step = tokens.shape, self.decode
@@ -428,7 +428,7 @@ class Model(nn.Module):
         shape, like = (batch, capacity, self.config.n_kv_head, self.config.head_dim), self.embed.weight
         cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
         for memory in sum(cache, ()) if like.is_cuda else ():
-            torch._dynamo.mark_static_address(memory)             # else a CUDA graph may not write to it
+            torch._dynamo.mark_static_address(memory)             # lets a CUDA graph write to it
         return cache
 
 
@@ -556,11 +556,11 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
               for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
     given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
              if theirs != "lm_head.weight" or not model.config.tie_embeddings}
-    if len(given) < len(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
-        raise ValueError("lm_head.weight is not the embedding, though the configuration ties them")
     if given != wanted:
         missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
         raise ValueError(f"these weights do not fit the model, which needs {missing}, not {unknown}")
+    if len(given) < len(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
+        raise ValueError("lm_head.weight is not the embedding, though the configuration ties them")
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
         for theirs, view in hf_views(model.config, name, whole).items():

@@ -10,8 +10,8 @@ stacked [E, in, out]: `ep` splits E, so that whole experts live on a rank and to
 arXiv 2006.16668), and `edp` shards what is left.
 
 A rank's loss is a sum over its own tokens divided by the count of ALL ranks.  So losses, gradients and
-statistics are only summed, never averaged.  The exchange that sends gradients back to the tokens' ranks sums
-an expert's gradient over its ep group; FSDP sums over the rest.  One process makes no group, no collective.
+statistics are only summed, never averaged.  An expert's rank has its rows from the whole ep group, so that
+its gradient is their sum; FSDP sums over the rest.  One process makes no group, no collective.
 """
 
 import hashlib
@@ -443,7 +443,7 @@ def load_newest(out, steps, state, grid=ALONE):
     path = Path(out) / f"step-{step}"
     load_checkpoint(path, state, grid, checked=True)
     unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
-    if unused:                                                    # an optimizer makes its state lazily
+    if unused:                                                    # dcp.load would ignore it
         raise ValueError(f"{path} holds {min(unused)}, .., which this code's optimizer and model do not")
     return step
 
@@ -455,8 +455,11 @@ def newest_whole(out, steps):
         problem = find_corruption(path)
         if not problem:
             return step
-        os.rename(path, f"{path}.corrupt")
-        print(f"checkpoint {path} is corrupt ({problem}); it is now {path.name}.corrupt", file=sys.stderr)
+        corrupt = f"{path}.corrupt"
+        while os.path.exists(corrupt):                            # this step was corrupt before
+            corrupt += "+"
+        os.rename(path, corrupt)
+        print(f"checkpoint {path} is corrupt ({problem}); it is now {Path(corrupt).name}", file=sys.stderr)
     raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
