@@ -195,6 +195,17 @@ def optimizer_share(run, steps=5):
     return median(shares)
 
 
+def ten_kernels(work, device):
+    """-> lines: the ten kernels (on a CPU, operations) that take the most of work(), with their part of it."""
+    with torch.profiler.profile() as profile:
+        seconds(work, device)
+    kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    took = {event.key: getattr(event, kind) for event in profile.key_averages()
+            if event.device_type.name.lower() == device}
+    return [f"    {took[name] / sum(took.values()):6.1%}  {name[:90]}"
+            for name in sorted(took, key=took.get, reverse=True)[:10]]
+
+
 def bench_gpu(args):
     """One command for whoever has a card.  On a CPU the same with the laptop preset, to see that it runs."""
     card = args.device == "cuda"
@@ -206,6 +217,7 @@ def bench_gpu(args):
              "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
     table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
                                        "peak GiB", "first step, s"), [])
+    kernels = []
     for name, (config, batch, seq_len, micro) in cases.items():
         config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
         run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
@@ -221,8 +233,10 @@ def bench_gpu(args):
         print(f"| {name} | {tokens:,} in {micro} | {took * 1e3:.1f} | {tokens / took:,.0f} | "
               f"{f'{mfu:.1%}' if mfu else 'unknown'} | "
               f"{optimizer_share(run):.0%} | {memory:.1f} | {first:.0f} |", flush=True)
+        kernels = ten_kernels(work, args.device) if name == "gpu-1b" else kernels
         del run, work
         gc.collect()
+    print("\nof a step of gpu-1b", *kernels, sep="\n")
     config, batch, seq_len = (PRESETS["gpu-1b"], 16, 1024) if card else (small, 8, 64)
     model = Model(config, 0).to(args.device, torch.bfloat16)
     for rows in 1, 32:

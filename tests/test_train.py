@@ -247,14 +247,18 @@ def test_validation_has_no_balance_loss_in_it(finished, corpus):
     assert rows(finished)[-1]["val_loss"] == pytest.approx(want, rel=1e-5)
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
                                      ["--balance", "quantile", "--top_k_choices", "1,2,6"],
                                      ["--optimizer", "muon", "--dtype", "bfloat16"],
-                                     ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"]],
-                         ids=["plain", "bf16", "switch", "loss-free", "quantile",
-                              "muon", "top1"])
+                                     ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"],
+                                     pytest.param(["--device", "cuda", "--deterministic", "true"],
+                                                  marks=on_a_gpu)],
+                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "muon", "top1", "gpu"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
