@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
 import data
+import eval as evaluation
 import parallel
 import train
 from model import ModelConfig
@@ -87,15 +89,37 @@ def train_with(argv, step):
         train.train_step = real
 
 
-def two_second_steps(monkeypatch):
-    """A clock that training steps alone move, two seconds each."""
-    clock, real = [0.0], train.train_step
+def train_until(argv, last):
+    """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
+    def told(real, run, step, stop):
+        if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stop.requested:                             # a thread reads it
+                time.sleep(0.01)
+        return real(run, step, stop)
+    train_with(argv, told)
 
-    def step(*args):
-        clock[0] += 2.0
-        return real(*args)
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+def rows(out):
+    """A run's log, step by step."""
+    return evaluation.read_log(out)[1:]
+
+
+def curve(out):
+    """.. without the speed: what is left is a function of the step."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows(out)]
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, argv, words): it ends with exit code 2 and one line that has the words."""
+    def check(main, argv, words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, argv)))
+        err = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and "\n" not in err and err.startswith("error: ") and words in err, err
+    return check
 
 
 # --- many processes ---------------------------------------------------------------------------------------
@@ -110,13 +134,14 @@ class Answer(NamedTuple):
 
 
 class Ranks:
-    """Four processes that stay for the session, for importing torch takes longer than a test."""
+    """Four processes that stay for the session, forked from one that has imported torch."""
 
     def __init__(self):
         self.workers, self.group = [], None
 
     def start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train"])
         for rank in range(4):
             ours, theirs = context.Pipe()
             self.workers.append((context.Process(target=work, args=(theirs, rank), daemon=True), ours))

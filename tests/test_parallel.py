@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from bench import Traffic, traffic
-from conftest import SIZES, small, train_with
+from conftest import SIZES, small, train_until
 from test_exact import make_run, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -472,17 +471,6 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
     assert len(one) == len(many) == 8
     for a, b in zip(one, many):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-
-
-def train_until(argv, last):
-    """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
-    def told(real, run, step, stop):
-        if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not stop.requested:                             # a thread reads it
-                time.sleep(0.01)
-        return real(run, step, stop)
-    train_with(argv, told)
 
 
 @pytest.mark.parametrize("more, message", [
