@@ -7,21 +7,19 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small, two_second_steps
+from conftest import rows, small
 
 import data
 import eval as evaluation
 import train
 from model import Model
 
-ROOT = Path(train.__file__).parent
 BYTES = data.build_encoding("bytes")
 EOT, SYSTEM, USER, ASSISTANT, END = (BYTES.encode_single_token(token) for token in data.SPECIAL)
 WORDS = "red sea of the trees naïve 日本 🙂 walk so".split()
@@ -66,30 +64,23 @@ def token_file(folder, chats):
 
 
 @pytest.fixture(scope="session")
-def base(finished):
-    """A run on text, whose model is tuned below."""
-    return finished
-
-
-@pytest.fixture(scope="session")
-def chats(base, tmp_path_factory):
+def chats(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chats") / "chats"
-    prepare(folder, made_up(120), base)
+    prepare(folder, made_up(120), finished)
     return folder
 
 
-def tune(base, chats, out, *args):
-    """train.py's settings, for 8 steps of 64 tokens if not for others."""
-    length = ["--seq_len", "64", "--steps", "8"]
-    return ["--init_from", str(base), "--data", str(chats), "--out", str(out), *length, "--log_every", "1",
-            "--device", "cpu", *args]
+def tune(run, chats, out, *args):
+    """Settings for train.py: 8 steps of 64 tokens, if args do not change that."""
+    return ["--init_from", str(run), "--data", str(chats), "--out", str(out), "--seq_len", "64", "--steps", "8",
+            "--log_every", "1", "--device", "cpu", *args]
 
 
 @pytest.fixture(scope="session")
-def tuned(base, chats, tmp_path_factory):
-    """The directory of a run of 150 steps on conversations."""
+def tuned(finished, chats, tmp_path_factory):
+    """The directory of a run of 80 steps on conversations."""
     out = tmp_path_factory.mktemp("tuned") / "run"
-    train.main(tune(base, chats, out, "--steps", "150", "--lr", "1e-2"))
+    train.main(tune(finished, chats, out, "--steps", "80", "--lr", "1e-2"))
     return out
 
 
@@ -158,34 +149,25 @@ def test_every_conversation_comes_once_per_epoch_on_any_number_of_processes(tmp_
     assert all(torch.equal(torch.cat(part), each) for part, each in zip(zip(*parts), whole))
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_packed_equals_one_by_one(tmp_path, top_k):
+def test_packed_equals_one_by_one(tmp_path):
     """Loss, gradient and load of packed rows with padding are those of the conversations by themselves."""
-    chats = list(map(data.read_chat, made_up(12)))
-    tokens, path = token_file(tmp_path, chats)
-    model = Model(small(vocab_size=BYTES.n_vocab, max_seq_len=512)).double()
+    tokens, path = token_file(tmp_path, map(data.read_chat, made_up(12)))
+    model = Model(small(vocab_size=BYTES.n_vocab, max_seq_len=512, top_k=2)).double()
     sampler = data.make_sampler(tokens, path, 400)
     x, y, doc = sampler.batch(range(sampler.n_windows))
     assert (doc < 0).any() and doc.max() > 0
-    got = model(x, y, top_k, doc)
-    (got.loss + (got.prob_sum ** 2).sum()).backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    loss, load, prob_sum, n_targets, n_tokens = 0.0, 0, 0, 0, 0
-    for chat in chats:
-        whole = torch.tensor([data.encode_chat(BYTES, chat)])
-        roles = np.cumsum([t in (SYSTEM, USER, ASSISTANT) for t in whole[0].tolist()]) - 1
-        mine = [role >= 0 and chat[role][0] == "assistant" and t not in (SYSTEM, USER, ASSISTANT)
-                for role, t in zip(roles, whole[0].tolist())]
-        targets = whole.masked_fill(~torch.tensor([mine]), -1)
-        out = model(whole[:, :-1], targets[:, 1:], top_k)
-        loss, load, prob_sum = loss + out.loss, load + out.load, prob_sum + out.prob_sum
-        n_targets, n_tokens = n_targets + out.n_targets, n_tokens + out.n_tokens
-    (loss + (prob_sum ** 2).sum()).backward()
-    assert got.loss.item() == pytest.approx(loss.item(), rel=1e-12) and torch.equal(got.load, load)
-    assert (got.n_targets, got.n_tokens) == (n_targets, n_tokens) == ((y >= 0).sum(), (doc >= 0).sum())
-    for gradient, p in zip(gradients, model.parameters()):
-        assert (gradient - p.grad).norm() <= 1e-12 * p.grad.norm()
+    got = model(x, y, doc=doc)
+    alone = [model(x[doc == i][None], y[doc == i][None]) for doc, x, y in zip(doc, x, y)
+             for i in range(int(doc.max()) + 1)]
+    assert len(alone) == 12
+    results = []
+    for outs in ([got], alone):
+        model.zero_grad()
+        sum(out.loss + out.prob_sum.sum(0) @ torch.arange(6.0).double() for out in outs).backward()
+        results.append([*(p.grad for p in model.parameters()), sum(out.loss for out in outs),
+                        sum(out.load for out in outs), sum(out.counts for out in outs)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -204,9 +186,9 @@ FORMS = [
                         {"role": "user", "content": "a"}, {"from": "assistant", "value": "b"}]}, AB + AB)]
 
 
-def test_all_forms_are_read():
-    for record, want in FORMS:
-        assert data.read_chat(record) == want
+@pytest.mark.parametrize("record, want", FORMS)
+def test_all_forms_are_read(record, want):
+    assert data.read_chat(record) == want
 
 
 BAD = {
@@ -309,18 +291,14 @@ def test_functions_and_their_docstrings_are_the_default(in_folder, monkeypatch):
 
 # --- training ---------------------------------------------------------------------------------------------
 
-def rows(out):
-    return evaluation.read_log(out)[1:]
-
-
-def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats, corpus):
+def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, chats, corpus):
     """And by itself gets a directory of its own, a lower learning rate, and four epochs."""
-    argv = ["--init_from", str(base), "--data", str(chats), "--seq_len", "64"]
+    argv = ["--init_from", str(finished), "--data", str(chats), "--seq_len", "64"]
     plan = train.plan_run(list(argv), 1)
     n = train.open_corpus(train.Settings(**plan["settings"])).train.n_windows
     assert 4 * n <= 8 * plan["settings"]["steps"] < 4 * n + 8
     assert train.plan_run([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
-    shutil.copytree(base, "base")
+    shutil.copytree(finished, "base")
     saved = json.loads(Path("base/settings.json").read_text())
     other = dict(preset="sigma-moe-tiny", dtype="bfloat16", batch_size=4, accumulate=2, seq_len=32,
                  balance="top1", lbl_coef=0.5, lbl_scope="micro", temperature=0.7, bias_rate=0.01,
@@ -337,10 +315,10 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, base, chats,
     assert again.out == "out/laptop" and again.lr == train.TRAINING["laptop"]["lr"]      # text: as ever
 
 
-def test_the_log_is_of_the_answers(tuned, base, chats):
+def test_the_log_is_of_the_answers(tuned, finished, chats):
     """Held-out loss is that of eval.py, over the assistant's words; padding is in no load; and it falls."""
     last = rows(tuned)[-1]
-    table, n, _ = evaluation.compare_losses([str(tuned), str(base)])
+    table, n, _ = evaluation.compare_losses([str(tuned), str(finished)])
     assert table[-2][1] == pytest.approx(last["val_loss"], rel=1e-6) and table[-2][1] < 0.8 * table[-1][1]
     sampler = data.make_sampler(data.load_tokens(chats / "val.bin"), chats / "val.bin", 64)
     tokens, targets, doc = sampler.batch(range(sampler.n_windows))
@@ -359,15 +337,20 @@ def test_the_log_is_of_the_answers(tuned, base, chats):
     assert look.experts.shape[1] == len(look.tokens) == int(look.statistics.load[0].sum())
 
 
-def test_a_step_is_the_mean_over_the_answers_and_padding_is_no_speed(base, chats, in_folder, monkeypatch):
-    """Of a model that a step of a run has."""
-    two_second_steps(monkeypatch)
-    step = evaluation.newest(base)
-    train.main(tune(step, chats, "run", "--steps", "1", "--lbl_coef", "0", "--sample_tokens", "0"))
+def test_a_step_is_the_mean_over_the_answers_and_padding_is_no_speed(finished, chats, in_folder, monkeypatch):
+    """Of a model that a step of a run has; the clock runs in steps alone, for two seconds."""
+    clock, real = [0.0], train.train_step
+
+    def step(*args):
+        clock[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    saved, file = evaluation.newest(finished), chats / "train.bin"
+    train.main(tune(saved, chats, "run", "--steps", "1", "--lbl_coef", "0", "--sample_tokens", "0"))
     row, = rows("run")
-    file = chats / "train.bin"
     x, y, doc = data.make_sampler(data.load_tokens(file), file, 64).rows(0, 8)
-    model, _, top_k = evaluation.load_run(str(base))
+    model, _, top_k = evaluation.load_run(str(finished))
     out = model.requires_grad_(True)(x, y, top_k, doc)
     (out.loss / out.n_targets).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -376,11 +359,11 @@ def test_a_step_is_the_mean_over_the_answers_and_padding_is_no_speed(base, chats
     assert row["tokens_per_s"] == row["tokens"] / 2 == out.n_tokens / 2 < 8 * 64 / 2
 
 
-def test_two_processes_learn_what_one_does(ranks, in_folder, base, chats):
+def test_two_processes_learn_what_one_does(ranks, in_folder, finished, chats):
     argv = ["--eval_every", "2", "--sample_tokens", "0"]
-    train.main(tune(base, chats, "one", *argv))
-    assert not any(a.code for a in ranks(2, train.main, tune(base, chats, in_folder / "two", *argv, "--ep",
-                                                             "2")))
+    train.main(tune(finished, chats, "one", *argv))
+    answers = ranks(2, train.main, tune(finished, chats, in_folder / "two", *argv, "--ep", "2"))
+    assert [a.code for a in answers] == [None, None]
     for a, b in zip(rows("one"), rows(in_folder / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["tokens"] == b["tokens"]
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-5)
@@ -406,30 +389,25 @@ def test_longer_context_is_another_run(tuned, chats, in_folder):
     (train.main, ["--data", "chats.jsonl"], "chats.jsonl is not a token file"),
     (train.main, ["--init_from", "BASE", "--data", "CHATS", "--seq_len", "4"], "(4) is too short: none of "),
     (evaluation.main, ["loss", "--ckpt", "BASE", "--data", "chats.jsonl"], "has no held-out text (val.bin)")])
-def test_a_mistake_is_one_line(main, args, message, base, chats, in_folder, capsys):
+def test_a_mistake_is_one_line(main, args, message, finished, chats, in_folder, refused):
     write(Path("chats.jsonl"), made_up(60))
-    with pytest.raises(SystemExit) as ended:
-        main([{"BASE": str(base), "CHATS": str(chats)}.get(arg, arg) for arg in args])
-    line, = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and message in line
+    refused(main, [{"BASE": finished, "CHATS": chats}.get(arg, arg) for arg in args], message)
     assert os.listdir() == ["chats.jsonl"] or not os.listdir("data")
 
 
 # --- talking ----------------------------------------------------------------------------------------------
 
-def talk(tuned, monkeypatch, lines, *args):
+def talk(run, monkeypatch, lines, *args):
     """eval.py chat with these lines, in this process."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    evaluation.main(["chat", "--ckpt", str(tuned), "--device", "cpu", "--tokens", "12", *args])
+    evaluation.main(["chat", "--ckpt", str(run), "--device", "cpu", "--tokens", "12", *args])
 
 
-def test_answers_are_what_the_model_continues_the_conversation_with(tuned):
+def test_answers_are_what_the_model_continues_the_conversation_with(tuned, monkeypatch, capsys):
     """A line is a question; only answers go to stdout, which remember what was said until /reset."""
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "chat", "--ckpt", str(tuned), "--device",
-                           "cpu", "--temperature", "0", "--tokens", "12", "--system", "trees"],
-                          input="red sea?\n\nof the\n/reset\nof the\n/quit\nwalk\n",
-                          capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "/reset starts anew" in done.stderr, done.stderr
+    talk(tuned, monkeypatch, ["red sea?", "", "of the", "/reset", "of the", "/quit", "walk"], "--temperature",
+         "0", "--system", "trees")
+    shown = capsys.readouterr()
     model, _, top_k = evaluation.load_run(str(tuned))
     encoding, system, answers = data.load_encoding(tuned), ("system", "trees"), []
     end = [encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")]
@@ -442,7 +420,7 @@ def test_answers_are_what_the_model_continues_the_conversation_with(tuned):
         return [*said, ("assistant", answers[-1])]
     ask(*ask(system, ("user", "red sea?")), ("user", "of the"))
     ask(system, ("user", "of the"))
-    assert done.stdout.split("\n") == [*answers, ""]
+    assert shown.out.split("\n") == [*answers, ""] and "/reset starts anew" in shown.err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys):
@@ -464,14 +442,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys)
     assert out.count("\n") == 2 and f"<|assistant|>{out.splitlines()[0]}<|end|><|user|>sea" in seen[1]
 
 
-def test_a_conversation_that_is_full_is_one_line(tuned, base, monkeypatch, capsys):
-    """And so are a run that was not tuned, and impossible settings."""
+def test_a_conversation_that_is_full_is_one_line(tuned, finished, monkeypatch, capsys):
+    """And so is a run that was not tuned."""
     talk(tuned, monkeypatch, ["x " * 100, "red"])
     out, err = capsys.readouterr()
     assert err.count("leave no room in 64 for an answer; /reset starts anew") == out.count("\n") == 1
-    talk(base, monkeypatch, ["red"], "--tokens", "4")
+    talk(finished, monkeypatch, ["red"], "--tokens", "4")
     assert "was not tuned on conversations" in capsys.readouterr().err
-    for name, value in (("--temperature", "-1"), ("--top_p", "0")):
-        with pytest.raises(SystemExit) as ended:
-            talk(tuned, monkeypatch, ["red"], name, value)
-        assert ended.value.code == 2 and capsys.readouterr().err.count("error: ") == 1

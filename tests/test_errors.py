@@ -1,7 +1,7 @@
 """Whatever is wrong with the input: one line that names it, exit code 2, nothing overwritten."""
 
 import dataclasses
-import gzip
+import io
 import os
 import shutil
 import subprocess
@@ -45,16 +45,18 @@ def other_tokenizer():
     shutil.copytree("data/s", "small")
 
 
-def run_with_other_settings():
-    T()()
-
-
 def truncated():
     Path("small/train.bin").write_bytes(Path("small/train.bin").read_bytes()[:-100])
 
 
 def foreign():
     np.arange(5000, dtype=np.uint16).tofile("small/train.bin")
+
+
+def data_that_changed():
+    T()()
+    tokens = np.memmap("small/train.bin", np.uint16, "r+", offset=1024)
+    tokens[:] = tokens[::-1].copy()
 
 
 def corrupt_checkpoint():
@@ -67,8 +69,6 @@ CASES = [
     ("tokenizer of another run", other_tokenizer, T("--steps", "4"), "the tokenizer of run"),
     ("name outside data", None, D("--source", "text", "--name", "../../x"), "--name"),
     ("folder named stdlib", lambda: write_corpus(Path("stdlib")), D("--source", "./stdlib"), "--name"),
-    ("cut gzip file", lambda: Path("a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-20]),
-     D("--source", "a.jsonl.gz"), "a.jsonl.gz cannot be read: Compressed file ended"),
     ("truth value", None, T("--tie_embeddings", "perhaps"), "--tie_embeddings"),
     ("settings of another version", lambda: (T()(), Path("run/settings.json").write_text(
         '{"settings": {"colour": 1}, "model": {}}')), lambda: train.main(["--out", "run"]),
@@ -77,14 +77,13 @@ CASES = [
      E("sample", "--ckpt", "run"), "run is not a directory of train.py"),
     ("directory that looks like a checkpoint", None, T("--out", "step-1"), "step-1"),
     ("impossible sampling", lambda: T()(), E("sample", "--ckpt", "run", "--top_p", "0"), "top_p"),
+    ("impossible chatting", lambda: T()(), E("chat", "--ckpt", "run", "--temperature", "-1"), "temperature"),
     ("unknown setting", None, E("loss", "--dta", "x", "--ckpt", "run"), "unrecognized arguments: --dta"),
     ("missing source", None, D("--source", "nowhere"), "nowhere"),
     ("empty source folder", lambda: os.mkdir("void"), D("--source", "void"), "void is empty"),
     ("empty source file", lambda: Path("void.txt").touch(), D("--source", "void.txt"), "void.txt is empty"),
     ("unknown kind of source", lambda: Path("a.pdf").write_text("x"), D("--source", "a.pdf"),
      "no file ends in one of .txt"),
-    ("no UTF-8", lambda: Path("bad.txt").write_bytes(b"\xff\xfe" * 50), D("--source", "bad.txt"),
-     "bad.txt: 'utf-8' codec"),
     ("JSON lines without text", lambda: Path("a.jsonl").write_text('{"x": 1}\n' * 7),
      D("--source", "a.jsonl"), "7 of 7 documents"),
     ("unknown tokenizer", None, D("--tokenizer", "bpf"), "bpf"),
@@ -95,17 +94,15 @@ CASES = [
      lambda: os.environ.update(TIKTOKEN_CACHE_DIR="nothing_here", HTTPS_PROXY="http://127.0.0.1:9"),
      D("--source", "text", "--tokenizer", "gpt2", "--name", "w"), "TIKTOKEN_CACHE_DIR"),
     ("data that is nothing", None, T("--data", "nowhere"), "nowhere"),
+    ("data that changed", data_that_changed, T("--steps", "4"), "its sha256 is another"),
+    ("directory that cannot be written", None, T("--out", "/proc/run"), "/proc/run"),
     ("truncated token file", truncated, T(), "train.bin is corrupt"),
     ("foreign token file", foreign, T(), "train.bin is not a token file"),
     ("token beyond the vocabulary", None, T("--vocab_size", "128"), "vocab_size (128)"),
     ("tokenizer of other tokens", vocabulary_of_a_smaller_tokenizer, T(), "encoding.json does not fit"),
     ("broken tokenizer", lambda: (T()(), Path("run/encoding.json").write_text("{}")),
      E("sample", "--ckpt", "run"), "encoding.json is not a tokenizer"),
-    ("odd head_dim", None, T("--head_dim", "7"), "head_dim"),
-    ("heads that do not divide", None, T("--n_head", "5", "--n_kv_head", "2"), "n_head (5)"),
-    ("top_k above n_expert", None, T("--top_k", "7"), "top_k (7)"),
-    ("zero layers", None, T("--n_layer", "0"), "n_layer"),
-    ("negative width", None, T("--d_model", "-8"), "d_model"),
+    ("impossible size", None, T("--head_dim", "7"), "head_dim"),
     ("zero steps", None, T("--steps", "0"), "steps"),
     ("negative batch", None, T("--batch_size", "-1"), "batch_size"),
     ("zero learning rate", None, T("--lr", "0"), "lr"),
@@ -140,9 +137,8 @@ CASES = [
     ("unknown setting", None, T("--batchsize", "4"), "unrecognized arguments: --batchsize 4"),
     ("unknown preset", None, T("--preset", "labtop"), "preset 'labtop' is unknown; there are laptop"),
     ("unknown device", None, T("--device", "tpu"), "device"),
-    ("run made with other settings", run_with_other_settings, T("--lr", "0.5"), "run was made with lr"),
-    ("run made with another model", run_with_other_settings, T("--n_expert", "4"),
-     "run was made with n_expert"),
+    ("run made with other settings", lambda: T()(), T("--lr", "0.5"), "run was made with lr"),
+    ("run made with another model", lambda: T()(), T("--n_expert", "4"), "run was made with n_expert"),
     ("directory of something else", lambda: (os.mkdir("run"), Path("run/thesis.txt").write_text("all of it")),
      T(), "run is not empty"),
     ("init_from nothing", None, T("--init_from", "nowhere"), "nowhere"),
@@ -161,6 +157,7 @@ CASES = [
      "small has no held-out text"),
     ("routing without matplotlib", lambda: (T()(), sys.modules.update({"matplotlib.figure": None})),
      E("routing", "run", "--png", "p"), "pip install -e '.[plot]'"),
+    ("pictures into a file", lambda: T()(), E("routing", "run", "--png", "small/val.bin"), "File exists"),
 ]
 
 
@@ -183,41 +180,32 @@ def contents(folder):
 
 @pytest.mark.parametrize("prepare, command, words", [case[1:] for case in CASES],
                          ids=[case[0] for case in CASES])
-def test_one_line_and_exit_code_2(workshop, capsys, prepare, command, words):
+def test_one_line_and_exit_code_2(workshop, refused, prepare, command, words):
     if prepare:
         prepare()
     before = contents(workshop)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        command()
-    err = capsys.readouterr().err.strip()
-    assert end.value.code == 2
-    assert err.count("\n") == 0 and err.startswith("error: ") and words in err, err
+    refused(lambda _: command(), [], words)
     assert contents(workshop) == before
 
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("n_layer", -1), ("n_layer", 1.5), ("n_head", True), ("head_dim", 7), ("d_expert", 0),
-    ("top_k", 97), ("gate", "topk"), ("rope_base", 0.0), ("norm_eps", -1e-6), ("max_seq_len", 0)])
+    ("top_k", 97), ("gate", "topk"), ("rope_base", 0.0), ("norm_eps", -1e-6), ("max_seq_len", 0),
+    ("n_kv_head", 3)])
 def test_impossible_sizes_name_the_field(field, value):
     sizes = dataclasses.asdict(model.PRESETS["laptop"]) | {field: value}
     with pytest.raises(ValueError, match=field):
         model.ModelConfig(**sizes)
 
 
-def test_n_head_must_be_a_multiple_of_n_kv_head():
-    with pytest.raises(ValueError, match="n_head.*n_kv_head"):
-        model.ModelConfig(**dataclasses.asdict(model.PRESETS["laptop"]) | {"n_head": 6, "n_kv_head": 4})
-
-
-@pytest.mark.parametrize("program", ["data.py", "train.py", "eval.py", "model.py"])
-def test_help_is_readable_at_80_columns(program):
-    done = subprocess.run([sys.executable, str(Path(train.__file__).parent / program), "--help"],
-                          capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
-    assert done.returncode == 0 and len(done.stdout.splitlines()) > 8
-    options = [line for line in done.stdout.splitlines()
-               if line.startswith("  ") and not line.startswith("    python")]
-    assert max(map(len, options)) <= 110
+@pytest.mark.parametrize("main", [data.main, train.main, evaluation.main, model.main])
+def test_help_is_readable_at_80_columns(main, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    options = [line for line in lines if line.startswith("  ") and not line.startswith("    python")]
+    assert not end.value.code and len(lines) > 8 and max(map(len, options)) <= 110
 
 
 def test_a_traceback_is_one_variable_away(monkeypatch):
@@ -226,16 +214,16 @@ def test_a_traceback_is_one_variable_away(monkeypatch):
         evaluation.main(["loss", "--ckpt", "nowhere"])
 
 
-@pytest.mark.parametrize("program, console", [("eval.py", "ascii"), ("train.py", "ascii"),
-                                              ("train.py", "full")])
-def test_a_console_that_cannot_show_everything_ends_nothing(finished, corpus, tmp_path, program, console):
-    """It has no block characters, or takes nothing at all."""
-    args = {"eval.py": ["routing", str(finished)],
-            "train.py": ["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES]}
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    with open("/dev/full" if console == "full" else tmp_path / "shown", "w") as shown:
-        done = subprocess.run([sys.executable, ROOT / program, *args[program]], env=env, stdout=shown,
-                              stderr=shown)
-    assert done.returncode == 0
-    assert console == "full" or "layer 1" in (tmp_path / "shown").read_text()
-    assert program == "eval.py" or checkpoints(tmp_path / "run")[-1] == 2
+def test_a_console_without_unicode_shows_what_it_can(finished, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    evaluation.main(["routing", str(finished)])
+    shown.flush()
+    assert b"layer 1" in shown.buffer.getvalue()
+
+
+def test_a_console_that_takes_nothing_ends_nothing(corpus, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--data", corpus, "--out", tmp_path / "run", "--steps", "2"]
+    with open("/dev/full", "w") as full:
+        assert not subprocess.run([*command, *SIZES], stdout=full, stderr=full).returncode
+    assert checkpoints(tmp_path / "run")[-1] == 2

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SIZES, small, write_corpus
+from conftest import SIZES, curve, rows, small, write_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,6 @@ from model import from_hf_config, hf_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("safetensors", reason="needs the extra hf")
-
-
-def rows(out):
-    return evaluation.read_log(out)[1:]
 
 
 @pytest.fixture(scope="session", params=[
@@ -119,85 +115,66 @@ def test_the_chat_template(tokenizers):
     (["--gate", "sigmoid"], "sigmoid, [1, 1], False"), (["--balance", "loss-free"], "no selection biases"),
     (["--initial_top_k", "3", "--switch", "1"], "softmax, [3, 1], False"),
     (["--token_router", "true"], "softmax, [1, 1], True"), ([], "File exists")])
-def test_what_cannot_be_exported_is_said(corpus, tmp_path, capsys, more, message):
+def test_what_cannot_be_exported_is_said(corpus, tmp_path, refused, more, message):
     """Before anything is written; nothing is overwritten."""
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])
     to = tmp_path / "hf" if more else tmp_path / "run"
-    with pytest.raises(SystemExit) as error:
-        evaluation.main(["export", "--ckpt", str(tmp_path / "run"), "--to", str(to)])
-    line, = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and message in line
+    refused(evaluation.main, ["export", "--ckpt", tmp_path / "run", "--to", to], message)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # --- in ---------------------------------------------------------------------------------------------------
 
-def test_a_run_goes_on_from_its_own_export(exported, corpus, tmp_path):
-    """Bit by bit as from the run itself."""
+SHORT = ["--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--sample_tokens", "0", "--device", "cpu"]
+
+
+def test_a_run_goes_on_from_its_own_export(ranks, exported, corpus, tmp_path):
+    """Bit by bit as from the run itself; on two processes, too; and later without the folder."""
     run, folder = exported
-    argv = ["--data", str(corpus), "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--steps", "4",
-            "--sample_tokens", "0", "--device", "cpu"]
+    argv = ["--data", str(corpus), *SHORT, "--steps", "4"]
     for source in (run, folder):
         train.main([*argv, "--out", str(tmp_path / source.name), "--init_from", str(source)])
-    a, b = rows(tmp_path / "run"), rows(tmp_path / "hf")
-    for row in a + b:
-        del row["tokens_per_s"]
-    assert a == b
-    assert (evaluation.read_settings(tmp_path / "run")["model"]
-            == evaluation.read_settings(tmp_path / "hf")["model"])
-
-
-def test_many_processes_start_from_a_folder(ranks, exported, corpus, tmp_path):
-    run, folder = exported
-    ep = "1" if evaluation.read_settings(run)["model"]["n_expert"] == 1 else "2"
-    argv = ["--data", str(corpus), "--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--steps", "2",
-            "--init_from", str(folder), "--device", "cpu", "--sample_tokens", "0"]
-    train.main([*argv, "--out", str(tmp_path / "one")])
-    answers = ranks(2, train.main, [*argv, "--out", str(tmp_path / "two"), "--ep", ep])
-    assert [a.code for a in answers] == [None, None]
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+    assert curve(tmp_path / "run") == curve(tmp_path / "hf")
+    models = [evaluation.read_settings(tmp_path / name)["model"] for name in ("run", "hf")]
+    assert models[0] == models[1]
+    ep = "1" if models[0]["n_expert"] == 1 else "2"
+    shutil.copytree(folder, tmp_path / "copy")
+    argv = [*argv, "--init_from", str(tmp_path / "copy"), "--out", str(tmp_path / "two"), "--ep"]
+    assert [a.code for a in ranks(2, train.main, [*argv, ep])] == [None, None]
+    for a, b in zip(rows(tmp_path / "hf"), rows(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    shutil.rmtree(tmp_path / "copy")
+    train.main([*argv, "1", "--steps", "6"])
+    assert len(rows(tmp_path / "two")) == 6
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(model_type="llama"), "only a plain Qwen3-MoE can be read, not one with model_type 'llama'"),
-    (dict(rope_scaling={"type": "yarn"}), "yarn"), (dict(hidden_size=None), "d_model must be a whole number"),
-    (dict(rms_norm_eps="1e-6"), "config.json cannot be read"),
-    (dict(num_hidden_layers=3), "needs [('model.layers.2."),
-    (dict(num_hidden_layers=1), "not [('model.layers.1."),
-    (dict(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))")])
-def test_a_folder_that_does_not_fit(ranks, finished, corpus, tmp_path, changes, message):
-    """One line on rank 0."""
+def change(**changes):
+    def harm(folder):
+        saved = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(saved | changes))
+    return harm
+
+
+def cut(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("harm, message", [
+    (change(model_type="llama"), "only a plain Qwen3-MoE can be read, not one with model_type 'llama'"),
+    (change(rope_scaling={"type": "yarn"}), "yarn"),
+    (change(hidden_size=None), "d_model must be a whole number"),
+    (change(rms_norm_eps="1e-6"), "config.json cannot be read"),
+    (change(num_hidden_layers=3), "needs [('model.layers.2."),
+    (change(num_hidden_layers=1), "not [('model.layers.1."),
+    (change(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))"),
+    (cut, "model.safetensors is missing or corrupt"),
+    (lambda folder: evaluation.save_tokenizer(data.build_encoding("bytes"), folder, 64), "is not that of"),
+    (lambda folder: (folder / "config.json").unlink(), "is not a directory of train.py")])
+def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, message):
     folder = tmp_path / "hf"
     evaluation.main(["export", "--ckpt", str(finished), "--to", str(folder)])
-    saved = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(saved | changes))
-    answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "new"), "--init_from",
-                                    str(folder), "--seq_len", "16", "--device", "cpu"])
-    assert [a.code for a in answers] == [2, 2]
-    line, = answers[0].err.splitlines()
-    assert message in line
-
-
-@pytest.mark.parametrize("how, message", [
-    ("cut", "model.safetensors is missing or corrupt"), ("tokenizer", "is not that of"),
-    ("neither", "is not a directory of train.py")])
-def test_a_folder_that_is_no_model(exported, corpus, tmp_path, capsys, how, message):
-    folder = tmp_path / "hf"
-    shutil.copytree(exported[1], folder)
-    if how == "cut":
-        raw = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(raw[:1000])
-    elif how == "tokenizer":
-        data.prepare(tmp_path / "other", [str(write_corpus(tmp_path / "text", seed=5))], vocab_size=290)
-        corpus = tmp_path / "other"
-    else:
-        (folder / "config.json").unlink()
-    with pytest.raises(SystemExit) as error:
-        train.main(["--data", str(corpus), "--out", str(tmp_path / "new"), "--seq_len", "16", "--init_from",
-                    str(folder)])
-    line, = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and message in line
+    harm(folder)
+    refused(train.main, ["--data", corpus, "--out", tmp_path / "new", "--init_from", folder, *SHORT], message)
 
 
 def test_a_config_survives_the_round_trip():
@@ -254,16 +231,3 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
             assert found.encode_ordinary(text) == theirs.encode(text)
             assert found.decode(found.encode_ordinary(text)) == text
         assert found.encode_single_token("<|endoftext|>") == max(len(plain) + 3 * (first < len(plain)), first)
-
-
-def test_a_run_with_a_checkpoint_does_not_need_where_it_came_from(exported, corpus, tmp_path):
-    folder, out = tmp_path / "hf", tmp_path / "run"
-    shutil.copytree(exported[1], folder)
-    argv = ["--data", str(corpus), "--out", str(out), "--init_from", str(folder), "--seq_len", "16",
-            "--batch_size", "8", "--sample_tokens", "0", "--device", "cpu", "--log_every", "1"]
-    train.main([*argv, "--steps", "2"])
-    (folder / "tokenizer.json").write_text("{}")
-    train.main([*argv, "--steps", "3"])
-    shutil.rmtree(folder)
-    train.main([*argv, "--steps", "4"])
-    assert len(rows(out)) == 4

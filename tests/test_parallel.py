@@ -68,11 +68,6 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert (master.grad == 1000).all()
 
 
-def test_decay_is_on_matrices_only():
-    for group in build()[2].param_groups:
-        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
-
-
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("max_norm", [0.05, 1e9])
 def test_clipping_equals_torch(max_norm, kind):
@@ -129,22 +124,6 @@ def test_muon_is_what_its_paper_says():
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_run_goes_on_like_the_saved_one(tmp_path, dtype):
-    a, b = build(dtype), build(dtype, seed=1)
-    for i in range(3):
-        step(*a, i)
-    save_checkpoint(tmp_path, 3, training_state(a[1], a[2]), keep=2)
-    load_checkpoint(tmp_path / "step-3", training_state(b[1], b[2]))
-    b[1].refresh()
-    for i in range(3, 5):
-        step(*a, i)
-        step(*b, i)
-    for name, p in a[1].named.items():
-        assert torch.equal(p, b[1].named[name]), name
-        assert p.dtype == torch.float32
-
 
 def test_newest_are_kept(tmp_path):
     _, masters, _ = build()
@@ -246,7 +225,7 @@ def slow_work_of_rank_0(timeout):
 
 def test_the_others_wait_for_rank_0(ranks):
     ranks(3, os.getpid)                                           # so that they have all been started
-    assert [a.value for a in ranks(3, slow_work_of_rank_0, 2)] == [{"rank": 0}] * 3
+    assert [a.value for a in ranks(3, slow_work_of_rank_0, 1)] == [{"rank": 0}] * 3
 
 
 def failing_work(error):
@@ -260,36 +239,17 @@ def test_if_rank_0_ends_all_end_with_its_exit_code(ranks, end):
     assert [(a.code, a.err) for a in ranks(3, failing_work, SystemExit(end))] == [(end, "")] * 3
 
 
-# --- sums and what is sent --------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------------------
 
-def sums(grid):
-    tensors = [torch.tensor([[2 ** 40 + grid.rank, 1]]), torch.full((3,), 0.1), torch.tensor(1.0)]
-    return parallel.all_sum(grid, tensors), [t.tolist() for t in tensors]
-
-
-def test_sums_are_exact_and_leave_their_terms_alone(ranks):
-    for rank, (found, terms) in enumerate(a.value for a in ranks(3, sums, layout=(1, 1))):
-        assert found[0].tolist() == [[3 * 2 ** 40 + 3, 3]] and found[0].dtype == torch.int64
-        assert found[1].dtype == torch.float32 and torch.allclose(found[1], torch.full((3,), 0.3))
-        assert terms[0] == [[2 ** 40 + rank, 1]] and terms[2] == 1
-
-
-def silent_rank():
-    """Seconds until rank 0, whose timeout is 2, says that its neighbour does not answer."""
-    grid = parallel.meet()
-    parallel.join(grid, 2, 1, "cpu", timeout=2)
-    if grid.rank == 1:
-        time.sleep(8)
-    began = time.monotonic()
-    if grid.rank == 0:
-        with pytest.raises(RuntimeError, match="(?i)timed out"):
-            dist.all_reduce(torch.zeros(1), group=grid.moe["ep"].get_group())
-    return time.monotonic() - began
+def timeouts(grid):
+    """-> seconds after which a collective fails, of the world and of every group that this rank is in."""
+    groups = [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
 def test_the_timeout_reaches_every_group(ranks):
-    """Four processes: a group of all of them would be the world's own."""
-    assert 1 < ranks(4, silent_rank)[0].value < 6
+    """A hanging process: test_faults.py."""
+    assert [a.value for a in ranks(4, timeouts, layout=(2, 1))] == [{60.0}] * 4
 
 
 def sent(grid, accumulate, recomputed, dtype):
@@ -309,8 +269,8 @@ def sent(grid, accumulate, recomputed, dtype):
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("how", [(1, False, torch.float32), (2, True, torch.float32),
-                                 (2, False, torch.bfloat16)], ids=["plain", "recomputed", "bf16"])
+@pytest.mark.parametrize("how", [(1, False, torch.float32), (2, True, torch.bfloat16)],
+                         ids=["plain", "recomputed, bf16"])
 def test_bytes_sent_equal_the_formula(ranks, layout, how):
     answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
     counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
@@ -350,27 +310,6 @@ def count_syncs(grid):
 def test_one_device_synchronisation_per_layer(ranks):
     assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [["tolist"] * 2] * 2
     assert count_syncs(ALONE) == []
-
-
-# --- precision of many processes --------------------------------------------------------------------------
-
-def dtypes_seen(grid):
-    """-> {module: dtypes that its weights have when it computes}, those of all weights and gradients."""
-    run, seen = make_run(grid, torch.bfloat16, shared=True), {}
-    model, named = run.model, run.masters.named
-    for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda m, x, name=name: seen.update(
-            {name: {p.dtype for p in m.parameters()}}))
-    tokens = torch.randint(0, 64, (4, 12))
-    model(tokens, tokens).loss.backward()
-    return seen, {t.dtype for p in named.values() for t in (p, p.grad)}
-
-
-def test_bf16_is_of_the_matrices_alone(ranks):
-    for seen, kinds in (a.value for a in ranks(2, dtypes_seen, layout=(2, 1))):
-        low = {name for name, dtypes in seen.items() if dtypes == {torch.bfloat16}}
-        assert low == {"embed", "head"} | {f"blocks.{i}.{name}" for i in (0, 1) for name in (
-            "attn.qkv", "attn.out", "moe.experts", "moe.shared")} and kinds == {torch.float32}
 
 
 # --- starting without memory ------------------------------------------------------------------------------
@@ -415,19 +354,19 @@ def load_into(grid, out):
     return {name: whole(t) for name, t in state.items()}
 
 
-@pytest.mark.parametrize("saved", [(4, 2, 1), (3, 1, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("saved", [(4, 2, 1), (3, 1, 3)], ids=str)
 def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
-    def on(world, *layout):
-        return lambda f, *args: [f(ALONE, *args)] if world == 1 else [
-            a.value for a in ranks(world, f, *args, layout=layout)]
-    want = on(*saved)(save_after, tmp_path)[0]
+    world, *layout = saved
+    want = ranks(world, save_after, tmp_path, layout=layout)[0].value
     assert checkpoints(tmp_path) == [2] and any(t.any() for n, t in want.items() if n.endswith("bias"))
-    assert len(list((tmp_path / "step-2").glob("*.distcp"))) == saved[0]
-    for other in ((1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 1, 1), (4, 2, 2), (4, 4, 1)):
-        for found in on(*other)(load_into, tmp_path):
-            assert found.keys() == want.keys()
-            for name, t in want.items():
-                assert torch.equal(found[name], t), (other, name)
+    assert len(list((tmp_path / "step-2").glob("*.distcp"))) == world
+    loaded = [load_into(ALONE, tmp_path)]
+    for world, *layout in ((2, 2, 1), (3, 3, 1), (4, 4, 1), (4, 1, 2)):
+        loaded += [a.value for a in ranks(world, load_into, tmp_path, layout=layout)]
+    for found in loaded:
+        assert found.keys() == want.keys()
+        for name, t in want.items():
+            assert torch.equal(found[name], t), name
 
 
 def failing_save(grid, out):
@@ -475,9 +414,7 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
 
 @pytest.mark.parametrize("more, message", [
     (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
-    (["--ep", "2", "--n_expert", "5"], "ep (2) must divide n_expert (5)"),
-    (["--data", "nowhere"], "nowhere"), (["--seq_len", "65"], "seq_len"),
-    (["--nonsense", "1"], "unrecognized arguments: --nonsense"), (["--init_from", "nowhere"], "nowhere")])
+    (["--data", "nowhere"], "nowhere"), (["--nonsense", "1"], "unrecognized arguments: --nonsense")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
     answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, *more])
     assert [a.code for a in answers] == [2, 2]
