@@ -4,7 +4,6 @@
     python tests/bench.py step --sizes medium --top_k 1 --rounds 9
 
     step        a whole training step, beside transformers and a dense model
-    processes   weak scaling
     scale       arithmetic: the paper's model on many GPUs
     gpu         what one card does, in four minutes: steps, compile time, memory, generation
 
@@ -18,7 +17,6 @@ import datetime
 import gc
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -103,18 +101,18 @@ def table(title, head, rows):
 SIDE = {"cpu": 2048, "cuda": 8192}                                # of the matrices of a large product
 
 
-def our_run(config, batch, seq_len, dtype, device, grid=parallel.ALONE, accumulate=1):
+def our_run(config, batch, seq_len, dtype, device, accumulate=1):
     """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
                        warmup=0, decay=0, accumulate=accumulate)
-    model = parallel.build_model(config, grid, device, dtype, 0)
+    model = parallel.build_model(config, parallel.ALONE, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
-    if train.compiles(s, device, dtype, grid):
+    if train.compiles(s, device, dtype, parallel.ALONE):
         parallel.compile_blocks(model, masters)
     optimizer = parallel.make_optimizer(
         masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
-    return train.Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
+    return train.Run(s, config, model, masters, optimizer, corpus, device, dtype)
 
 
 def our_step(run):
@@ -196,7 +194,7 @@ def optimizer_share(run, steps=5):
 
 
 def ten_kernels(work, device):
-    """-> lines: the ten kernels (on a CPU, operations) that take the most of work(), with their part of it."""
+    """-> lines: the ten kernels (on a CPU, operations) that take most of work(), with their part of it."""
     with torch.profiler.profile() as profile:
         seconds(work, device)
     kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
@@ -302,38 +300,6 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
             "sums": 2 * away(world) * 8 * counted}
 
 
-def bench_processes(args):
-    """Weak scaling on this machine: as many sequences per process."""
-    layouts = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2)]        # processes, ep, replicate
-    rounds = [[in_processes(*layout, args) for layout in layouts] for _ in range(args.rounds)]
-    rows = [(*map(str, layout), f"{median(times) * 1e3:.0f}", ratio(times, [each[0] for each in rounds]))
-            for layout, times in zip(layouts, zip(*rounds))]
-    table("weak scaling, laptop, fp32, one CPU thread per process", (
-        "processes", "ep", "replicate", "ms per step", "one process / these"), rows)
-
-
-def in_processes(world, ep, replicate, args):
-    """Start this program under torchrun -> seconds of a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-               __file__, "--layout", str(ep), str(replicate), "--warm", str(args.warm)]
-    return float(subprocess.check_output(command))
-
-
-def one_of_many(args):
-    """A process of those: steps of the laptop preset."""
-    config, batch, length = SIZES["laptop"]
-    grid = parallel.meet()
-    parallel.join(grid, *args.layout, "cpu", 600)
-    run, times = our_run(config, batch * grid.world, length, torch.float32, "cpu", grid), []
-    for step in range(args.warm + 5):
-        began = time.perf_counter()
-        train.train_step(run, step)
-        times.append(time.perf_counter() - began)
-    if grid.rank == 0:
-        print(median(times[args.warm:]))
-    parallel.leave(grid)
-
-
 # what `scale` takes for given: an H100's bf16 peak and links as published, in one direction
 GPU, NODE, NET = 989e12, 450e9, 50e9                              # FLOP/s, bytes/s in a node, between nodes
 SHARE = 0.47                # of a large product's rate: a layer of the paper's, bf16, one expert; on a CPU
@@ -364,7 +330,7 @@ def bench_scale(args):
         "exchange, s", "weights, s", "gradients, s", "step, s", "MFU"), rows)
 
 
-TABLES = {"step": bench_step, "processes": bench_processes, "scale": bench_scale, "gpu": bench_gpu}
+TABLES = {"step": bench_step, "scale": bench_scale, "gpu": bench_gpu}
 
 
 def parse(argv):
@@ -376,15 +342,12 @@ def parse(argv):
     parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
     parser.add_argument("--warm", type=int, default=3, help="rounds before them (3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=SIDE)
-    parser.add_argument("--layout", nargs=2, type=int, help=argparse.SUPPRESS)    # a process of `processes`
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(1)
-    if args.layout:
-        return one_of_many(args)
     torch.set_float32_matmul_precision("high")                    # as train.py has it
     warnings.filterwarnings("ignore")
     print(f"torch {torch.__version__}, {train.device_name(args.device)}, {datetime.date.today()}")

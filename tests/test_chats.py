@@ -72,8 +72,8 @@ def chats(finished, tmp_path_factory):
 
 def tune(run, chats, out, *args):
     """Settings for train.py: 8 steps of 64 tokens, if args do not change that."""
-    return ["--init_from", str(run), "--data", str(chats), "--out", str(out), "--seq_len", "64", "--steps", "8",
-            "--log_every", "1", "--device", "cpu", *args]
+    return ["--init_from", str(run), "--data", str(chats), "--out", str(out), "--seq_len", "64", "--steps",
+            "8", "--log_every", "1", "--device", "cpu", *args]
 
 
 @pytest.fixture(scope="session")
@@ -149,10 +149,12 @@ def test_every_conversation_comes_once_per_epoch_on_any_number_of_processes(tmp_
     assert all(torch.equal(torch.cat(part), each) for part, each in zip(zip(*parts), whole))
 
 
-def test_packed_equals_one_by_one(tmp_path):
-    """Loss, gradient and load of packed rows with padding are those of the conversations by themselves."""
+@pytest.mark.parametrize("K, tied", [(1, True), (2, False)])
+def test_packed_equals_one_by_one(tmp_path, K, tied):
+    """Loss, gradients and statistics of packed rows with padding are those of conversations by themselves."""
     tokens, path = token_file(tmp_path, map(data.read_chat, made_up(12)))
-    model = Model(small(vocab_size=BYTES.n_vocab, max_seq_len=512, top_k=2)).double()
+    config = small(vocab_size=BYTES.n_vocab, max_seq_len=512, top_k=K, tie_embeddings=tied)
+    model = Model(config).double()
     sampler = data.make_sampler(tokens, path, 400)
     x, y, doc = sampler.batch(range(sampler.n_windows))
     assert (doc < 0).any() and doc.max() > 0
@@ -163,9 +165,9 @@ def test_packed_equals_one_by_one(tmp_path):
     results = []
     for outs in ([got], alone):
         model.zero_grad()
-        sum(out.loss + out.prob_sum.sum(0) @ torch.arange(6.0).double() for out in outs).backward()
-        results.append([*(p.grad for p in model.parameters()), sum(out.loss for out in outs),
-                        sum(out.load for out in outs), sum(out.counts for out in outs)])
+        sums = list(map(sum, zip(*((out.loss, out.counts, *out.statistics) for out in outs))))
+        (sums[0] + sum(out.prob_sum for out in outs).square().sum()).backward()
+        results.append([*sums, *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -43,7 +43,7 @@ def slow_bpe(texts, n_ranks):
     return {token: i for i, token in enumerate(vocab)}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_bpe_training_equals_recounting_everything(seed):
     """Also of text without spaces, and whatever the order of documents."""
     rng = random.Random(seed)
@@ -282,12 +282,7 @@ def test_sources_that_changed_are_noticed(tmp_path, capsys):
         save(tmp_path / "text/b.txt", "a third file")
 
 
-def test_a_text_without_spaces_trains_merges_and_a_small_vocabulary_is_said(tmp_path, capsys):
-    """DNA, or Chinese: words of more than 64 characters count in pieces."""
-    rng = random.Random(0)
-    for text in ("".join(rng.choices("ACGT", k=9000)), "".join(rng.choices("日本語文字", k=3000)) * 2):
-        ranks = data.train_bpe([text], 400)
-        assert len(ranks) == 400 and max(map(len, ranks)) > 3
+def test_a_small_vocabulary_is_said(tmp_path, capsys):
     save(tmp_path / "a.txt", "ab " * 900)
     prepare(tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=5000)
     assert "(not 5,000: no more pairs repeat)" in capsys.readouterr().out
@@ -337,19 +332,17 @@ def test_file_size_limit_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_memory_does_not_grow_with_the_source(tmp_path, suffix):
-    """60 MB in one file: the resident set grows by far less."""
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    """10 MB in one file of each kind: the resident set grows by less than a copy of both."""
     text = "the quick brown fox jumps over the lazy dog and says nothing of it\n" * 10
-    with open(tmp_path / f"big.{suffix}", "w") as file:
-        for i in range(90_000):
-            file.write(f"{i} {text}" if suffix == "txt" else lines_of([f"{i} {text}"]))
+    save(tmp_path / "big.txt", "".join(f"{i} {text}" for i in range(15_000)))
+    save(tmp_path / "big.jsonl", lines_of(f"{i} {text}" for i in range(15_000)))
     code = ("import resource, data, sys, torch\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-            "before = peak()\n"
-            f"data.prepare('out', ['big.{suffix}'], vocab_size=400)\n"
+            "before, data.BPE_CHARS = peak(), 1 << 20\n"
+            "data.prepare('out', ['big.txt', 'big.jsonl'], vocab_size=400)\n"
             "print(peak() - before, file=sys.stderr)")
-    assert int(python(code, tmp_path).stderr) < 120
+    assert int(python(code, tmp_path).stderr) < 24
 
 
 # --- token files ------------------------------------------------------------------------------------------

@@ -171,20 +171,14 @@ def test_the_command_of_the_docs_runs(trained, questions, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--tasks", "arc_chalenge"], "arc_chalenge"),
     (["--tasks", "piqa", "--limit", "1"], "task piqa cannot be run")])
-def test_mistakes_are_one_line(finished, questions, capsys, argv, message):
-    with pytest.raises(SystemExit) as error:
-        evaluation.main(["bench", "--ckpt", str(finished), *argv, "--device", "cpu"])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
+def test_mistakes_are_one_line(finished, questions, refused, argv, message):
+    refused(evaluation.main, ["bench", "--ckpt", finished, *argv, "--device", "cpu"], message)
 
 
 @pytest.mark.parametrize("line, message", [
     ('{"context": "a", "choices": ["c", "d"], "answer": 2}', "question 1 needs"),
     ('{"context": "a", "choices": ["c"]}', "question 1 needs"), ("{", "Expecting"),
     (json.dumps({"context": "a", "choices": ["naïve 42 " * 200], "answer": 0}), "than max_seq_len (512)")])
-def test_questions_that_are_none(trained, in_folder, capsys, line, message):
+def test_questions_that_are_none(trained, in_folder, refused, line, message):
     Path("q.jsonl").write_text(line)
-    with pytest.raises(SystemExit) as error:
-        evaluation.main(["choices", "--ckpt", str(trained), "--file", "q.jsonl", "--device", "cpu"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and message in line
+    refused(evaluation.main, ["choices", "--ckpt", trained, "--file", "q.jsonl", "--device", "cpu"], message)

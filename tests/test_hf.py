@@ -125,7 +125,8 @@ def test_what_cannot_be_exported_is_said(corpus, tmp_path, refused, more, messag
 
 # --- in ---------------------------------------------------------------------------------------------------
 
-SHORT = ["--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--sample_tokens", "0", "--device", "cpu"]
+SHORT = ["--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--sample_tokens", "0",
+         "--device", "cpu"]
 
 
 def test_a_run_goes_on_from_its_own_export(ranks, exported, corpus, tmp_path):

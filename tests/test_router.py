@@ -8,12 +8,10 @@ from conftest import small
 
 from model import Model
 from router import (
-    BALANCE,
     BINS,
     GATES,
     Router,
     active_experts,
-    differentiate_at,
     load_balancing_loss,
     noise_floor,
     quantile_bias,
@@ -138,25 +136,6 @@ def test_balance_losses_of_no_tokens_are_zero():
     zero = torch.zeros(2, 5)
     assert load_balancing_loss(zero, zero, 1).tolist() == [0, 0]
     assert top1_balancing_loss(zero, zero[:, 0], 0).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("balance", ["lbl", "top1"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_parts_of_a_batch_have_the_gradient_of_the_whole(balance, top_k):
-    """Decision: a balance loss is differentiated at global sums and multiplied into local ones."""
-    router, h = make_router("softmax"), torch.randn(60, 5, dtype=torch.float64)
-    router.temperature = 0.4
-    loss, names = BALANCE[balance]
-
-    def sums(tokens):
-        return [getattr(router(tokens, top_k).statistics, name) for name in names]
-    (want,) = torch.autograd.grad(loss(*sums(h), 60), router.weight)
-    total, got = sums(h), 0
-    for part in h.split([20, 3, 37]):                                             # different data, ragged
-        at, local = differentiate_at(lambda *s: loss(*s, 60), total, sums(part))
-        assert at.item() == pytest.approx(loss(*total, 60).item(), rel=1e-14) and not at.requires_grad
-        got = got + torch.autograd.grad(local, router.weight)[0]
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_bias_moves_towards_the_starved_and_never_into_the_weights():
