@@ -46,7 +46,6 @@ class ModelConfig:
     d_expert: int = size("F, hidden width of an expert")
     top_k: int = size("K, experts activated per token", default=1)
     gate: str = size(f"{', '.join(GATES)}: see Router in router.py", default="softmax")
-    token_router: bool = size("true: a control, layer 0 routes on the token's embedding alone", default=False)
     rope_base: float = size("base of the rotary positions", default=10000.0)
     norm_eps: float = size("epsilon of the norms", default=1e-6)
     tie_embeddings: bool = size("true or false: one matrix for embedding and head", default=False)
@@ -127,18 +126,16 @@ class MoE(nn.Module):
         self.router = Router(config.d_model, config.n_expert, config.gate)
         self.experts = Experts(config)
 
-    def forward(self, x, top_k, padding_mask=None, router_input=None, with_stats=True):
-        """x [B, T, D], padding_mask [N] (see Router), what the router sees if not x [B, T, D] -> output
-        [B, T, D], Statistics (None without with_stats)."""
+    def forward(self, x, top_k, is_text=None, with_stats=True):
+        """x [B, T, D], is_text [N] (see Router) -> output [B, T, D], Statistics (None without with_stats)."""
         h = x.flatten(0, 1)
-        scored = h if router_input is None else router_input.flatten(0, 1)
-        weights, experts, load, statistics = self.router(scored, top_k, padding_mask, with_stats)
-        if not with_stats and experts.numel() <= len(load):       # a generated token: most experts idle
+        weights, experts, rows_per_expert, statistics = self.router(h, top_k, is_text, with_stats)
+        if not with_stats and experts.numel() <= len(rows_per_expert):    # generating: most experts idle
             rows = self.experts.few_rows(h, experts)
         else:
             order, inverse = sort_by_expert(experts.flatten())
             rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)                           # [R, D]
-            rows = self.experts(Permute.apply(rows, order, inverse), load)
+            rows = self.experts(Permute.apply(rows, order, inverse), rows_per_expert)
             rows = Permute.apply(rows, inverse, order).view(len(h), top_k, -1)              # [N, K, D]
         out = rows * weights[..., None]                           # in fp32: K rows are rounded once
         return (out.sum(1) if top_k > 1 else out).to(x.dtype).view_as(x), statistics
@@ -152,14 +149,14 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
 
-    def forward(self, rows, load):
-        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.  parallel.py
+    def forward(self, rows, rows_per_expert):
+        """rows [R, D] sorted by expert, rows_per_expert [E] -> [R, D] in the same order.  parallel.py
         replaces this method for expert parallelism; few_rows is for one process."""
-        return self.compute(rows, load, self.w_in, self.w_out)
+        return self.compute(rows, rows_per_expert, self.w_in, self.w_out)
 
     @staticmethod
-    def compute(rows, load, w_in, w_out):
-        ends = load.cumsum(0).to(torch.int32)
+    def compute(rows, rows_per_expert, w_in, w_out):
+        ends = rows_per_expert.cumsum(0).to(torch.int32)
         gate, up = grouped_product(rows, w_in, ends).chunk(2, -1)
         return grouped_product(F.silu(gate) * up, w_out, ends)
 
@@ -220,15 +217,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, at=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, pos=None):
         """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query sees; None is causal.  cache:
-        keys and values [B, capacity, G, head_dim], written at positions at [B, T], and read if masked."""
+        keys and values [B, capacity, G, head_dim], written at positions pos [B, T], and read if masked."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             row = torch.arange(B, device=x.device)[:, None]
-            cache[0][row, at], cache[1][row, at] = k, v
+            cache[0][row, pos], cache[1][row, pos] = k, v
             k, v = (k, v) if mask is None else cache
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # [B, heads, T, hd]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -239,18 +236,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that."""
 
-    def __init__(self, config, first):
+    def __init__(self, config):
         super().__init__()
-        self.token_router = config.token_router and first
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x, top_k, cos, sin, mask=None, padding_mask=None, cache=None, at=None):
-        router_input = self.moe_norm(x) if self.token_router else None
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, at)
-        y, statistics = self.moe(self.moe_norm(x), top_k, padding_mask, router_input, cache is None)
+    def forward(self, x, top_k, cos, sin, mask=None, is_text=None, cache=None, pos=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, pos)
+        y, statistics = self.moe(self.moe_norm(x), top_k, is_text, with_stats=cache is None)
         return x + y, *(statistics or ())
 
 
@@ -270,14 +265,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     computed beside the loss: no chunk is computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_loss):             # cross_entropy, or that compiled
+    def forward(ctx, x, weight, targets, chunk_loss, with_grad):      # chunk_loss: cross_entropy, or compiled
         rows = 256 if x.device.type == "cpu" else 4096            # on a CPU what its caches hold
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
         for part, target, out in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             part_loss, grad = chunk_loss(part, weight, target)
             loss = loss + part_loss
-            if ctx.needs_input_grad[0]:
+            if with_grad:
                 torch.mm(grad, weight, out=out)
                 grad_w += grad.T @ part
         ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
@@ -286,7 +281,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None           # a scalar in fp32, which rounds nothing
+        return grad_x * grad, grad_w * grad, None, None, None     # a scalar in fp32, which rounds nothing
 
 
 class Head(nn.Linear):
@@ -298,7 +293,8 @@ class Head(nn.Linear):
         """x [B, T, D] -> logits [B, T, V], fp32 or wider; with targets [B, T] the summed cross-entropy []."""
         if targets is None:
             return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss)
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss,
+                                         torch.is_grad_enabled())
 
 
 # --- the model, generation, counts ------------------------------------------------------------------------
@@ -323,7 +319,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
@@ -369,27 +365,27 @@ class Model(nn.Module):
         text = torch.ones_like(tokens) if doc is None else doc >= 0
         return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), text.sum()]), statistics)
 
-    def features(self, tokens, top_k=None, doc=None, cache=None, at=None):
+    def features(self, tokens, top_k=None, doc=None, cache=None, pos=None):
         """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""
         T, config, mask = tokens.shape[1], self.config, None
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len ({config.max_seq_len})")
-        x, padding_mask = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
-        at = torch.arange(T, device=x.device)[None] if at is None else at
+        x, is_text = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
+        pos = torch.arange(T, device=x.device)[None] if pos is None else pos
         if doc is not None:
-            mask = ((at[:, None] <= at[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
+            mask = ((pos[:, None] <= pos[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
         elif cache is not None and T == 1:                        # decoding; a prompt is causal
-            mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= at)[:, None, None]
-        cos, sin = rotary(at, config.head_dim, config.rope_base, x.dtype)
+            mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= pos)[:, None, None]
+        cos, sin = rotary(pos, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
         for block, k, kv in zip(self.blocks, config.layer_top_k(top_k), caches):
-            x, *statistics = block(x, k, cos, sin, mask, padding_mask, kv, at)
+            x, *statistics = block(x, k, cos, sin, mask, is_text, kv, pos)
             sums.append(statistics)
         return self.norm(x), None if cache else Statistics(*map(torch.stack, zip(*sums)))
 
-    def decode(self, tokens, at, cache, top_k=None):
-        """tokens [B] at positions at [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
-        return self.head(self.features(tokens[:, None], top_k, cache=cache, at=at[:, None])[0])[:, 0]
+    def decode(self, tokens, pos, cache, top_k=None):
+        """tokens [B] at positions pos [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
+        return self.head(self.features(tokens[:, None], top_k, cache=cache, pos=pos[:, None])[0])[:, 0]
 
     def generate(self, tokens, max_new_tokens, *args, **kwargs):
         """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
@@ -498,9 +494,9 @@ HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.n
 def hf_config(config, top_k=None):
     """config.json of transformers' Qwen3MoeForCausalLM.  ValueError for what that model does not have."""
     top_k = config.layer_top_k(top_k)
-    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized") or config.token_router:
-        raise ValueError("Qwen3-MoE has a softmax or normalized gate, one top_k for all layers and no "
-                         f"token_router, unlike this model: {config.gate}, {top_k}, {config.token_router}")
+    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
+        raise ValueError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
+                         f"{config.gate} and {top_k}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
         "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}

@@ -153,16 +153,17 @@ def all_sum(grid, tensors):
 def expert_parallel(experts, mesh):
     """Keep this rank's share of the experts, and send every row to the rank that has its expert.
 
-    Replaces experts.forward(rows [R, D] sorted by expert, load [E]) -> rows in the same order.  A rank that
-    receives no rows computes on none: FSDP needs every rank at the same place."""
+    Replaces experts.forward(rows [R, D] sorted by expert, rows_per_expert [E]) -> rows in the same order.  A
+    rank that receives no rows computes on none: FSDP needs every rank at the same place."""
     exchange, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
     for name, p in list(experts.named_parameters()):
         mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(mine))
 
-    def forward(rows, load):
-        theirs = exchange(load, None, None).view(n, -1)           # rows that each rank has for my experts
-        sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
+    def forward(rows, rows_per_expert):
+        theirs = exchange(rows_per_expert, None, None).view(n, -1)        # rows each rank has for my experts
+        mine = rows_per_expert.view(n, -1)
+        sends, recvs = torch.stack([mine.sum(1), theirs.sum(1)]).tolist()         # the one device sync
         rows = exchange(rows.contiguous(), recvs, sends)
         # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)

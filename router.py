@@ -44,7 +44,7 @@ class Routing(NamedTuple):
 
     weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient
     experts: torch.Tensor       # [N, K] int64, the chosen experts, the best one first
-    rows: torch.Tensor          # [E] int64, rows that each expert computes, padding too
+    rows_per_expert: torch.Tensor   # [E] int64, padding too
     statistics: Statistics      # of the tokens that are not padding, or None
 
 
@@ -73,9 +73,9 @@ class Router(nn.Module):
         self.temperature = 1.0                                    # of sharp_sum; train.py sets it,
         self.counts_margins = False                               # and this, for quantile balancing
 
-    def forward(self, h, top_k, mask=None, with_stats=True):
-        """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding, which is routed like text, so
-        that shapes are static, but is not counted; it has no gradient, for nothing looks at it."""
+    def forward(self, h, top_k, is_text=None, with_stats=True):
+        """h [N, D] -> Routing with K = top_k.  is_text [N] is False for padding, which is routed like text,
+        so that shapes are static, but is not counted; it has no gradient, for nothing looks at it."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
@@ -88,17 +88,17 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True).detach()
         rows, statistics = count_rows(experts, prob.shape[-1]), None
         if with_stats:
-            load = rows if mask is None else count_rows(experts, len(rows), mask)
+            load = rows if is_text is None else count_rows(experts, len(rows), is_text)
             margins = rows.new_zeros(len(rows), 0)
             if self.counts_margins:
-                margins = count_margins(score.detach(), choice, top_k, mask)
-            statistics = self.statistics(logits, prob, load, margins, mask)
+                margins = count_margins(score.detach(), choice, top_k, is_text)
+            statistics = self.statistics(logits, prob, load, margins, is_text)
         return Routing(weights, experts, rows, statistics)
 
-    def statistics(self, logits, prob, load, margins, mask):
-        """logits, prob [N, E], load [E], mask [N] or None -> Statistics."""
+    def statistics(self, logits, prob, load, margins, is_text):
+        """logits, prob [N, E], load [E], is_text [N] or None -> Statistics."""
         def total(x):                                             # over tokens, without padding
-            return x.sum(0) if mask is None else (x * mask.view(-1, *[1] * (x.dim() - 1))).sum(0)
+            return x.sum(0) if is_text is None else (x * is_text.view(-1, *[1] * (x.dim() - 1))).sum(0)
         prob_sum, top = total(prob), prob.amax(-1)
         sharp_sum, sharp_top_sum = prob_sum, total(top)
         if self.temperature != 1:
@@ -111,10 +111,10 @@ class Router(nn.Module):
                           total(top.detach()), entropy_sum, margins)
 
 
-def count_rows(experts, n_expert, mask=None):
-    """experts [N, K] -> how often each comes [E] int64, without the tokens that mask [N] leaves out.  Never
+def count_rows(experts, n_expert, is_text=None):
+    """experts [N, K] -> how often each comes [E] int64, of the tokens that are text [N] (None: all).  Never
     bincount, which waits for the device."""
-    ones = torch.ones_like(experts) if mask is None else mask[:, None].expand_as(experts).long()
+    ones = torch.ones_like(experts) if is_text is None else is_text[:, None].expand_as(experts).long()
     return experts.new_zeros(n_expert).scatter_add_(0, experts.flatten(), ones.flatten())
 
 
@@ -183,7 +183,7 @@ def update_bias(bias, load, rate):
 BINS, SCALE, LIMIT = 512, 1e-3, math.asinh(2 / 1e-3)              # from -2 to 2, and finest around 0
 
 
-def count_margins(score, choice, top_k, mask=None):
+def count_margins(score, choice, top_k, is_text=None):
     """Histograms [E, BINS] int64 of c_i - s_ij over the tokens i, for quantile_bias.
 
     c_i is the (K+1)-th largest of token i's biased scores choice [N, E], s_ij = score [N, E]: token i takes
@@ -191,7 +191,7 @@ def count_margins(score, choice, top_k, mask=None):
     margin = choice.topk(min(top_k + 1, len(choice.T)), -1).values[:, -1:] - score
     bins = ((margin / SCALE).asinh() / LIMIT * (BINS / 2) + BINS / 2).long().clamp(0, BINS - 1)
     bins = bins + BINS * torch.arange(score.shape[1], device=score.device)
-    return count_rows(bins, score.shape[1] * BINS, mask).view(-1, BINS)
+    return count_rows(bins, score.shape[1] * BINS, is_text).view(-1, BINS)
 
 
 def quantile_bias(margins, top_k):

@@ -47,7 +47,7 @@ def test_learning_rate_warms_up_stays_and_decays():
 
 def make_run(**changes):
     """A run in fp64 on random tokens, without files."""
-    sizes = {k: changes.pop(k) for k in ("n_expert", "gate", "token_router") if k in changes}
+    sizes = {k: changes.pop(k) for k in ("n_expert", "gate") if k in changes}
     config = small(**sizes)
     s = Settings(seq_len=8, batch_size=12, lr=1e-2, steps=10, **changes)
     s.check(config)
@@ -113,7 +113,7 @@ def slow_objective(run, top_k):
     dict(gate="sigmoid", accumulate=2), dict(balance="top1", temperature=0.3),
     dict(balance="top1", accumulate=3),
     dict(balance="top1", accumulate=2, lbl_scope="micro", temperature=2.0),
-    dict(balance="loss-free", accumulate=2), dict(token_router=True)],
+    dict(balance="loss-free", accumulate=2)],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "plain")
 def test_a_step_has_the_gradient_of_its_definition(changes, monkeypatch):
     run = make_run(lbl_coef=0.5, clip=1e9, **changes)
