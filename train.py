@@ -488,7 +488,7 @@ class Settings:
 
 TRAINING = {                                                      # what a preset sets beside the sizes
     "laptop": dict(steps=1000, lr=0.012, optimizer="muon"),
-    "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
+    "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=3e-3, optimizer="muon", data="data/installed"),
     "gpu-1b": dict(steps=20000, batch_size=64, seq_len=1024, lr=6e-4, data="data/installed"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
@@ -755,12 +755,12 @@ def grown(name, config, old, weights, noise, seed):
 
 def compute_dtype(s, config, device):
     """The dtype of the matrix products.  Says what the device cannot do, and what is done instead."""
-    cuda, asked = device.startswith("cuda"), s.dtype
-    has_bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "bfloat16" and not has_bf16:
-        print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
-    wanted = has_bf16 and (asked == "bfloat16" or asked == "auto" and cuda)
-    dtype = torch.bfloat16 if wanted else torch.float32
+    cuda, dtype = device.startswith("cuda"), torch.float32
+    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda:
+        if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
+        else:
+            print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
     why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
@@ -802,7 +802,8 @@ def open_run(run, plan):
     header, *lines = run.log.readlines() or [json.dumps(settings | {
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
         "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}) + "\n"]
-    kept = [line for line in lines if 0 < step_of(line) <= run.done]
+    steps = [re.match(r'{"step": (\d+),.*}$', line) for line in lines]    # None: cut short by a crash
+    kept = [line for line, step in zip(lines, steps) if step and int(step[1]) <= run.done]
     if len(kept) < len(lines) or not run.log.tell():
         run.log.truncate(0)
         run.log.writelines([header, *kept])
@@ -811,21 +812,11 @@ def open_run(run, plan):
             project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
 
 
-def step_of(line):
-    """The step of a line of the log; 0 for one that a crash cut short or garbled."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
 def commit():
     """The commit of this code, or None outside a git checkout."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                       stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 def device_name(device):

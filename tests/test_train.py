@@ -617,7 +617,7 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path,
 def test_a_device_without_bf16_trains_in_fp32_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    for asked, said in (("auto", 0), ("float32", 0), ("bfloat16", 1)):
+    for asked, said in (("auto", 1), ("float32", 0), ("bfloat16", 1)):
         assert train.compute_dtype(Settings(dtype=asked), small(n_expert=1), "cuda") == torch.float32
         assert capsys.readouterr().out.count("an old card does not compute in bfloat16") == said
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
