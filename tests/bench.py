@@ -196,7 +196,7 @@ def optimizer_share(run, steps=5):
 
 
 def ten_kernels(work, device):
-    """-> lines: the ten kernels (on a CPU, operations) that take the most of work(), with their part of it."""
+    """-> lines: the ten kernels (on a CPU, operations) that take most of work(), with their part of it."""
     with torch.profiler.profile() as profile:
         seconds(work, device)
     kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"

@@ -13,7 +13,7 @@ from router import (
     GATES,
     Router,
     active_experts,
-    differentiate_at,
+    balance_objective,
     load_balancing_loss,
     noise_floor,
     quantile_bias,
@@ -134,10 +134,9 @@ def test_top1_balance_loss_closes_the_shortcut():
         assert load_balancing_loss(torch.full((E,), N * K // E), balanced.sum(0), N) == pytest.approx(1)
 
 
-def test_balance_losses_of_no_tokens_are_zero():
+def test_the_balance_loss_of_no_tokens_is_zero():
     zero = torch.zeros(2, 5)
     assert load_balancing_loss(zero, zero, 1).tolist() == [0, 0]
-    assert top1_balancing_loss(zero, zero[:, 0], 0).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("balance", ["lbl", "top1"])
@@ -147,14 +146,10 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(balance, top_k):
     router, h = make_router("softmax"), torch.randn(60, 5, dtype=torch.float64)
     router.temperature = 0.4
     loss, names = BALANCE[balance]
-
-    def sums(tokens):
-        return [getattr(router(tokens, top_k).statistics, name) for name in names]
-    (want,) = torch.autograd.grad(loss(*sums(h), 60), router.weight)
-    total, got = sums(h), 0
+    whole, got = router(h, top_k).statistics, 0
+    (want,) = torch.autograd.grad(loss(*[getattr(whole, name) for name in names], 60), router.weight)
     for part in h.split([20, 3, 37]):                                             # different data, ragged
-        at, local = differentiate_at(lambda *s: loss(*s, 60), total, sums(part))
-        assert at.item() == pytest.approx(loss(*total, 60).item(), rel=1e-14) and not at.requires_grad
+        local = balance_objective(balance, whole, 60, router(part, top_k).statistics)
         got = got + torch.autograd.grad(local, router.weight)[0]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -229,7 +224,7 @@ def test_quantile_biases_are_quantiles(K, gate):
     score = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
     limit = (score + router.bias).sort(-1, descending=True).values[:, K:K + 1]
     want = torch.quantile((limit - score).double(), K / 12, dim=0)
-    torch.testing.assert_close(quantile_bias(margins, K), want - want.mean(), rtol=0.03, atol=2e-3)
+    torch.testing.assert_close(quantile_bias(margins, K), (want - want.mean()).float(), rtol=0.03, atol=2e-3)
     worst = []
     for _ in range(40):                                           # again and again: the load becomes even
         statistics = router(h, K, mask).statistics

@@ -23,8 +23,8 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, flops_per_token
-from router import active_experts, drawn_experts, noise_floor
-from train import Corpus, Run, Settings, describe, learning_rate, train_step
+from router import active_experts, drawn_top_k, noise_floor
+from train import Corpus, Run, Settings, learning_rate, log_row, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ def make_run(**changes):
 
 def logged(run, step):
     """Do a step -> what the log says of it."""
-    return describe(run, train_step(run, step))
+    return log_row(run, train_step(run, step))
 
 
 def slow_balance_loss(s, E, chosen, logits):
@@ -212,7 +212,7 @@ def test_every_layer_draws_its_k_from_the_choices():
     assert drawn[7] == train_step(again, 7).top_k and {k for ks in drawn for k in ks} == {1, 2, 4}
     assert any(a != b for a, b in drawn) and make_run(seed=1).settings.top_k_choices == []
     assert train.top_k_at(7, run.settings, run.config) == [1, 1]
-    assert [drawn_experts(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
+    assert [drawn_top_k(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
@@ -253,12 +253,14 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
-                                     ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--balance", "quantile", "--initial_top_k", "6,2"],
+                                     ["--top_k_choices", "1,2,6"],
                                      ["--optimizer", "muon", "--dtype", "bfloat16"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"],
                                      pytest.param(["--device", "cuda", "--deterministic", "true"],
                                                   marks=on_a_gpu)],
-                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "muon", "top1", "gpu"])
+                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "any-k", "muon",
+                              "top1", "gpu"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes, monkeypatch):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
@@ -419,9 +421,9 @@ def test_the_temperature_reaches_the_routers_of_a_run_that_uses_it(corpus, tmp_p
         assert {block.moe.router.temperature for block in run.model.blocks} == {temperature}
 
 
-def test_a_presets_list_is_cut_to_the_layers(in_folder):
-    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3})
-    assert settings.initial_top_k == [8, 8, 6] and config.n_layer == 3
+def test_a_presets_list_is_cut_to_the_layers_and_experts(in_folder):
+    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3, "n_expert": 6})
+    assert settings.initial_top_k == [6, 6, 6] and config.n_layer == 3
 
 
 def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
@@ -509,6 +511,18 @@ def test_signals_are_given_back():
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.requested
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 SLOW_TO_SAVE = """
