@@ -80,7 +80,7 @@ PRESETS = {
     "laptop": ModelConfig(
         vocab_size=2048, n_layer=4, n_head=2, n_kv_head=2, head_dim=32, d_model=64, n_expert=96, d_expert=32,
         tie_embeddings=True, max_seq_len=512),
-    # 0.31B parameters (5.6 GB of training state), 9M of them active; --accumulate 2 on 16 GB, 8 on 8 to 12 GB
+    # 0.31B parameters (4.4 GB of training state), 9M of them active; --accumulate 2 on 16 GB, 8 on 8 to 12 GB
     "gpu": ModelConfig(
         vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, head_dim=64, d_model=512, n_expert=96,
         d_expert=256, tie_embeddings=True, max_seq_len=1024),
@@ -134,7 +134,7 @@ class MoE(nn.Module):
             rows = self.experts.few_rows(h, experts)
         else:
             order, inverse = sort_by_expert(experts.flatten())
-            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)                           # [R, D]
+            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)         # [R, D]; its gradient sums over K
             rows = self.experts(Permute.apply(rows, order, inverse), rows_per_expert)
             rows = Permute.apply(rows, inverse, order).view(len(h), top_k, -1)              # [N, K, D]
         out = rows * weights[..., None]                           # in fp32: K rows are rounded once
@@ -234,7 +234,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that."""
+    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that.
+    parallel.py may wrap forward(), to compile or to recompute it."""
 
     def __init__(self, config):
         super().__init__()
@@ -281,7 +282,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None, None     # a scalar in fp32, which rounds nothing
+        return grad_x * grad, grad_w * grad, None, None, None     # grad [] does not change their dtypes
 
 
 class Head(nn.Linear):
@@ -313,7 +314,7 @@ class Output(NamedTuple):
 
 
 class Model(nn.Module):
-    """A sparse language model, initialised (see draw)."""
+    """A sparse language model, initialised (see init_parameter)."""
 
     def __init__(self, config, seed=None):
         super().__init__()
@@ -324,7 +325,7 @@ class Model(nn.Module):
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
         for name, p in self.named_parameters() if not self.embed.weight.is_meta else ():
-            self.draw(name, p, torch.initial_seed() if seed is None else seed)
+            self.init_parameter(name, p, torch.initial_seed() if seed is None else seed)
 
     def tie(self):
         """One tensor for embedding and head, if tied; again after to_empty(), which parts them."""
@@ -332,13 +333,13 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
     @torch.no_grad()
-    def draw(self, name, p, seed):
+    def init_parameter(self, name, p, seed):
         """Fill p, the whole parameter of this name, from a generator seeded by name: the same on every grid.
 
         norms                         1
         routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
         attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
-        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125"""
+        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536 (their others: 0.0125)"""
         D, L = self.config.d_model, self.config.n_layer
         generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         if p.dim() == 1:
@@ -400,8 +401,11 @@ class Model(nn.Module):
         stop         token ids that end a sequence, padded with the first from then on; ends when all have
         lengths      [B], of rows padded on the right
         compiled     compile the step (default: on CUDA)"""
-        (B, T), step = tokens.shape, self.decode
-        if tokens.is_cuda if compiled is None else compiled:
+        B, T = tokens.shape
+        if not T:
+            raise ValueError("a prompt needs at least one token")
+        step, compiled = self.decode, tokens.is_cuda if compiled is None else compiled
+        if compiled:
             step = torch.compile(step, mode="reduce-overhead", dynamic=False)
         done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
         last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
@@ -458,7 +462,7 @@ def flops_per_token(config, seq_len, top_k=None):
 
 
 def state_bytes(config, ranks=1):
-    """Bytes per rank: fp32 weight, gradient and two moments, and in one process a bf16 copy that computes."""
+    """Bytes per rank with AdamW: fp32 weight, gradient, two moments, and in one process a bf16 copy."""
     return (18 if ranks == 1 else 16) * count_parameters(config)[0] // ranks
 
 
@@ -472,7 +476,7 @@ def main(argv=None):
     T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
     print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
           f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
-          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16")
+          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16, AdamW")
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class AllCopied(parallel.Masters):
     def __init__(self, model, dtype):
         self.named, self.copies, self.buffers = dict(model.named_parameters()), [], {}
         for name, p in model.named_parameters() if dtype != torch.float32 else ():
-            self.hold(name, p, dtype)
+            self.add_master(name, p, dtype)
 
 
 def their_step(config, batch, seq_len, dtype, device):
