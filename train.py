@@ -496,8 +496,6 @@ TRAINING = {                                                      # what a prese
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
-# prepared if it is missing: {folder: (sources, vocabulary)}
-CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 8192)}
 # tuning on conversations: how long, the learning rate as a part of that of the run whose model it tunes, and
 # what else it inherits from that run
 CHAT_EPOCHS = 4
@@ -642,10 +640,9 @@ def plan_run(argv, world):
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
         evaluation.import_extra("wandb", "log")
-    if not Path(s.data).exists() and s.data in CORPORA:
-        sources, vocab_size = CORPORA[s.data]
+    if not Path(s.data).exists() and Path(s.data) in (Path("data/stdlib"), Path("data/installed")):
         print("preparing the corpus, once:")
-        data.prepare(Path(s.data), sources, vocab_size=vocab_size)
+        data.prepare(s.data, [Path(s.data).name])
     corpus = open_corpus(s)
     sha256 = data.file_sha256(corpus.file)
     if corpus.has_chats() and not (exists or "steps" in typed):
