@@ -1,7 +1,7 @@
 """Text to token files, and token files to batches.
 
     python data.py                                        Python's standard library -> data/stdlib
-    python data.py --source installed --vocab_size 8192   and all installed packages -> data/installed
+    python data.py --source installed                     and all installed packages -> data/installed
     python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
     python data.py --chats --source chats.jsonl --tokenizer out/laptop --name chats       conversations
 
@@ -50,11 +50,14 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
 
 
-def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=2048, chats=False):
-    """Prepare a folder unless it is there, and say what it holds -> its meta.json.
+def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=False):
+    """Prepare a folder unless it is there, and say what it holds -> its meta.json.  vocab_size: of bpe,
+    default 2,048, for "installed" 8,192.
 
     Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
     out = Path(out)
+    if vocab_size is None:
+        vocab_size = 8192 if "installed" in sources else 2048
     request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats,
                "vocab_size": vocab_size if tokenizer == "bpe" else None}
     if not out.exists():
@@ -677,8 +680,8 @@ def main(argv=None):
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
     parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
                         "bytes, gpt2, o200k_base, or a run or Hugging Face folder that has one")
-    parser.add_argument("--vocab_size", type=int, default=2048, metavar="V", help="vocabulary of bpe, "
-                        "special tokens included (2048; 8192 or more for a model above the laptop preset)")
+    parser.add_argument("--vocab_size", type=int, metavar="V", help="vocabulary of bpe, special tokens "
+                        "included (2048, for installed 8192; more for a model above the gpu preset)")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:

@@ -46,7 +46,6 @@ class ModelConfig:
     d_expert: int = size("F, hidden width of an expert")
     top_k: int = size("K, experts activated per token", default=1)
     gate: str = size(f"{', '.join(GATES)}: see Router in router.py", default="softmax")
-    token_router: bool = size("true: a control, layer 0 routes on the token's embedding alone", default=False)
     rope_base: float = size("base of the rotary positions", default=10000.0)
     norm_eps: float = size("epsilon of the norms", default=1e-6)
     tie_embeddings: bool = size("true or false: one matrix for embedding and head", default=False)
@@ -81,7 +80,7 @@ PRESETS = {
     "laptop": ModelConfig(
         vocab_size=2048, n_layer=4, n_head=2, n_kv_head=2, head_dim=32, d_model=64, n_expert=96, d_expert=32,
         tie_embeddings=True, max_seq_len=512),
-    # 0.31B parameters (5.6 GB of training state), 9M of them active; --accumulate 2 on 16 GB, 8 on 8 to 12 GB
+    # 0.31B parameters (4.4 GB of training state), 9M of them active; --accumulate 2 on 16 GB, 8 on 8 to 12 GB
     "gpu": ModelConfig(
         vocab_size=8192, n_layer=8, n_head=8, n_kv_head=2, head_dim=64, d_model=512, n_expert=96,
         d_expert=256, tie_embeddings=True, max_seq_len=1024),
@@ -127,18 +126,16 @@ class MoE(nn.Module):
         self.router = Router(config.d_model, config.n_expert, config.gate)
         self.experts = Experts(config)
 
-    def forward(self, x, top_k, padding_mask=None, router_input=None, with_stats=True):
-        """x [B, T, D], padding_mask [N] (see Router), what the router sees if not x [B, T, D] -> output
-        [B, T, D], Statistics (None without with_stats)."""
+    def forward(self, x, top_k, is_text=None, with_stats=True):
+        """x [B, T, D], is_text [N] (see Router) -> output [B, T, D], Statistics (None without with_stats)."""
         h = x.flatten(0, 1)
-        scored = h if router_input is None else router_input.flatten(0, 1)
-        weights, experts, load, statistics = self.router(scored, top_k, padding_mask, with_stats)
-        if not with_stats and experts.numel() <= len(load):       # a generated token: most experts idle
+        weights, experts, rows_per_expert, statistics = self.router(h, top_k, is_text, with_stats)
+        if not with_stats and experts.numel() <= len(rows_per_expert):    # generating: most experts idle
             rows = self.experts.few_rows(h, experts)
         else:
             order, inverse = sort_by_expert(experts.flatten())
-            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)                           # [R, D]
-            rows = self.experts(Permute.apply(rows, order, inverse), load)
+            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)         # [R, D]; its gradient sums over K
+            rows = self.experts(Permute.apply(rows, order, inverse), rows_per_expert)
             rows = Permute.apply(rows, inverse, order).view(len(h), top_k, -1)              # [N, K, D]
         out = rows * weights[..., None]                           # in fp32: K rows are rounded once
         return (out.sum(1) if top_k > 1 else out).to(x.dtype).view_as(x), statistics
@@ -152,14 +149,14 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
         self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
 
-    def forward(self, rows, load):
-        """rows [R, D] sorted by expert, load [E] rows of each -> [R, D] in the same order.  parallel.py
+    def forward(self, rows, rows_per_expert):
+        """rows [R, D] sorted by expert, rows_per_expert [E] -> [R, D] in the same order.  parallel.py
         replaces this method for expert parallelism; few_rows is for one process."""
-        return self.compute(rows, load, self.w_in, self.w_out)
+        return self.compute(rows, rows_per_expert, self.w_in, self.w_out)
 
     @staticmethod
-    def compute(rows, load, w_in, w_out):
-        ends = load.cumsum(0).to(torch.int32)
+    def compute(rows, rows_per_expert, w_in, w_out):
+        ends = rows_per_expert.cumsum(0).to(torch.int32)
         gate, up = grouped_product(rows, w_in, ends).chunk(2, -1)
         return grouped_product(F.silu(gate) * up, w_out, ends)
 
@@ -220,15 +217,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, at=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, pos=None):
         """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query sees; None is causal.  cache:
-        keys and values [B, capacity, G, head_dim], written at positions at [B, T], and read if masked."""
+        keys and values [B, capacity, G, head_dim], written at positions pos [B, T], and read if masked."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             row = torch.arange(B, device=x.device)[:, None]
-            cache[0][row, at], cache[1][row, at] = k, v
+            cache[0][row, pos], cache[1][row, pos] = k, v
             k, v = (k, v) if mask is None else cache
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # [B, heads, T, hd]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -237,20 +234,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that."""
+    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that.
+    parallel.py may wrap forward(), to compile or to recompute it."""
 
-    def __init__(self, config, first):
+    def __init__(self, config):
         super().__init__()
-        self.token_router = config.token_router and first
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x, top_k, cos, sin, mask=None, padding_mask=None, cache=None, at=None):
-        router_input = self.moe_norm(x) if self.token_router else None
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, at)
-        y, statistics = self.moe(self.moe_norm(x), top_k, padding_mask, router_input, cache is None)
+    def forward(self, x, top_k, cos, sin, mask=None, is_text=None, cache=None, pos=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, pos)
+        y, statistics = self.moe(self.moe_norm(x), top_k, is_text, with_stats=cache is None)
         return x + y, *(statistics or ())
 
 
@@ -270,14 +266,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     computed beside the loss: no chunk is computed twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_loss):             # cross_entropy, or that compiled
+    def forward(ctx, x, weight, targets, chunk_loss, with_grad):      # chunk_loss: cross_entropy, or compiled
         rows = 256 if x.device.type == "cpu" else 4096            # on a CPU what its caches hold
         loss, grad_x = 0.0, torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
         for part, target, out in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             part_loss, grad = chunk_loss(part, weight, target)
             loss = loss + part_loss
-            if ctx.needs_input_grad[0]:
+            if with_grad:
                 torch.mm(grad, weight, out=out)
                 grad_w += grad.T @ part
         ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
@@ -286,7 +282,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None           # a scalar in fp32, which rounds nothing
+        return grad_x * grad, grad_w * grad, None, None, None     # grad [] does not change their dtypes
 
 
 class Head(nn.Linear):
@@ -298,7 +294,8 @@ class Head(nn.Linear):
         """x [B, T, D] -> logits [B, T, V], fp32 or wider; with targets [B, T] the summed cross-entropy []."""
         if targets is None:
             return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss)
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.chunk_loss,
+                                         torch.is_grad_enabled())
 
 
 # --- the model, generation, counts ------------------------------------------------------------------------
@@ -317,18 +314,18 @@ class Output(NamedTuple):
 
 
 class Model(nn.Module):
-    """A sparse language model, initialised (see draw)."""
+    """A sparse language model, initialised (see init_parameter)."""
 
     def __init__(self, config, seed=None):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
         for name, p in self.named_parameters() if not self.embed.weight.is_meta else ():
-            self.draw(name, p, torch.initial_seed() if seed is None else seed)
+            self.init_parameter(name, p, torch.initial_seed() if seed is None else seed)
 
     def tie(self):
         """One tensor for embedding and head, if tied; again after to_empty(), which parts them."""
@@ -336,13 +333,13 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
     @torch.no_grad()
-    def draw(self, name, p, seed):
+    def init_parameter(self, name, p, seed):
         """Fill p, the whole parameter of this name, from a generator seeded by name: the same on every grid.
 
         norms                         1
         routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
         attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
-        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536; siblings have 0.0125"""
+        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536 (their others: 0.0125)"""
         D, L = self.config.d_model, self.config.n_layer
         generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         if p.dim() == 1:
@@ -369,27 +366,27 @@ class Model(nn.Module):
         text = torch.ones_like(tokens) if doc is None else doc >= 0
         return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), text.sum()]), statistics)
 
-    def features(self, tokens, top_k=None, doc=None, cache=None, at=None):
+    def features(self, tokens, top_k=None, doc=None, cache=None, pos=None):
         """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""
         T, config, mask = tokens.shape[1], self.config, None
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len ({config.max_seq_len})")
-        x, padding_mask = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
-        at = torch.arange(T, device=x.device)[None] if at is None else at
+        x, is_text = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
+        pos = torch.arange(T, device=x.device)[None] if pos is None else pos
         if doc is not None:
-            mask = ((at[:, None] <= at[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
+            mask = ((pos[:, None] <= pos[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
         elif cache is not None and T == 1:                        # decoding; a prompt is causal
-            mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= at)[:, None, None]
-        cos, sin = rotary(at, config.head_dim, config.rope_base, x.dtype)
+            mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= pos)[:, None, None]
+        cos, sin = rotary(pos, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
         for block, k, kv in zip(self.blocks, config.layer_top_k(top_k), caches):
-            x, *statistics = block(x, k, cos, sin, mask, padding_mask, kv, at)
+            x, *statistics = block(x, k, cos, sin, mask, is_text, kv, pos)
             sums.append(statistics)
         return self.norm(x), None if cache else Statistics(*map(torch.stack, zip(*sums)))
 
-    def decode(self, tokens, at, cache, top_k=None):
-        """tokens [B] at positions at [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
-        return self.head(self.features(tokens[:, None], top_k, cache=cache, at=at[:, None])[0])[:, 0]
+    def decode(self, tokens, pos, cache, top_k=None):
+        """tokens [B] at positions pos [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
+        return self.head(self.features(tokens[:, None], top_k, cache=cache, pos=pos[:, None])[0])[:, 0]
 
     def generate(self, tokens, max_new_tokens, *args, **kwargs):
         """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
@@ -404,8 +401,11 @@ class Model(nn.Module):
         stop         token ids that end a sequence, padded with the first from then on; ends when all have
         lengths      [B], of rows padded on the right
         compiled     compile the step (default: on CUDA)"""
-        (B, T), step = tokens.shape, self.decode
-        if tokens.is_cuda if compiled is None else compiled:
+        B, T = tokens.shape
+        if not T:
+            raise ValueError("a prompt needs at least one token")
+        step, compiled = self.decode, tokens.is_cuda if compiled is None else compiled
+        if compiled:
             step = torch.compile(step, mode="reduce-overhead", dynamic=False)
         done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
         last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
@@ -462,7 +462,7 @@ def flops_per_token(config, seq_len, top_k=None):
 
 
 def state_bytes(config, ranks=1):
-    """Bytes per rank: fp32 weight, gradient and two moments, and in one process a bf16 copy that computes."""
+    """Bytes per rank with AdamW: fp32 weight, gradient, two moments, and in one process a bf16 copy."""
     return (18 if ranks == 1 else 16) * count_parameters(config)[0] // ranks
 
 
@@ -476,7 +476,7 @@ def main(argv=None):
     T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
     print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
           f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
-          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16")
+          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16, AdamW")
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------
@@ -498,9 +498,9 @@ HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.n
 def hf_config(config, top_k=None):
     """config.json of transformers' Qwen3MoeForCausalLM.  ValueError for what that model does not have."""
     top_k = config.layer_top_k(top_k)
-    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized") or config.token_router:
-        raise ValueError("Qwen3-MoE has a softmax or normalized gate, one top_k for all layers and no "
-                         f"token_router, unlike this model: {config.gate}, {top_k}, {config.token_router}")
+    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
+        raise ValueError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
+                         f"{config.gate} and {top_k}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
         "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}

@@ -114,9 +114,9 @@ def join(grid, ep, replicate, device, timeout):
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    grid.ep, grid.replicate, shard = ep, replicate, grid.world // replicate
-    grid.dense = init_device_mesh(device, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    grid.moe = init_device_mesh(device, (replicate, shard // ep, ep),
+    grid.ep, grid.replicate, n_shard = ep, replicate, grid.world // replicate
+    grid.dense = init_device_mesh(device, (replicate, n_shard), mesh_dim_names=("replicate", "shard"))
+    grid.moe = init_device_mesh(device, (replicate, n_shard // ep, ep),
                                 mesh_dim_names=("replicate", "edp", "ep"))
     set_timeout = dist.distributed_c10d._set_pg_timeout           # init_device_mesh takes no timeout
     set_timeout(timedelta(seconds=max(timeout, 1800)), grid.files)
@@ -153,16 +153,17 @@ def all_sum(grid, tensors):
 def expert_parallel(experts, mesh):
     """Keep this rank's share of the experts, and send every row to the rank that has its expert.
 
-    Replaces experts.forward(rows [R, D] sorted by expert, load [E]) -> rows in the same order.  A rank that
-    receives no rows computes on none: FSDP needs every rank at the same place."""
+    Replaces experts.forward(rows [R, D] sorted by expert, rows_per_expert [E]) -> rows in the same order.  A
+    rank that receives no rows computes on none: FSDP needs every rank at the same place."""
     exchange, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
     for name, p in list(experts.named_parameters()):
         mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(mine))
 
-    def forward(rows, load):
-        theirs = exchange(load, None, None).view(n, -1)           # rows that each rank has for my experts
-        sends, recvs = torch.stack([load.view(n, -1).sum(1), theirs.sum(1)]).tolist()    # the one device sync
+    def forward(rows, rows_per_expert):
+        theirs = exchange(rows_per_expert, None, None).view(n, -1)        # rows each rank has for my experts
+        mine = rows_per_expert.view(n, -1)
+        sends, recvs = torch.stack([mine.sum(1), theirs.sum(1)]).tolist()         # the one device sync
         rows = exchange(rows.contiguous(), recvs, sends)
         # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
@@ -218,7 +219,7 @@ def build_model(config, grid, device, dtype, seed):
         bias.zero_()
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape, dtype=p.dtype, device=local(p).device)
-        model.draw(name, whole, seed)
+        model.init_parameter(name, whole, seed)
         put_part(p, whole)
     return model
 
@@ -266,9 +267,9 @@ class Masters:
         self.copies, self.add = [], torch.Tensor.add_
         for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
             if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
-                self.hold(name, p, dtype)
+                self.add_master(name, p, dtype)
 
-    def hold(self, name, p, dtype):
+    def add_master(self, name, p, dtype):
         """Give p a master in fp32, and let p itself be the copy."""
         self.named[name] = master = nn.Parameter(p.detach().clone())
         p.data = p.data.to(dtype)
@@ -346,8 +347,8 @@ def newton_schulz(matrices):
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
-        quintic = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, quintic, x, beta=3.4445)
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     x = x if x.shape[-2:] == matrices.shape[-2:] else x.mT
     return x.reshape(matrices.shape).to(matrices.dtype)
 
@@ -384,8 +385,8 @@ def differing_ranks(grid, masters):
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
     everyone = [torch.empty_like(sums) for _ in range(grid.world)]
     dist.all_gather(everyone, sums)
-    shard = grid.world // grid.replicate
-    return [rank for rank in range(grid.world) if not everyone[rank].equal(everyone[rank % shard])]
+    n_shard = grid.world // grid.replicate
+    return [rank for rank in range(grid.world) if not everyone[rank].equal(everyone[rank % n_shard])]
 
 
 def checkpoints(out):

@@ -9,7 +9,8 @@ Shape letters, used in every file:
 
 A router scores every expert for every token with one matrix, keeps the K best, and hands the token to them.
 Nothing in that forces the experts to be used evenly; that is what the losses below are for.  They are
-functions of SUMS over tokens, which, unlike means, add up over micro-batches and processes.
+functions of SUMS over tokens, which, unlike means, add up over micro-batches and processes; the caller
+divides by the count of the whole step.
 """
 
 import math
@@ -25,16 +26,16 @@ GATES = ("softmax", "sigmoid", "normalized")
 
 
 class Statistics(NamedTuple):
-    """What a forward pass says of its routing: sums over the tokens of one layer.  Stacked, [L, ..], of all.
+    """Sums over the tokens of one layer; Model stacks them to [L, ..].
 
-    The gate's probability p is the softmax over all experts, whatever the gate."""
+    p is always the softmax of the logits over all experts, also when the gate is sigmoid."""
 
     load: torch.Tensor          # [E] int64, rows that each expert gets; sums to N*K without padding
-    prob_sum: torch.Tensor      # [E] p of each expert, with gradient
-    sharp_sum: torch.Tensor     # [E] the same at the router's temperature, with gradient
-    sharp_top_sum: torch.Tensor # [] the largest of those of each token, with gradient
-    z_sum: torch.Tensor         # [] squared logsumexp of the logits, with gradient
-    top_sum: torch.Tensor       # [] the largest p of each token
+    prob_sum: torch.Tensor      # [E] p of each expert; it and the next three have a gradient
+    sharp_sum: torch.Tensor     # [E] p at the router's temperature, softmax(logits / temperature)
+    sharp_top_sum: torch.Tensor # [] the largest such p of each token
+    z_sum: torch.Tensor         # [] squared logsumexp of the logits
+    top_sum: torch.Tensor       # [] the largest p of each token, for the log
     entropy_sum: torch.Tensor   # [] entropy of p in nats; log E is a flat gate
     margins: torch.Tensor       # [E, BINS] int64 histograms for quantile balancing, else [E, 0]
 
@@ -44,7 +45,7 @@ class Routing(NamedTuple):
 
     weights: torch.Tensor       # [N, K] factor on each expert's output, with gradient
     experts: torch.Tensor       # [N, K] int64, the chosen experts, the best one first
-    rows: torch.Tensor          # [E] int64, rows that each expert computes, padding too
+    rows_per_expert: torch.Tensor   # [E] int64, padding too
     statistics: Statistics      # of the tokens that are not padding, or None
 
 
@@ -53,14 +54,13 @@ class Router(nn.Module):
 
     Computed in fp32 (or wider): rounding the scores to bf16 flips choices between near-equal experts.
 
-    Every gate must leave the router a gradient at K = 1, where probabilities divided by the sum of the chosen
-    ones are the constant 1, and the router learns nothing; hence
+    At K = 1, p / (sum of the chosen p) is the constant 1: the router gets no gradient.  So a gate is one of
 
       softmax      the plain probability p_k, softmax taken over ALL experts and never renormalised
                    (Switch Transformer, arXiv 2101.03961, eq. 2)
       sigmoid      sigmoid(z_k), each expert scored by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)
       normalized   p_k / detach(sum of the chosen p): sums to one for every K, so the size of the output does
-                   not change with K; its gradient is that of log p
+                   not change with K; its gradient is weight * that of log p_k
 
     The choice is made by score + bias.  The bias [E] is 0 unless loss-free or quantile balancing moves it;
     it is no parameter, has no gradient, and never enters the weights."""
@@ -73,9 +73,9 @@ class Router(nn.Module):
         self.temperature = 1.0                                    # of sharp_sum; train.py sets it,
         self.counts_margins = False                               # and this, for quantile balancing
 
-    def forward(self, h, top_k, mask=None, with_stats=True):
-        """h [N, D] -> Routing with K = top_k.  mask [N] is False for padding, which is routed like text, so
-        that shapes are static, but is not counted; it has no gradient, for nothing looks at it."""
+    def forward(self, h, top_k, is_text=None, with_stats=True):
+        """h [N, D] -> Routing with K = top_k.  is_text [N] is False for padding, which is routed like text,
+        so that shapes are static, but is not counted; its output reaches no loss."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
         prob = logits.softmax(-1)
@@ -88,17 +88,17 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True).detach()
         rows, statistics = count_rows(experts, prob.shape[-1]), None
         if with_stats:
-            load = rows if mask is None else count_rows(experts, len(rows), mask)
+            load = rows if is_text is None else count_rows(experts, len(rows), is_text)
             margins = rows.new_zeros(len(rows), 0)
             if self.counts_margins:
-                margins = count_margins(score.detach(), choice, top_k, mask)
-            statistics = self.statistics(logits, prob, load, margins, mask)
+                margins = count_margins(score.detach(), choice, top_k, is_text)
+            statistics = self.collect(logits, prob, load, margins, is_text)
         return Routing(weights, experts, rows, statistics)
 
-    def statistics(self, logits, prob, load, margins, mask):
-        """logits, prob [N, E], load [E], mask [N] or None -> Statistics."""
+    def collect(self, logits, prob, load, margins, is_text):
+        """logits, prob [N, E], load [E], is_text [N] or None -> Statistics."""
         def total(x):                                             # over tokens, without padding
-            return x.sum(0) if mask is None else (x * mask.view(-1, *[1] * (x.dim() - 1))).sum(0)
+            return x.sum(0) if is_text is None else (x * is_text.view(-1, *[1] * (x.dim() - 1))).sum(0)
         prob_sum, top = total(prob), prob.amax(-1)
         sharp_sum, sharp_top_sum = prob_sum, total(top)
         if self.temperature != 1:
@@ -111,10 +111,10 @@ class Router(nn.Module):
                           total(top.detach()), entropy_sum, margins)
 
 
-def count_rows(experts, n_expert, mask=None):
-    """experts [N, K] -> how often each comes [E] int64, without the tokens that mask [N] leaves out.  Never
+def count_rows(experts, n_expert, is_text=None):
+    """experts [N, K] -> how often each comes [E] int64, of the tokens that are text [N] (None: all).  Never
     bincount, which waits for the device."""
-    ones = torch.ones_like(experts) if mask is None else mask[:, None].expand_as(experts).long()
+    ones = torch.ones_like(experts) if is_text is None else is_text[:, None].expand_as(experts).long()
     return experts.new_zeros(n_expert).scatter_add_(0, experts.flatten(), ones.flatten())
 
 
@@ -124,8 +124,8 @@ def load_balancing_loss(load, prob_sum, n_tokens):
     """The conventional load-balancing loss: E * sum_i f_i p_i, per layer (arXiv 2101.03961, eq. 4-6).
 
     f_i is the fraction of routed rows that expert i gets (no gradient), p_i its mean probability.  1.0 is
-    balanced, for every K, and E is collapse onto one expert.  1.0 is also reached by a flat p with any f at
-    all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
+    balanced, for every K, and E/K is collapse onto the same K experts.  1.0 is also reached by a flat p with
+    any f at all: the shortcut that Sigma-MoE-Tiny (arXiv 2512.16248, Figure 2) sees a top-1 of 96 take.
 
     load [..., E] counts, prob_sum [..., E], n_tokens a number -> [...], one value per layer."""
     load = load.to(prob_sum.dtype)
@@ -140,8 +140,7 @@ def top1_balancing_loss(sharp_sum, sharp_top_sum, n_tokens):
     so does collapse: the shortcut of the conventional loss is closed.
 
     sharp_sum [..., E], sharp_top_sum [...] -> [...], one value per layer."""
-    top = (n_tokens * sharp_top_sum).clamp(min=torch.finfo(sharp_top_sum.dtype).tiny)     # no tokens, no loss
-    return sharp_sum.shape[-1] * sharp_sum.square().sum(-1) / top
+    return sharp_sum.shape[-1] * sharp_sum.square().sum(-1) / (n_tokens * sharp_top_sum)
 
 
 # what --balance may be: the loss and the statistics that it is a function of, if it is a loss
@@ -155,22 +154,19 @@ def router_z_loss(z_sum, n_tokens):
     return z_sum / n_tokens
 
 
-def differentiate_at(loss, totals, parts):
-    """Evaluate a loss at global sums, and give its gradient to the local ones.
+def balance_objective(balance, global_sums, n_tokens, local_sums):
+    """A scalar whose gradient, summed over micro-batches and ranks, is that of a balance loss at the global
+    sums, added up over layers.  global_sums, local_sums: Statistics [L, ..]; n_tokens: of the global ones.
 
     A balance loss wants the statistics of the whole batch, but a process (or a micro-batch) only has the
-    graph of its own part.  By the chain rule the whole gradient is the sum over parts of (d loss / d
-    sums)(global) * d sums (local): exact for every differentiable function of the sums, and no gradient
-    crosses a collective.
-
-    loss: sums -> [L].  totals: global sums.  parts: this part's, of which those with a graph get a gradient.
-    -> (value [L], detached; a scalar whose gradient, summed over the parts, is that of loss.sum())"""
-    totals = [t.detach().requires_grad_(part.requires_grad) for t, part in zip(totals, parts)]
-    with torch.enable_grad():
-        value = loss(*totals)
-        slopes = torch.autograd.grad(value.sum(), [t for t in totals if t.requires_grad])
-    moving = [part for part in parts if part.requires_grad]
-    return value.detach(), sum((slope * part).sum() for slope, part in zip(slopes, moving))
+    graph of its own tokens.  By the chain rule the whole gradient is the sum over micro-batches and ranks of
+    (d loss / d sums)(global) * d sums (local): exact for every differentiable function of the sums, and no
+    gradient crosses a collective."""
+    loss, names = BALANCE[balance]
+    sums = [getattr(global_sums, name).detach() for name in names]
+    variable = {name: t.requires_grad_() for name, t in zip(names, sums) if t.is_floating_point()}
+    slopes = torch.autograd.grad(loss(*sums, n_tokens).sum(), list(variable.values()))
+    return sum((slope * getattr(local_sums, name)).sum() for name, slope in zip(variable, slopes))
 
 
 @torch.no_grad()
@@ -180,28 +176,29 @@ def update_bias(bias, load, rate):
     bias += rate * (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign()
 
 
-BINS, SCALE, LIMIT = 512, 1e-3, math.asinh(2 / 1e-3)              # from -2 to 2, and finest around 0
+# bins of the histograms: margins lie between -2 and 2, and asinh makes those near 0 as fine as 3e-5
+BINS, SCALE, LIMIT = 512, 1e-3, math.asinh(2 / 1e-3)
 
 
-def count_margins(score, choice, top_k, mask=None):
+def count_margins(score, choice, top_k, is_text=None):
     """Histograms [E, BINS] int64 of c_i - s_ij over the tokens i, for quantile_bias.
 
-    c_i is the (K+1)-th largest of token i's biased scores choice [N, E], s_ij = score [N, E]: token i takes
-    expert j if its bias is above that margin."""
+    c_i is the (K+1)-th largest of token i's biased scores choice [N, E], and s_ij = score [N, E]: token i has
+    chosen expert j if j's bias is above that margin."""
     margin = choice.topk(min(top_k + 1, len(choice.T)), -1).values[:, -1:] - score
-    bins = ((margin / SCALE).asinh() / LIMIT * (BINS / 2) + BINS / 2).long().clamp(0, BINS - 1)
+    bins = (((margin / SCALE).asinh() / LIMIT + 1) / 2 * BINS).long().clamp(0, BINS - 1)
     bins = bins + BINS * torch.arange(score.shape[1], device=score.device)
-    return count_rows(bins, score.shape[1] * BINS, mask).view(-1, BINS)
+    return count_rows(bins, score.shape[1] * BINS, is_text).view(-1, BINS)
 
 
 def quantile_bias(margins, top_k):
     """Quantile balancing (J. Su, 2026): the bias [E] with which K/E of a step's tokens would have taken each
     expert, centred.  A function of histograms [E, BINS], so exact over ranks and micro-batches."""
-    below = margins.cumsum(-1).double()
-    wanted = below[:, -1:] * top_k / len(margins)
-    at = (below < wanted).sum(-1, keepdim=True)                   # the quantile's bin, and where in it
-    inside = 1 - (below.gather(1, at) - wanted) / margins.gather(1, at)
-    bias = SCALE * (((at + inside) / BINS * 2 - 1) * LIMIT).sinh()[:, 0]
+    below = margins.cumsum(-1)
+    wanted = below[:, -1:] * (top_k / len(margins))
+    place = (below < wanted).sum(-1, keepdim=True)                  # that the quantile is in, and where in it
+    fraction = 1 - (below.gather(1, place) - wanted) / margins.gather(1, place)
+    bias = SCALE * (((place + fraction) / BINS * 2 - 1) * LIMIT).sinh()[:, 0]       # undoes the asinh
     return bias - bias.mean()
 
 
@@ -244,7 +241,7 @@ def active_experts(step, steps, initial, target, switch, n_layer):
     return initial + [target] * (n_layer - len(initial))
 
 
-def drawn_experts(step, seed, choices, n_layer):
+def drawn_top_k(step, seed, choices, n_layer):
     """Matryoshka training (arXiv 2509.26520): every layer draws its K anew in every step, so that one model
     serves every K of `choices`.  A pure function of seed and step -> n_layer integers."""
     return random.Random(f"K of step {step}, seed {seed}").choices(choices, k=n_layer)

@@ -7,12 +7,14 @@
     torchrun --standalone --nproc-per-node 8 train.py --ep 8     eight processes, which share the experts
 
 A run is its directory: settings.json, encoding.json (the tokenizer), log.jsonl and step-N/ (checkpoints).
-Every schedule is a pure function of the step, and so are the sequences that a step reads; a checkpoint need
-hold only weights, optimizer state and the step, and a resumed run repeats the uninterrupted one.
+Every schedule is a pure function of the step, and so are the sequences that a step reads; a checkpoint holds
+weights, selection biases, optimizer state, the guard's window and the step, no more, and a resumed run
+repeats the uninterrupted one.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -57,11 +59,12 @@ from router import (
     BALANCE,
     Statistics,
     active_experts,
-    differentiate_at,
-    drawn_experts,
+    balance_objective,
+    drawn_top_k,
     load_balancing_loss,
     noise_floor,
     quantile_bias,
+    router_z_loss,
     update_bias,
 )
 
@@ -130,26 +133,26 @@ def train(run):
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
         while run.done < s.steps and not stopping:
-            did = train_step(run, run.done, stop)
+            result = train_step(run, run.done, stop)
             run.done += 1
-            stopping, last = did.stop, run.done == s.steps
-            n_tokens += did.n_tokens
+            stopping, last = result.stop, run.done == s.steps
+            n_tokens += result.n_tokens
             bar.update()
-            if did.skipped and run.log:
-                bar.write(f"step {run.done} changed nothing: {did.skipped}", file=sys.stderr)
+            if result.skipped and run.log:
+                bar.write(f"step {run.done} changed nothing: {result.skipped}", file=sys.stderr)
             if run.counts[2] >= s.bad_steps:
-                end_all(run, f"{s.bad_steps} steps in a row changed nothing, for {did.skipped}; a lower --lr "
-                        "may help")
+                end_all(run, f"{s.bad_steps} steps in a row changed nothing, for {result.skipped}; "
+                        "a lower --lr may help")
             log = run.done % s.log_every == 0
             validate = run.corpus.val is not None and (run.done % eval_every == 0 or last)
             save = run.done % save_every == 0 or last or stopping
             if log or validate:
                 rate = n_tokens / (time.perf_counter() - clock)
-                row = {"step": run.done, **describe(run, did), "tokens_per_s": rate,
-                       "mfu": utilisation(run, did.top_k, rate)}
-                worst = max(range(run.config.n_layer), key=row["load_max"].__getitem__)
+                row = {"step": run.done, **log_row(run, result), "tokens_per_s": rate,
+                       "mfu": utilisation(run, result.top_k, rate)}
+                most, layer = max((most, layer) for layer, most in enumerate(row["load_max"]))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
-                                    f"load {100 * row['load_max'][worst]:+.0f} % (layer {worst})")
+                                    f"load {100 * most:+.0f} % (layer {layer})")
                 if validate:
                     row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
                     bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
@@ -170,7 +173,7 @@ class Batch(NamedTuple):
 
 
 def load_batch(run, step):
-    """Cut the sequences of a step -> Batch, on its way to the device: nothing waits for it."""
+    """Cut the sequences of a step -> Batch, on its way to the device, which goes on computing."""
     s, grid = run.settings, run.grid
     micro = s.batch_size // s.accumulate
     parts = [run.corpus.train.rows(step * s.batch_size + m * micro, micro, grid.rank, grid.world)
@@ -201,62 +204,59 @@ class Step(NamedTuple):
 def train_step(run, step, stop=None):
     """One update of the weights -> Step.
 
-    Every loss is a sum over this part of the step divided by a count of the whole step, so parts (of ranks,
-    of micro-batches) only ever add up.  A balance loss is that of the step's tokens so far, of all ranks:
-    with several micro-batches the first ones see few of them, and its gradient is that of the whole step's
-    loss only if there is one.
+    Every loss is a sum over this rank's micro-batch divided by a count of the whole step, so that ranks and
+    micro-batches only ever add up.  A balance loss is that of the step's tokens so far, of all ranks: with
+    several micro-batches the first ones see few of them, and its gradient is that of the whole step's loss
+    only if there is one.
 
-    The device is waited for once, before the update; the next batch is cut while it computes.
+    The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
+    while it computes.
     """
     s, model, grid = run.settings, run.model, run.grid
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
-        top_k = drawn_experts(step, s.seed, s.top_k_choices, run.config.n_layer)
+        top_k = drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
     batch = run.ahead if run.ahead and run.ahead.step == step else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*batch.counts))
-    loss, seen, total, bad = 0.0, 0, None, 0                      # sums over the micro-batches so far
-    for m, (tokens, targets, *doc) in enumerate(batch.parts):
+    loss, nonfinite, sums, tokens_so_far = 0.0, 0, None, 0        # over micro-batches and ranks
+    for (tokens, targets, *doc), (_, n) in zip(batch.parts, batch.counts):
         out = model(tokens, targets, top_k, *doc)
-        nonfinite = out.loss.new_zeros(grid.world)
-        nonfinite[grid.rank] = ~out.loss.isfinite()
+        bad = out.loss.new_zeros(grid.world)
+        bad[grid.rank] = ~out.loss.isfinite()
         flag = out.loss.new_full((), stop is not None and stop.requested)
-        part_loss, flag, nonfinite, *part = parallel.all_sum(
-            grid, [out.loss, flag, nonfinite, *out.statistics])
-        part = Statistics(*part)
-        total = Statistics(*map(torch.add, total, part)) if m else part
-        loss, seen, bad = loss + part_loss, seen + batch.counts[m][1], bad + nonfinite
-        objective = out.loss * (n_tokens / max(1, n_targets))
+        micro_loss, flag, bad, *micro = parallel.all_sum(grid, [out.loss, flag, bad, *out.statistics])
+        sums = Statistics(*map(torch.add, sums, micro) if sums else micro)
+        loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
+        objective = out.loss / max(1, n_targets)
         if BALANCE[s.balance] and s.lbl_coef:
-            at, n = (total, seen) if s.lbl_scope == "global" else (part, batch.counts[m][1])
-            objective = objective + s.lbl_coef * balance_gradient(s.balance, at, n, out.statistics)
+            seen, n = (sums, tokens_so_far) if s.lbl_scope == "global" else (Statistics(*micro), n)
+            balance = balance_objective(s.balance, seen, n, out.statistics)
+            objective = objective + s.lbl_coef * n / n_tokens * balance
         if s.z_coef:
-            objective = objective + s.z_coef * out.statistics.z_sum.sum()
-        (objective / max(1, n_tokens)).backward()
+            objective = objective + s.z_coef * router_z_loss(out.statistics.z_sum, n_tokens).sum()
+        objective.backward()
     norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
     run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
-    skipped = reason_to_skip(run, loss_now, norm_now, bad)
+    skipped = reason_to_skip(run, loss_now, norm_now, nonfinite)
     if not skipped:
-        for group in run.optimizer.param_groups:
+        for group in run.optimizer.param_groups:                  # a group of a fork may have its own factor
             group["lr"] = learning_rate(step, s) * group.get("lr_factor", 1.0)
         run.optimizer.step()
         run.masters.refresh()
-        for block, load, margins, k in zip(model.blocks, total.load, total.margins, top_k):
-            if s.balance == "loss-free":
-                update_bias(block.moe.router.bias, load, s.bias_rate)
-            elif s.balance == "quantile" and k < run.config.n_expert:
-                block.moe.router.bias.copy_(quantile_bias(margins, k))
+        move_biases(run, sums, top_k)
     run.optimizer.zero_grad()
-    return Step(step, top_k, n_tokens, loss, total, norm, skipped, bool(flag))
+    return Step(step, top_k, n_tokens, loss, sums, norm, skipped, bool(flag))
 
 
-def balance_gradient(balance, total, n_tokens, part):
-    """A scalar with the gradient of n_tokens * (sum over layers of the balance loss at `total`), for `part`.
-    """
-    loss, names = BALANCE[balance]
-    totals, parts = ([getattr(statistics, name) for name in names] for statistics in (total, part))
-    return n_tokens * differentiate_at(lambda *sums: loss(*sums, n_tokens), totals, parts)[1]
+def move_biases(run, sums, top_k):
+    """Balance without a loss: each layer's selection biases, from the loads of the whole step."""
+    for block, load, margins, k in zip(run.model.blocks, sums.load, sums.margins, top_k):
+        if run.settings.balance == "loss-free":
+            update_bias(block.moe.router.bias, load, run.settings.bias_rate)
+        elif run.settings.balance == "quantile" and k < run.config.n_expert:
+            block.moe.router.bias.copy_(quantile_bias(margins, k))
 
 
 def learning_rate(step, s):
@@ -274,7 +274,7 @@ def top_k_at(step, s, config):
 def reason_to_skip(run, loss, norm, nonfinite):
     """Why a step must not change the weights, or None.  nonfinite [world]: of which ranks the loss is not."""
     finite = math.isfinite(loss) and math.isfinite(norm)
-    spike = finite and run.settings.spike and is_spike(run, loss, norm)
+    spike = finite and is_spike(run, loss, norm)
     run.counts += torch.tensor([finite, spike or not finite, 1])
     run.counts[2] *= not finite
     if spike:
@@ -291,17 +291,19 @@ def is_spike(run, loss, norm):
     seen, now = int(run.counts[0]), torch.tensor([loss, norm], dtype=torch.float64)
     limit = run.recent.mean(0) + run.settings.spike * run.recent.std(0)
     run.recent[seen % len(run.recent)] = now
-    return seen >= len(run.recent) and bool((now > limit).any())
+    return bool(run.settings.spike and seen >= len(run.recent) and (now > limit).any())
 
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills.  What is
+    ignored, as by nohup, stays so."""
 
     def __enter__(self):
         self.requested, self.old = False, {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             with contextlib.suppress(AttributeError, ValueError):         # Windows; not the main thread
-                self.old[name] = signal.signal(getattr(signal, name), self.request)
+                if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+                    self.old[name] = signal.signal(getattr(signal, name), self.request)
         return self
 
     def request(self, number, _):
@@ -316,14 +318,14 @@ class Stop:
 
 # --- the log ----------------------------------------------------------------------------------------------
 
-def describe(run, did):
+def log_row(run, result):
     """What the log says of a step: {name: number, or one for each layer}."""
-    n_tokens, sums = did.n_tokens, did.statistics
+    n_tokens, sums = result.n_tokens, result.statistics
     lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     share = sums.load / sums.load.sum(-1, keepdim=True) * run.config.n_expert - 1        # 0.5 is +50 %
-    floor = [noise_floor(n_tokens, run.config.n_expert, k) for k in did.top_k]
-    row = {"loss": did.loss, "lbl": lbl.mean(), "lr": learning_rate(did.step, run.settings),
-           "grad_norm": did.norm, "skipped": run.counts[1], "tokens": n_tokens, "top_k": did.top_k,
+    floor = [noise_floor(n_tokens, run.config.n_expert, k) for k in result.top_k]
+    row = {"loss": result.loss, "lbl": lbl.mean(), "lr": learning_rate(result.step, run.settings),
+           "grad_norm": result.norm, "skipped": run.counts[1], "tokens": n_tokens, "top_k": result.top_k,
            "load_max": share.amax(-1), "load_min": share.amin(-1),
            "noise_max": [high for high, _ in floor], "noise_min": [low for _, low in floor],    # by chance
            "lbl_layer": lbl, "top_prob": sums.top_sum / n_tokens, "gate_entropy": sums.entropy_sum / n_tokens}
@@ -475,8 +477,9 @@ class Settings:
                              f"({self.accumulate})")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
-        if self.top_k_choices and self.initial_top_k:
-            raise ValueError("top_k_choices and initial_top_k are two schedules: leave one out")
+        if self.top_k_choices and (self.initial_top_k or self.balance == "quantile"):
+            raise ValueError("top_k_choices must be without initial_top_k, another schedule, and without "
+                             "--balance quantile, whose biases are fitted to the last step's K")
         if len(self.initial_top_k) > config.n_layer:
             raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
                              "(n_layer)")
@@ -488,13 +491,11 @@ class Settings:
 
 TRAINING = {                                                      # what a preset sets beside the sizes
     "laptop": dict(steps=1000, lr=0.012, optimizer="muon"),
-    "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=1.5e-3, data="data/installed"),
+    "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=3e-3, optimizer="muon", data="data/installed"),
     "gpu-1b": dict(steps=20000, batch_size=64, seq_len=1024, lr=6e-4, data="data/installed"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
-# prepared if it is missing: {folder: (sources, vocabulary)}
-CORPORA = {"data/stdlib": (["stdlib"], 2048), "data/installed": (["installed"], 8192)}
 # tuning on conversations: how long, the learning rate as a part of that of the run whose model it tunes, and
 # what else it inherits from that run
 CHAT_EPOCHS = 4
@@ -537,7 +538,8 @@ def resolve(typed):
     """Typed settings -> (Settings, ModelConfig, whether the run exists).
 
     What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
-    typed |= {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from") if name in typed}
+    typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
+                     if name in typed}
     source, chats = typed.get("init_from", ""), data.holds_chats(typed.get("data", ""))
     tuned = {}                                                    # settings of the run that is to be tuned
     if chats and source and not evaluation.is_hf(source):
@@ -552,23 +554,23 @@ def resolve(typed):
         raise ValueError(f"out ({out}) must not begin with step-, which is the name of a checkpoint")
     exists = (out / "settings.json").exists()
     if exists:
-        values = of_the_run(out, typed)
+        values = saved_values(out, typed)
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
-        values = of_a_new_run(preset, source, tuned, chats, typed) | {"out": str(out), "preset": preset}
+        values = default_values(preset, source, tuned, chats, typed) | {"out": str(out), "preset": preset}
     values |= typed
     s = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     config = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
-    if "initial_top_k" not in typed:                              # a preset's list may be longer
-        s.initial_top_k = s.initial_top_k[:config.n_layer]
+    if "initial_top_k" not in typed:                              # a preset's may be of more layers, experts
+        s.initial_top_k = [min(k, config.n_expert) for k in s.initial_top_k[:config.n_layer]]
     s.check(config)
     if "lbl_coef" in typed and not BALANCE[s.balance]:
         raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
 
 
-def of_the_run(out, typed):
+def saved_values(out, typed):
     """{field: value} of a run that is resumed.  ValueError if something else was typed."""
     saved = evaluation.read_settings(out)
     values = saved["settings"] | saved["model"]
@@ -582,7 +584,7 @@ def of_the_run(out, typed):
     return values
 
 
-def of_a_new_run(preset, source, tuned, chats, typed):
+def default_values(preset, source, tuned, chats, typed):
     """{field: value} that the preset gives, and the run or the Hugging Face folder that it starts from."""
     values = dataclasses.asdict(Settings()) | TRAINING[preset] | dataclasses.asdict(PRESETS[preset])
     if chats:
@@ -632,15 +634,15 @@ def plan_run(argv, world):
     """Resolve settings, data and checkpoints, on rank 0 -> what all ranks need to start.
 
     Prepares the corpus if it is missing.  ValueError for what the user has to change."""
-    s, config, exists = resolve(typed := parse(argv))
+    typed = parse(argv)
+    s, config, exists = resolve(typed)
     device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
         evaluation.import_extra("wandb", "log")
-    if not Path(s.data).exists() and s.data in CORPORA:
-        sources, vocab_size = CORPORA[s.data]
+    if not Path(s.data).exists() and Path(s.data) in (Path("data/stdlib"), Path("data/installed")):
         print("preparing the corpus, once:")
-        data.prepare(Path(s.data), sources, vocab_size=vocab_size)
+        data.prepare(s.data, [Path(s.data).name])
     corpus = open_corpus(s)
     sha256 = data.file_sha256(corpus.file)
     if corpus.has_chats() and not (exists or "steps" in typed):
@@ -755,12 +757,12 @@ def grown(name, config, old, weights, noise, seed):
 
 def compute_dtype(s, config, device):
     """The dtype of the matrix products.  Says what the device cannot do, and what is done instead."""
-    cuda, asked = device.startswith("cuda"), s.dtype
-    has_bf16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "bfloat16" and not has_bf16:
-        print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
-    wanted = has_bf16 and (asked == "bfloat16" or asked == "auto" and cuda)
-    dtype = torch.bfloat16 if wanted else torch.float32
+    cuda, dtype = device.startswith("cuda"), torch.float32
+    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda:
+        if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
+        else:
+            print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
     why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
@@ -799,33 +801,26 @@ def open_run(run, plan):
         parallel.fsync(out / "settings.tmp")
         os.replace(out / "settings.tmp", out / "settings.json")
     run.log.seek(0)
-    header, *lines = run.log.readlines() or [json.dumps(settings | {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
-        "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}) + "\n"]
-    kept = [line for line in lines if 0 < step_of(line) <= run.done]
-    if len(kept) < len(lines) or not run.log.tell():
-        run.log.truncate(0)
-        run.log.writelines([header, *kept])
+    header, *rows = run.log.readlines() or [""]
+    steps = [re.match(r'{"step": (\d+),.*}$', row) for row in rows]       # None: cut short by a crash
+    kept = list(itertools.takewhile(lambda step: step and int(step[1]) <= run.done, steps))
+    if len(kept) < len(rows):
+        run.log.truncate(len(header) + sum(len(step[0]) + 1 for step in kept))
+    if not header:
+        print(json.dumps(settings | {
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
+            "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}),
+            file=run.log)
     if s.wandb:                                                   # log.jsonl stays the truth
         run.wandb = evaluation.import_extra("wandb", "log").init(
             project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
 
 
-def step_of(line):
-    """The step of a line of the log; 0 for one that a crash cut short or garbled."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
 def commit():
     """The commit of this code, or None outside a git checkout."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                       stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 def device_name(device):

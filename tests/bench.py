@@ -101,10 +101,10 @@ def table(title, head, rows):
 SIDE = {"cpu": 2048, "cuda": 8192}                                # of the matrices of a large product
 
 
-def our_run(config, batch, seq_len, dtype, device, accumulate=1):
+def our_run(config, batch, seq_len, dtype, device, **changes):
     """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
-                       warmup=0, decay=0, accumulate=accumulate)
+                       warmup=0, decay=0, **changes)
     model = parallel.build_model(config, parallel.ALONE, device, dtype, 0)
     masters = parallel.Masters(model, dtype)
     if train.compiles(s, device, dtype, parallel.ALONE):
@@ -139,7 +139,7 @@ class AllCopied(parallel.Masters):
     def __init__(self, model, dtype):
         self.named, self.copies, self.buffers = dict(model.named_parameters()), [], {}
         for name, p in model.named_parameters() if dtype != torch.float32 else ():
-            self.hold(name, p, dtype)
+            self.add_master(name, p, dtype)
 
 
 def their_step(config, batch, seq_len, dtype, device):
@@ -209,16 +209,18 @@ def bench_gpu(args):
     card = args.device == "cuda"
     paper = replace(PRESETS["sigma-moe-tiny"], n_layer=6, vocab_size=8192, tie_embeddings=True)
     small = replace(PRESETS["laptop"], n_layer=2)
-    cases = {"gpu, as python train.py runs it": (PRESETS["gpu"], 64, 1024, 1),
-             "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1),
-             "6 layers of the paper's": (paper, 64, 4096, 4),
-             "dense of equal active FLOPs": (dense(paper), 64, 4096, 4)}
+    cases = {"gpu, as python train.py runs it": (PRESETS["gpu"], 64, 1024, 1, "muon"),
+             "gpu with AdamW": (PRESETS["gpu"], 64, 1024, 1, "adamw"),
+             "gpu-1b": (PRESETS["gpu-1b"], 64, 1024, 1, "adamw"),
+             "6 layers of the paper's": (paper, 64, 4096, 4, "adamw"),
+             "dense of equal active FLOPs": (dense(paper), 64, 4096, 4, "adamw")}
     table("one card, bf16, compiled", ("what", "tokens a step", "ms", "tokens/s", "MFU", "optimizer",
                                        "peak GiB", "first step, s"), [])
     kernels = []
-    for name, (config, batch, seq_len, micro) in cases.items():
+    for name, (config, batch, seq_len, micro, optimizer) in cases.items():
         config, batch, seq_len = (config, batch, seq_len) if card else (small, 8, 64)
-        run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro)
+        run = our_run(config, batch, seq_len, torch.bfloat16, args.device, accumulate=micro,
+                      optimizer=optimizer)
         work, tokens, began = our_step(run), batch * seq_len, time.perf_counter()
         work()
         if card:

@@ -67,8 +67,8 @@ class SharedExpert(MoE):
         super().__init__(config)
         self.shared = Experts(replace(config, n_expert=1, top_k=1))
 
-    def forward(self, x, *args):
-        out, statistics = super().forward(x, *args)
+    def forward(self, x, *args, **kwargs):
+        out, statistics = super().forward(x, *args, **kwargs)
         h = x.flatten(0, 1)
         return out + self.shared(h, torch.tensor([len(h)])).view_as(x), statistics
 

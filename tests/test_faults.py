@@ -285,10 +285,13 @@ def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path):
     assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1, 2]     # it ends before the last line
 
 
-def spikes(losses, spike=6.0):
-    """Which of a sequence of losses are skipped; norms are noise around 1."""
-    run, rng = make_run(parallel.ALONE, torch.float32, spike=spike), np.random.default_rng(0)
-    return [i for i, loss in enumerate(losses) if train.reason_to_skip(run, loss, rng.normal(1, 0.1), None)]
+def spikes(losses, spike=6.0, since=0):
+    """Which of a sequence of losses are skipped; norms are noise around 1.  since: when it is asked for."""
+    run, rng, skipped = make_run(parallel.ALONE, torch.float32), np.random.default_rng(0), []
+    for i, loss in enumerate(losses):
+        run.settings.spike = spike if i >= since else 0.0
+        skipped += [i] * bool(train.reason_to_skip(run, loss, rng.normal(1, 0.1), None))
+    return skipped
 
 
 def test_spikes_are_skipped_if_asked():
@@ -297,6 +300,7 @@ def test_spikes_are_skipped_if_asked():
     assert spikes(noise[:200] + [3.5] + noise[:10]) == [200]
     assert not spikes(noise[:200] + [3.5], spike=0.0)             # the default
     assert not spikes(noise[:127] + [3.5])                        # nothing to compare with yet
+    assert not spikes(noise[:300], since=200)                     # asked for when the run is resumed
     skipped = spikes(noise[:200] + [4.0 + x - 3.0 for x in noise[:300]])         # a lasting change of level
     assert skipped[0] == 200 and skipped[-1] < 206
 

@@ -132,10 +132,9 @@ def test_top1_balance_loss_closes_the_shortcut():
         assert load_balancing_loss(torch.full((E,), N * K // E), balanced.sum(0), N) == pytest.approx(1)
 
 
-def test_balance_losses_of_no_tokens_are_zero():
+def test_the_balance_loss_of_no_tokens_is_zero():
     zero = torch.zeros(2, 5)
     assert load_balancing_loss(zero, zero, 1).tolist() == [0, 0]
-    assert top1_balancing_loss(zero, zero[:, 0], 0).tolist() == [0, 0]
 
 
 def test_bias_moves_towards_the_starved_and_never_into_the_weights():
@@ -208,7 +207,7 @@ def test_quantile_biases_are_quantiles(K, gate):
     score = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
     limit = (score + router.bias).sort(-1, descending=True).values[:, K:K + 1]
     want = torch.quantile((limit - score).double(), K / 12, dim=0)
-    torch.testing.assert_close(quantile_bias(margins, K), want - want.mean(), rtol=0.03, atol=2e-3)
+    torch.testing.assert_close(quantile_bias(margins, K), (want - want.mean()).float(), rtol=0.03, atol=2e-3)
     worst = []
     for _ in range(40):                                           # again and again: the load becomes even
         statistics = router(h, K, mask).statistics

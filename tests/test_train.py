@@ -22,8 +22,8 @@ import eval as evaluation
 import parallel
 import train
 from model import Model, flops_per_token
-from router import active_experts, drawn_experts, noise_floor
-from train import Corpus, Run, Settings, describe, learning_rate, train_step
+from router import active_experts, drawn_top_k, noise_floor
+from train import Corpus, Run, Settings, learning_rate, log_row, train_step
 
 ROOT = Path(train.__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -42,7 +42,7 @@ def test_learning_rate_warms_up_stays_and_decays():
 
 def make_run(**changes):
     """A run in fp64 on random tokens, without files."""
-    sizes = {k: changes.pop(k) for k in ("n_expert", "gate", "token_router") if k in changes}
+    sizes = {k: changes.pop(k) for k in ("n_expert", "gate") if k in changes}
     config = small(**sizes)
     s = Settings(seq_len=8, batch_size=12, lr=1e-2, steps=10, **changes)
     s.check(config)
@@ -60,7 +60,7 @@ def make_run(**changes):
 
 def logged(run, step):
     """Do a step -> what the log says of it."""
-    return describe(run, train_step(run, step))
+    return log_row(run, train_step(run, step))
 
 
 def slow_balance_loss(s, E, chosen, logits):
@@ -108,7 +108,7 @@ def slow_objective(run, top_k):
     dict(gate="sigmoid", accumulate=2), dict(balance="top1", temperature=0.3),
     dict(balance="top1", accumulate=3),
     dict(balance="top1", accumulate=2, lbl_scope="micro", temperature=2.0),
-    dict(balance="loss-free", accumulate=2), dict(token_router=True)],
+    dict(balance="loss-free", accumulate=2)],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "plain")
 def test_a_step_has_the_gradient_of_its_definition(changes, monkeypatch):
     run = make_run(lbl_coef=0.5, clip=1e9, **changes)
@@ -194,7 +194,7 @@ def test_every_layer_draws_its_k_from_the_choices():
     assert drawn[7] == train_step(again, 7).top_k and {k for ks in drawn for k in ks} == {1, 2, 4}
     assert any(a != b for a, b in drawn) and make_run(seed=1).settings.top_k_choices == []
     assert train.top_k_at(7, run.settings, run.config) == [1, 1]
-    assert [drawn_experts(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
+    assert [drawn_top_k(step, 1, [1, 2, 4], 2) for step in range(10)] != drawn
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
@@ -225,12 +225,14 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
                                      ["--initial_top_k", "3,2", "--switch", "0.6"],
                                      ["--balance", "loss-free", "--bias_rate", "0.1"],
-                                     ["--balance", "quantile", "--top_k_choices", "1,2,6"],
+                                     ["--balance", "quantile", "--initial_top_k", "6,2"],
+                                     ["--top_k_choices", "1,2,6"],
                                      ["--optimizer", "muon", "--dtype", "bfloat16"],
                                      ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"],
                                      pytest.param(["--device", "cuda", "--deterministic", "true"],
                                                   marks=on_a_gpu)],
-                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "muon", "top1", "gpu"])
+                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "any-k", "muon",
+                              "top1", "gpu"])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes):
     base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
     train.main([*base, "--out", str(tmp_path / "whole")])
@@ -362,9 +364,9 @@ def test_settings_reach_the_optimizer_and_the_routers(corpus, tmp_path, balance,
         assert {block.moe.router.temperature for block in run.model.blocks} == {temperature}
 
 
-def test_a_presets_list_is_cut_to_the_layers(in_folder):
-    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3})
-    assert settings.initial_top_k == [8, 8, 6] and config.n_layer == 3
+def test_a_presets_list_is_cut_to_the_layers_and_experts(in_folder):
+    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3, "n_expert": 6})
+    assert settings.initial_top_k == [6, 6, 6] and config.n_layer == 3
 
 
 def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
@@ -418,6 +420,18 @@ def test_groups_keep_a_factor_of_their_own():
     train_step(run, 8)
     a, b = (group["lr"] for group in run.optimizer.param_groups)
     assert b == pytest.approx(0.1 * a) and a == learning_rate(8, run.settings)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 SLOW_TO_SAVE = """
@@ -521,7 +535,7 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path)
 def test_a_device_without_bf16_trains_in_fp32_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    for asked, said in (("auto", 0), ("float32", 0), ("bfloat16", 1)):
+    for asked, said in (("auto", 1), ("float32", 0), ("bfloat16", 1)):
         assert train.compute_dtype(Settings(dtype=asked), small(n_expert=1), "cuda") == torch.float32
         assert capsys.readouterr().out.count("an old card does not compute in bfloat16") == said
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
