@@ -139,14 +139,6 @@ class Ranks:
     def __init__(self):
         self.workers, self.group = [], None
 
-    def start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train"])
-        for rank in range(4):
-            ours, theirs = context.Pipe()
-            self.workers.append((context.Process(target=work, args=(theirs, rank), daemon=True), ours))
-            self.workers[-1][0].start()
-
     def stop(self):
         for process, _ in self.workers:
             process.kill()
@@ -157,8 +149,12 @@ class Ranks:
         """function(*args) on `world` processes, with torchrun's variables -> [Answer of each rank].
 
         layout (ep, replicate): function(grid, *args), with a grid on the CPU."""
-        if not self.workers:
-            self.start()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train"])
+        for rank in range(0 if self.workers else 4):
+            ours, theirs = context.Pipe()
+            self.workers.append((context.Process(target=work, args=(theirs, rank), daemon=True), ours))
+            self.workers[-1][0].start()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -235,40 +235,47 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in b)
 
 
-def steps_with_nan(grid, bad):
-    """Steps 0 to 3; the loss of rank `bad` is NaN in step 2 -> (skipped, changed) of each, counts, sequences.
-    """
+def spoil(forward, what):
+    """forward, with a loss or a gradient that is NaN."""
+    def spoiled(*args):
+        out = forward(*args)
+        if what == "loss":
+            return out._replace(loss=out.loss * float("nan"))
+        out.loss.register_hook(lambda grad: grad * float("nan"))
+        return out
+    return spoiled
+
+
+def steps_with_nan(grid, bad, what):
+    """Steps 0 to 3, of which rank `bad` spoils step 2 -> (skipped, changed) of each, counts, sequences."""
     run = make_run(grid, torch.float32, balance="loss-free", bias_rate=0.01, accumulate=3)
     real, found, sequences = run.model.forward, [], []
     rows = run.corpus.train.rows
     run.corpus.train.rows = lambda first, *rest: sequences.append(first) or rows(first, *rest)
     for step in range(4):
-        if step == 2 and grid.rank == bad:
-            run.model.forward = lambda *args: (out := real(*args))._replace(loss=out.loss * float("nan"))
+        run.model.forward = spoil(real, what) if step == 2 and grid.rank == bad else real
         before = everything(run)
         did = train_step(run, step)
-        run.model.forward = real
         found.append((did.skipped, not equal(everything(run), before)))
     return found, run.counts.tolist(), sequences
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_on_any_rank(ranks):
-    alone, counts, sequences = steps_with_nan(parallel.ALONE, 0)
+@pytest.mark.parametrize("what, of", [("loss", " of rank 1"), ("gradient", "")])
+def test_what_is_not_finite_changes_nothing_on_any_rank(ranks, what, of):
+    alone, counts, sequences = steps_with_nan(parallel.ALONE, 0, what)
     assert [changed for _, changed in alone] == [True, True, False, True]
-    assert alone[2][0] == "the loss is not finite" and counts == [3, 1, 0]
+    assert alone[2][0] == f"the {what} is not finite" and counts == [3, 1, 0]
     assert sequences == list(range(0, 60, 4))                     # the data advances, one batch ahead
-    for found, counts, _ in (a.value for a in ranks(3, steps_with_nan, 1, layout=(3, 1))):
+    for found, counts, _ in (a.value for a in ranks(3, steps_with_nan, 1, what, layout=(3, 1))):
         assert [changed for _, changed in found] == [True, True, False, True]
-        assert found[2][0] == "the loss of rank 1 is not finite" and counts == [3, 1, 0]
+        assert found[2][0] == f"the {what}{of} is not finite" and counts == [3, 1, 0]
 
 
 def nan_from(argv, first):
     """train.main, in which the loss of the last rank is NaN from step `first` on."""
     def with_nan(real, run, step, *rest):
-        forward = type(run.model).forward
-        if step >= first and run.grid.rank == run.grid.world - 1:
-            run.model.forward = lambda *args: (out := forward(run.model, *args))._replace(
-                loss=out.loss * float("nan"))
+        if step == first and run.grid.rank == run.grid.world - 1:
+            run.model.forward = spoil(run.model.forward, "loss")
         return real(run, step, *rest)
     train_with(argv, with_nan)
 

@@ -172,20 +172,6 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
         assert block.moe.router.bias.tolist() == want
 
 
-@pytest.mark.parametrize("balance", ["loss-free", "quantile"])
-def test_a_step_without_a_finite_gradient_changes_nothing(balance):
-    run = make_run(balance=balance, lbl_coef=0.5)
-    train_step(run, 0)
-    state = parallel.training_state(run.masters, run.optimizer)
-    before = {name: value.clone() for name, value in state.items()}
-    handle = run.model.blocks[1].attn.out.weight.register_hook(lambda g: g * float("nan"))
-    assert train_step(run, 1).skipped
-    assert all(torch.equal(before[name], value) for name, value in state.items())
-    handle.remove()
-    assert not train_step(run, 2).skipped
-    assert not torch.equal(before["model.blocks.0.moe.router.bias"], state["model.blocks.0.moe.router.bias"])
-
-
 def test_every_layer_draws_its_k_from_the_choices():
     """A pure function of seed and step; validation and what is saved use the model's own K."""
     run = make_run(top_k_choices=[1, 2, 4], accumulate=2)
@@ -327,14 +313,6 @@ def test_layers_and_experts_grow_in_place():
         if p.dim() > 1:
             change = (noisy - exact).square().mean().sqrt() / source.std()
             assert 0.005 < change < 0.011 or int(layer) % 2 == 0
-
-
-def test_a_grown_run_trains_on(finished, corpus, tmp_path):
-    argv = ["--data", str(corpus), *SIZES, "--n_layer", "4", "--n_expert", "12", "--init_from",
-            str(finished), "--out", str(tmp_path)]
-    train.main([*argv, "--steps", "3"])
-    assert rows(tmp_path)[-1]["val_loss"] < 1.1 * rows(finished)[-1]["val_loss"]
-    assert len(rows(tmp_path)[-1]["load_max"]) == 4
 
 
 def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
@@ -566,24 +544,21 @@ def cheap_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-BF16 = ["--dtype", "bfloat16", "--d_expert", "16", "--steps", "6", "--eval_every", "2", "--eval_tokens",
+BF16 = ["--dtype", "bfloat16", "--d_expert", "16", "--steps", "4", "--eval_every", "2", "--eval_tokens",
         "512", "--sample_tokens", "0"]
 
 
-@pytest.mark.parametrize("more, most", [
-    ([], 4 + 2), (["--activation_checkpointing", "true", "--accumulate", "2"], 4 + 2 + 5)],
-    ids=["", "recomputed"])
-def test_blocks_compile_once_for_each_k_shape_and_grad_mode(corpus, tmp_path, cheap_compiler, more, most):
-    """A run with a schedule, validations and a switch: no graph breaks, and the numbers of the eager run.
+def test_blocks_compile_once_for_each_k_shape_and_grad_mode(corpus, tmp_path, cheap_compiler):
+    """A run with recomputation, validations and a switch: no graph breaks, and the numbers of the eager run.
 
     Two blocks share 4 graphs (K = 3 and 1, with gradients and without); the loss of a chunk has 2, and the
     addition of gradients one for each shape."""
     argv = ["--data", str(corpus), *SIZES, *BF16, "--initial_top_k", "3", "--switch", "0.5", "--balance",
-            "top1", *more]
+            "top1", "--activation_checkpointing", "true", "--accumulate", "2"]
     train.main([*argv, "--compile", "true", "--out", str(tmp_path / "compiled")])
     compiled = cheap_compiler["stats"]["unique_graphs"]
     assert not cheap_compiler["graph_break"]
-    assert 4 <= compiled <= most < torch._dynamo.config.recompile_limit
+    assert 4 <= compiled <= 4 + 2 + 5
     train.main([*argv, "--out", str(tmp_path / "eager")])
     assert cheap_compiler["stats"]["unique_graphs"] == compiled                       # auto: not on a CPU
     for a, b in zip(rows(tmp_path / "compiled"), rows(tmp_path / "eager"), strict=True):
