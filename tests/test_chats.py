@@ -445,9 +445,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys)
 
 
 def test_a_conversation_that_is_full_is_one_line(tuned, finished, monkeypatch, capsys):
-    """And so is a run that was not tuned."""
+    """And so are a run that was not tuned, and an impossible setting."""
     talk(tuned, monkeypatch, ["x " * 100, "red"])
     out, err = capsys.readouterr()
     assert err.count("leave no room in 64 for an answer; /reset starts anew") == out.count("\n") == 1
     talk(finished, monkeypatch, ["red"], "--tokens", "4")
     assert "was not tuned on conversations" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        talk(tuned, monkeypatch, ["red"], "--temperature", "-1")
+    assert ended.value.code == 2 and "error: temperature" in capsys.readouterr().err
