@@ -537,8 +537,8 @@ def adapter(model, encoding, top_k=None):
 
 def bench_command(args):
     """Tasks of lm-evaluation-harness (extra eval)."""
-    harness, utils = import_extra("lm_eval", "eval"), import_extra("lm_eval.utils", "eval")
-    manager = harness.tasks.TaskManager(include_path=args.include_path)
+    harness, tasks, utils = (import_extra(f"lm_eval{name}", "eval") for name in ("", ".tasks", ".utils"))
+    manager = tasks.TaskManager(include_path=args.include_path)
     model, saved, top_k = load_run(args.ckpt, args.device)
     lm = adapter(model, data.load_encoding(run_folder(args.ckpt)), top_k)
     results = {"arguments": vars(args), "ckpt": newest(args.ckpt), "top_k": top_k, "model": saved["model"],

@@ -234,11 +234,20 @@ def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes):
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
-def test_a_complete_run_is_left_alone(finished, capsys):
+def test_a_complete_run_is_left_alone(finished, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")                               # left behind; one process speaks anyway
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     train.main(["--out", str(finished)])
     assert "complete" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_state_of_another_optimizer_is_refused(finished, tmp_path, refused):
+    """A fork's optimizer would begin without its momentum, in silence."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(text.replace('"adamw"', '"muon"').replace('"steps": 12', '"steps": 14'))
+    refused(train.main, ["--out", out], "Missing key in checkpoint state_dict: momentum.")
 
 
 def test_what_is_shown(corpus, tmp_path, capsys):
