@@ -59,7 +59,7 @@ class Grid:
 ALONE = Grid()
 
 
-def meet(timeout=120):
+def init_distributed(timeout=120):
     """Form one group of the processes that torchrun started -> Grid.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
@@ -107,7 +107,7 @@ def check_layout(world, ep, replicate, n_expert, device):
                          f"{devices}; --device cpu has no limit")
 
 
-def join(grid, ep, replicate, device, timeout):
+def make_meshes(grid, ep, replicate, device, timeout):
     """Lay out the meshes.  Collectives now fail after `timeout` seconds; those of checkpoints after half an
     hour at least, since some ranks have more to write than others."""
     if grid.world == 1:
@@ -122,11 +122,6 @@ def join(grid, ep, replicate, device, timeout):
     set_timeout(timedelta(seconds=max(timeout, 1800)), grid.files)
     for group in [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]:
         set_timeout(timedelta(seconds=timeout), group)
-
-
-def leave(grid):
-    if grid.world > 1:
-        dist.destroy_process_group()
 
 
 def pick_device(name="auto"):

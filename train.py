@@ -109,14 +109,15 @@ def main(argv=None):
         stack.enter_context(contextlib.redirect_stderr(Console(sys.stderr)))
         stack.enter_context(data.one_line_errors(f"rank {rank}: " if rank else ""))
         try:
-            grid = parallel.meet()
+            grid = parallel.init_distributed()
             plan = parallel.from_rank_0(grid, lambda: plan_run(argv, grid.world))
             run = start(plan, grid)
             with run.log or contextlib.nullcontext(), run.wandb or contextlib.nullcontext():
                 if introduce(run, plan["exists"]):
                     train(run)
                     report(run, time.perf_counter() - began)
-            parallel.leave(grid)
+            if grid.world > 1:
+                torch.distributed.destroy_process_group()
         except (MemoryError, RuntimeError) as error:
             why = explain(error, run)
             if not why:
@@ -674,7 +675,7 @@ def start(plan, grid):
     """Build the model, and load the newest checkpoint of the run, or what it starts from -> Run."""
     s, config, device = Settings(**plan["settings"]), ModelConfig(**plan["model"]), plan["device"]
     corpus = open_corpus(s)
-    parallel.join(grid, s.ep, s.replicate, device, s.timeout)
+    parallel.make_meshes(grid, s.ep, s.replicate, device, s.timeout)
     dtype = compute_dtype(s, config, device)
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32

@@ -189,8 +189,8 @@ def work(connection, rank):
                     if dist.is_initialized():
                         dist.destroy_process_group()
                     if layout:
-                        grid = parallel.meet()
-                        parallel.join(grid, *layout, "cpu", 60)
+                        grid = parallel.init_distributed()
+                        parallel.make_meshes(grid, *layout, "cpu", 60)
                 value = function(*([grid] if layout else []), *args)
             except SystemExit as error:
                 code = error.code

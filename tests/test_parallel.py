@@ -186,7 +186,7 @@ def test_an_impossible_layout_is_refused(monkeypatch, changes, named):
 
 def slow_work_of_rank_0(timeout):
     """It takes twice as long as the processes would wait for anything else."""
-    grid = parallel.meet(timeout)
+    grid = parallel.init_distributed(timeout)
     return parallel.from_rank_0(grid, lambda: time.sleep(2 * timeout) or {"rank": grid.rank})
 
 
@@ -198,7 +198,7 @@ def test_the_others_wait_for_rank_0(ranks):
 def failing_work(error):
     def work():
         raise error
-    return parallel.from_rank_0(parallel.meet(), work)
+    return parallel.from_rank_0(parallel.init_distributed(), work)
 
 
 @pytest.mark.parametrize("end", [0, 2])

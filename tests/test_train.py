@@ -245,8 +245,8 @@ def test_a_complete_run_is_left_alone(finished, capsys, monkeypatch):
 def test_state_of_another_optimizer_is_refused(finished, tmp_path, refused):
     """A fork's optimizer would begin without its momentum, in silence."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
-    text = (out / "settings.json").read_text()
-    (out / "settings.json").write_text(text.replace('"adamw"', '"muon"').replace('"steps": 12', '"steps": 14'))
+    saved = (out / "settings.json").read_text().replace('"steps": 12', '"steps": 14')
+    (out / "settings.json").write_text(saved.replace('"adamw"', '"muon"'))
     refused(train.main, ["--out", out], "Missing key in checkpoint state_dict: momentum.")
 
 
