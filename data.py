@@ -84,7 +84,7 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
           f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}"
           f"{fewer}\n"
           f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
-          f"{val['tokens']:,} ({val['bytes'] / n_bytes:.1%} of the bytes); sha256 {train['sha256'][:12]}")
+          f"{val['tokens']:,} ({val['bytes'] / n_bytes:.1%} of the bytes)")
     return meta
 
 

@@ -338,7 +338,7 @@ class Model(nn.Module):
 
         norms                         1
         routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
-        attn.out, experts.w_out       normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
+        attn.out, w_out               normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
         everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536 (their others: 0.0125)"""
         D, L = self.config.d_model, self.config.n_layer
         generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
@@ -347,7 +347,7 @@ class Model(nn.Module):
         elif "router" in name:
             p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         else:
-            residual = name.endswith(("attn.out.weight", "experts.w_out"))
+            residual = name.endswith(("attn.out.weight", "w_out"))
             p.normal_(0.0, 0.5 * D ** -0.5 / ((2 * L) ** 0.5 if residual else 1), generator=generator)
 
     def forward(self, tokens, targets=None, top_k=None, doc=None):

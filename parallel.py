@@ -290,7 +290,7 @@ def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
     muons, matrices, norms = [], [], []
     for name, p in masters.named.items():
-        is_muon = kind == "muon" and (".experts." in name or name.endswith(("qkv.weight", "out.weight")))
+        is_muon = kind == "muon" and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out"))
         (muons if is_muon else matrices if p.dim() > 1 else norms).append(p)
     optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
                       {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
@@ -357,7 +357,8 @@ def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
     norm = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
     excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    if grid.world == 1 and norm.device.type in ("cpu", "cuda") and norm.dtype == torch.float32:
+    fused = isinstance(optimizer, Muon) and norm.device.type in ("cpu", "cuda")
+    if fused and grid.world == 1 and norm.dtype == torch.float32:
         optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
     else:
         torch._foreach_div_(gradients, excess)
@@ -437,10 +438,7 @@ def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
     path = Path(out) / f"step-{step}"
-    load_checkpoint(path, state, grid, checked=True)
-    unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
-    if unused:                                                    # dcp.load would ignore it
-        raise ValueError(f"{path} holds {min(unused)}, .., which this code's optimizer and model do not")
+    load_checkpoint(path, state, grid, resume=True)
     return step
 
 
@@ -459,14 +457,18 @@ def newest_whole(out, steps):
     raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
-def load_checkpoint(path, state, grid=ALONE, checked=False):
+def load_checkpoint(path, state, grid=ALONE, resume=False):
     """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
-    it is corrupt or lacks one of them; the others end."""
-    problem = None if checked else from_rank_0(grid, lambda: find_corruption(Path(path)))
+    it is corrupt, lacks one of them, or has a parameter more, which dcp.load would ignore; the others end.
+    resume: files are checked already, and optimizer state must fit, too."""
+    problem = None if resume else from_rank_0(grid, lambda: find_corruption(Path(path)))
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
         if not problem:
             dcp.load(state, storage_reader=Reader(path), process_group=grid.files, no_dist=grid.world == 1)
+            unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
+            unused = sorted(name for name in unused if resume or name.startswith("model."))
+            problem = unused and f"it holds {unused[0]}, .., which this code's model and optimizer do not"
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     if problem:

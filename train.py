@@ -113,7 +113,7 @@ def main(argv=None):
             plan = parallel.from_rank_0(grid, lambda: plan_run(argv, grid.world))
             run = start(plan, grid)
             with run.log or contextlib.nullcontext(), run.wandb or contextlib.nullcontext():
-                if introduce(run, plan["exists"]):
+                if introduce(run):
                     train(run)
                     report(run, time.perf_counter() - began)
             if grid.world > 1:
@@ -528,7 +528,9 @@ def parse(argv):
     for field, group, help in fields:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        if type(field.default) in (int, float) and field.default and "default" not in help + group:
+        if any(field.name in preset for preset in TRAINING.values()) and "default" not in help:
+            help += " (default: the preset's)"
+        elif type(field.default) in (int, float) and field.default and "default" not in help + group:
             help += f" ({field.default})"
         read, metavar = kinds[field.type]
         groups[group].add_argument(f"--{field.name}", type=read, metavar=metavar, help=help)
@@ -861,7 +863,7 @@ def explain(error, run):
         return f"{step} another process did not answer ({text[:200]}); what was saved before is whole"
 
 
-def introduce(run, exists):
+def introduce(run):
     """Say what the steps will see -> whether there is anything left to do."""
     s, config, corpus, grid = run.settings, run.config, run.corpus, run.grid
     if run.done >= s.steps:
@@ -872,7 +874,7 @@ def introduce(run, exists):
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
           f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout}")
-    if exists:
+    if run.done:
         print(f"from step {run.done}")
         meta = json.loads((Path(s.out) / f"step-{run.done}/meta.json").read_text())
         before, now = meta["top_k"], top_k_at(run.done, s, config)
@@ -919,7 +921,7 @@ def report(run, seconds):
     else:
         print(f"  python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram\n"
               f"  python eval.py sample --ckpt {s.out} --prompt \"def \"\n"
-              f"  python data.py --chats --tokenizer {s.out}      # conversations, to tune it on:\n"
+              f"  python data.py --chats --tokenizer {s.out}      # conversations to tune on:\n"
               f"  python train.py --init_from {s.out} --data data/functions")
     print("  python train.py --help")
 

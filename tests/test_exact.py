@@ -126,7 +126,7 @@ def whole(p):
 def test_every_grid_equals_one_process(ranks, grid, case):
     """Loads and biases are equal, everything else by its relative distance, on every rank."""
     world, *layout = grid
-    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5))[:2 if grid == (4, 2, 2) else 1]:
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-4))[:2 if grid == (4, 2, 2) else 1]:
         want = one_process(dtype, case)
         for found in (a.value for a in ranks(world, two_steps, dtype, case, layout=tuple(layout))):
             for name, value in want.items():

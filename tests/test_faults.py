@@ -351,9 +351,14 @@ def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, what):
 # --- disks, memory, data ----------------------------------------------------------------------------------
 
 def test_a_directory_that_was_begun_is_gone_on_with(corpus, tmp_path):
-    """A kill before there are settings."""
+    """A kill before there are settings, then one before the first checkpoint."""
     (tmp_path / "log.jsonl").write_text("")
-    train.main(["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "2"])
+
+    def killed(*_):
+        raise KeyError
+    with pytest.raises(KeyError):
+        train_with(["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "2"], killed)
+    train.main(["--out", str(tmp_path)])
     assert len(rows(tmp_path)) == 2
 
 

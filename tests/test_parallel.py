@@ -69,10 +69,12 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert (master.grad == 1000).all()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "a fork's"])
 @pytest.mark.parametrize("max_norm", [0.05, 1e9])
 def test_clipping_equals_torch(max_norm, kind):
     (a, masters, optimizer), (b, _, theirs) = build(kind=kind), build(kind=kind)
+    if kind == "a fork's":
+        optimizer, theirs = (torch.optim.SGD(model.parameters(), 0.1) for model in (a, b))
     backward(a, 0)
     backward(b, 0)
     total = clip_gradients(masters, max_norm, optimizer)
@@ -129,10 +131,10 @@ def test_muon_is_what_its_paper_says():
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     _, masters, optimizer = build()
     save_checkpoint(tmp_path, 1, training_state(masters, optimizer), keep=1)
-    for changes in (dict(n_layer=3), dict(d_model=32)):
+    for changes in (dict(n_layer=1), dict(n_layer=3), dict(d_model=32)):
         with pytest.raises(ValueError, match="step-1 is corrupt or of another model"):
             load_checkpoint(tmp_path / "step-1", training_state(build(**changes)[1]))
-    with pytest.raises(ValueError, match="holds exp_avg.*this code's optimizer and model do not"):
+    with pytest.raises(ValueError, match="holds exp_avg.*this code's model and optimizer do not"):
         parallel.load_newest(tmp_path, [1], training_state(masters))             # an optimizer's lazy state
 
 

@@ -52,7 +52,7 @@ def slow_route(router, h, K):
     return weights, experts, sums
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "normalized"])
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("bias", [[0.0] * 7, [0.3, 0, -0.2, 0, 0.1, 0, 0]], ids=["", "bias"])
 def test_routing_equals_one_token_at_a_time(gate, K, bias):
