@@ -20,24 +20,20 @@ SIZES = dict(n_expert=12)                                         # 4, 3 and 2 d
 CASES = {
     "plain": dict(),
     "96 experts": dict(n_expert=96, top_k=3),
-    "sigmoid": dict(gate="sigmoid", lbl_coef=0.5),
+    "sigmoid": dict(gate="sigmoid", lbl_coef=0.5, clip=0.05),
     "normalized": dict(gate="normalized", top_k=3, tie_embeddings=True),
     "top-1 loss": dict(balance="top1", lbl_coef=0.5, z_coef=0.1, top_k=3),
-    "loss-free": dict(balance="loss-free", bias_rate=0.01),
+    "loss-free": dict(balance="loss-free", bias_rate=0.01, initial_top_k=[3], switch=0.1, batch_size=10),
     "muon": dict(optimizer="muon", clip=0.05, accumulate=2),
     "quantile": dict(balance="quantile", initial_top_k=[3], accumulate=2),
-    "switch": dict(initial_top_k=[3], switch=0.1),
     "accumulate": dict(accumulate=3, balance="top1", lbl_coef=0.5),
     "micro": dict(accumulate=2, lbl_scope="micro", lbl_coef=0.5),
-    "clipped": dict(clip=0.05),
-    "ragged": dict(batch_size=10),
     "no data": dict(batch_size=2, lbl_coef=0.5),                  # for some ranks
     "documents": dict(documents=True, z_coef=0.1, lbl_coef=0.5, accumulate=2),
     "one expert chosen": dict(chosen=[1]),                        # the others, and ranks, get nothing
     "few experts chosen": dict(chosen=[2, 3, 11], top_k=3, batch_size=3),
     "shared expert": dict(shared=True, accumulate=2),             # the README's fork
     "recomputed": dict(recomputed=True, accumulate=2, balance="top1", tie_embeddings=True),
-    "odd widths": dict(d_model=15, d_expert=15),
     "odd widths and number": dict(d_model=15, d_expert=15, n_expert=10),          # shards of unequal size
 }
 
