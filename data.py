@@ -56,6 +56,8 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
 
     Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
     out = Path(out)
+    if vocab_size and tokenizer != "bpe":
+        raise ValueError(f"vocab_size is for the tokenizer bpe; {tokenizer} has its own")
     if vocab_size is None:
         vocab_size = 8192 if "installed" in sources else 2048
     request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats,
@@ -91,22 +93,30 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
 def write_folder(folder, request):
     """Write encoding.json, train.bin, val.bin and meta.json."""
     chats, count = request["chats"], {"train": Counter(), "val": Counter()}
+    tokenizer = request["tokenizer"], request["vocab_size"]
+    encoding = build_encoding(*tokenizer)                  # a wrong one is told before the text is read
     files, state = find_files(request["sources"], chats), state_of(request)
+    read = {path.resolve() for path, _ in files}
+    others = Counter(path.suffix or "without a suffix" for source in map(Path, request["sources"])
+                     if source.is_dir() for path in walk(source, set()) if path.resolve() not in read)
+    if others:
+        print("not read: " + ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common(9)))
     held_out, n_chars, n_skipped = hold_out(files, chats)
-    training = (text for bucket, _, text in read_documents(files, chats, []) if not held_out[bucket])
-    sample = itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS))
-    encoding = build_encoding(request["tokenizer"], request["vocab_size"], sample)
+    if request["tokenizer"] == "bpe":
+        training = (said(text) if chats else text for bucket, _, text in read_documents(files, chats, [])
+                    if not held_out[bucket])
+        encoding = build_encoding(*tokenizer, itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS)))
     save_encoding(encoding, folder / "encoding.json")
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
     for bucket, first, text in tqdm(read_documents(files, chats, []), "writing", leave=False, disable=None):
         split = "val" if held_out[bucket] else "train"
         if chats:
-            chat = json.loads(text)
-            tokens, text = encode_chat(encoding, chat), "".join(content for _, content in chat)
+            tokens, text = encode_chat(encoding, json.loads(text)), said(text)
         else:
             tokens = [encoding.n_vocab + END_OF_TEXT] * first + encoding.encode_ordinary(text)
         writers[split].write(tokens)
-        count[split].update(documents=first, bytes=len(text.encode()), tokens=len(tokens))
+        begins = int(first and bucket != TAIL)
+        count[split].update(documents=begins, bytes=len(text.encode()), tokens=len(tokens))
     for split, writer in writers.items():
         writer.close()
         if not count[split]:
@@ -116,6 +126,11 @@ def write_folder(folder, request):
             "vocab_size": encoding.n_vocab,
             "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def said(chat):
+    """What is said in a conversation (JSON), without roles."""
+    return "".join(content for _, content in json.loads(chat))
 
 
 def state_of(request):
@@ -136,7 +151,8 @@ def load_meta(folder):
         for name, checksum in zip(("encoding.json", "train.bin", "val.bin"), checksums):
             if file_sha256(Path(folder) / name) != checksum:
                 raise ValueError(f"{name} does not fit it (its sha256 is another)")
-        return meta
+        return {name: meta[name] for name in ("request", "state", "files", "skipped", "vocab_size",
+                                              "encoding_sha256", "train", "val")}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/meta.json is not that of a prepared folder: {error}") from None
 
@@ -153,11 +169,12 @@ def hold_out(files, chats):
     """Choose about a twentieth of all text -> (which buckets are held out [65538] bool, number of characters,
     of documents that cannot be read).  ValueError names those if they are more than 1 %.
 
-    Each bucket, in order, is held out if that brings the sum closer to a twentieth; else the smallest is."""
+    The last twentieths of large documents are; then each bucket, in order, if that brings the sum closer to
+    a twentieth.  If none is chosen, the smallest is."""
     sizes, n, problems = np.zeros(TAIL + 1, np.int64), 0, []
     blocks = read_documents(files, chats, problems)
     for bucket, first, text in tqdm(blocks, "reading", leave=False, disable=None):
-        sizes[bucket] += len(text)
+        sizes[bucket] += len(said(text) if chats else text)
         n += first
     n_bad, examples = len(problems), "; ".join(problems[:5])
     if n_bad > 0.01 * (n + n_bad):
@@ -178,22 +195,28 @@ def hold_out(files, chats):
 def read_documents(files, chats, problems):
     """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
     `problems` collects what cannot be read."""
-    large = sys.maxsize if chats else sum(path.stat().st_size for path, _ in files) / 10
+    large = sys.maxsize if chats else sum(text_size(path) for path, _ in files) / 10
     for path, package in files:
         is_text = path.suffix.lower() in (".txt", ".md", ".py")
         for where, source in [(path, path)] if is_text else read_lines(path):
             try:
                 yield from read_document(source, chats, large, package)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: [[[[..
                 problems.append(f"{where}: {error}")
+
+
+def text_size(path):
+    """Bytes of a file, unpacked."""
+    packed = path.suffix.lower() == ".gz"
+    return sum(len(line) for _, line in read_lines(path)) if packed else path.stat().st_size
 
 
 def read_document(source, chats, large, package):
     """Yield the blocks of a text file (a path) or a line of JSON.  ValueError, before any block, if it is not
-    UTF-8, or has no text.
+    UTF-8, or has no text in it.
 
     The bucket is a hash of the text, so equal documents fall on one side, or of the package, if there is one.
-    Of a document of more than `large` bytes the last twentieth is held out."""
+    A document of more than `large` bytes is cut: its last twentieth is held out."""
     if isinstance(source, Path):
         size, file = source.stat().st_size, open(source, encoding="utf-8-sig", newline="")
     else:
@@ -201,41 +224,42 @@ def read_document(source, chats, large, package):
         if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
             raise ValueError('no "text" in it (conversations are read with --chats)')
         text = json.dumps(read_chat(record), ensure_ascii=False) if chats else record["text"]
-        file = io.StringIO(text if text.strip() else "")
+        file = io.StringIO(text)
     block = sys.maxsize if chats else BLOCK                # a conversation is never cut
     with file:
-        hashed, n = hashlib.sha256(), 0
+        hashed, n, blank = hashlib.sha256(), 0, True
         while text := file.read(block):
             if "\0" in text[:1000]:
                 raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
             hashed.update(text.encode())
-            n += len(text)
+            n, blank = n + len(text), blank and text.isspace()
         file.seek(0)
         hashed = hashlib.sha256(package.encode()) if package else hashed
-        parts = [(int.from_bytes(hashed.digest()[:2], "big"), n)]
-        if size > large:
-            parts = [(HEAD, n - n // 20), (TAIL, n // 20)]
-        for bucket, n in parts:
-            for start in range(0, n, block):
-                yield bucket, start == 0, file.read(min(block, n - start))
+        whole = int.from_bytes(hashed.digest()[:2], "big")
+        parts = [(HEAD, n - n // 20), (TAIL, n // 20)] if size > large else [(whole, n)]
+        for bucket, length in parts if not blank else ():
+            for start in range(0, length, block):
+                yield bucket, start == 0, file.read(min(block, length - start))
 
 
 def read_lines(path):
     """Yield (where, JSON) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
     try:
-        if path.suffix.lower() in (".json", ""):           # no suffix: the word functions
+        if path == Path("functions") or path.suffix.lower() == ".json":
             items = json.loads(path.read_bytes()) if path.suffix else documented_functions()
+            if not isinstance(items, list):
+                raise ValueError("a .json file must be a list")
             yield from ((f"{path}, item {i}", json.dumps(item).encode()) for i, item in enumerate(items, 1))
         else:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
                 yield from ((f"{path}, line {i}", line) for i, line in enumerate(file, 1) if line.strip())
-    except (gzip.BadGzipFile, EOFError, zlib.error, TypeError, ValueError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise OSError(f"{path} cannot be read: {error}") from None
 
 
 def find_files(sources, chats):
     """[(path, package that is held out as a whole, or "")] of all sources.  ValueError if one has no file."""
-    found, suffixes = [], CHAT_SUFFIXES if chats else SUFFIXES
+    found, suffixes = {}, CHAT_SUFFIXES if chats else SUFFIXES
     for source in sources:
         if source == "functions" and chats:
             files = [(Path(source), "")]
@@ -246,8 +270,9 @@ def find_files(sources, chats):
         if not files:
             raise ValueError(f"source {source} is empty, or missing: no file ends in one of "
                              + ", ".join(suffixes))
-        found += files
-    return found
+        for path, package in files:                        # none twice
+            found.setdefault(path.resolve(), (path, package))
+    return list(found.values())
 
 
 def walk(path, seen):
@@ -261,7 +286,7 @@ def walk(path, seen):
                 yield from walk(child, seen)
 
 
-# parts of a path: tests, packages inside of packages, tables
+# folders that are left out: tests, packages inside of packages, tables
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
             "_vendor", "_vendored", "third_party", "encodings", "pydoc_data", "lib2to3"}
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -308,7 +333,9 @@ def build_encoding(name, vocab_size=0, texts=()):
 
 def make_encoding(name, pattern, ranks):
     """A tiktoken encoding with the special tokens behind the ranks; they are there from the start, so that a
-    model trained on text needs no new rows for chat."""
+    model trained on text needs no new rows for chat.  ValueError for ranks at which tiktoken panics."""
+    if len(set(ranks.values())) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError("it lacks one of the 256 bytes, or gives two tokens one number")
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -373,7 +400,7 @@ def load_encoding(path):
             return make_encoding(file.parent.name, *read_hf_tokenizer(saved))
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
         return make_encoding(saved["name"], saved["pattern"], ranks)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a tokenizer written by data.py, nor byte-level BPE of Hugging Face "
                          f"({error})") from None
 
@@ -564,9 +591,10 @@ CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['r
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # what would change what is learned: must be absent, empty or 1
-UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "images", "audio", "thinking",
-               "reasoning_content", "chosen", "rejected", "weight", "train", "train_on_turn", "loss", "mask",
-               "label")
+UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "audios",
+               "video", "videos", "thinking", "reasoning", "reasoning_content", "context", "system_prompt",
+               "chosen", "rejected", "rejected_response", "weight", "train", "trainable", "train_on_turn",
+               "train_detail", "loss", "loss_mask", "mask", "masked", "label", "kto_tag")
 
 
 def encode_chat(encoding, chat, answer=False):
@@ -575,7 +603,10 @@ def encode_chat(encoding, chat, answer=False):
     special = encoding.encode_single_token
     tokens = [special("<|endoftext|>")]
     for role, content in chat:
-        tokens += [special(f"<|{role}|>"), *encoding.encode_ordinary(content), special("<|end|>")]
+        tokens.append(special(f"<|{role}|>"))
+        for at in range(0, len(content), BLOCK):
+            tokens += encoding.encode_ordinary(content[at:at + BLOCK])
+        tokens.append(special("<|end|>"))
     return tokens + [special("<|assistant|>")] * answer
 
 
@@ -585,12 +616,16 @@ def read_chat(record):
     {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from", "value"}]}, or
     {"instruction", "input", "output", "history": [[question, answer]]}; "system" may stand beside them."""
     try:
-        messages = record.get("messages", record.get("conversations"))
+        messages = record.get("messages") or record.get("conversations")
         if messages is None:
             question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
             turns = [*(record.get("history") or []), [question, record["output"]]]
+            if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+                raise ValueError("history is not a list of [question, answer]")
             messages = [{"role": role, "content": turn[i]} for turn in turns
                         for i, role in enumerate(("user", "assistant"))]
+        elif record.get("instruction") or record.get("output"):
+            raise ValueError("it has messages, and an instruction or output beside them")
         if record.get("system"):
             messages = [{"role": "system", "content": record["system"]}, *messages]
         chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
@@ -634,7 +669,7 @@ def documented_functions():
 
 
 def holds_chats(source):
-    """Whether a file or folder has the tokens of conversations.  ValueError if it has no tokens."""
+    """Whether a file or folder has the tokens of conversations."""
     file = Path(source) / "train.bin" if Path(source).is_dir() else Path(source)
     return file.is_file() and read_header(file)[3] == 1
 
@@ -663,7 +698,7 @@ def one_line_errors(who=""):
             stream.reconfigure(errors="replace")
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
         fail(who + " ".join(str(error).split()))

@@ -34,14 +34,14 @@ from tqdm import tqdm
 import data
 import parallel
 from model import Model, ModelConfig, from_hf_config, hf_config, to_hf
-from router import Statistics, active_experts, load_balancing_loss, noise_floor, zipf_bound
+from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
 
 def load_run(ckpt, device="cpu", folder=None):
     """-> model, settings.json, K [L].  ValueError if corrupt, or not of the tokenizer of a data folder."""
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
-    config, s = ModelConfig(**saved["model"]), saved["settings"]
+    config = ModelConfig(**saved["model"])
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
     with torch.device("meta"):
@@ -49,11 +49,8 @@ def load_run(ckpt, device="cpu", folder=None):
     model = model.to_empty(device=device)
     model.tie()
     parallel.load_checkpoint(path, parallel.training_state(parallel.Masters(model)))
-    if (path / "meta.json").exists():            # K as trained: --steps may have moved the switch since
-        return model.requires_grad_(False), saved, json.loads((path / "meta.json").read_text())["top_k"]
-    step = max(0, int(path.name.removeprefix("step-")) - 1)
-    return model.requires_grad_(False), saved, active_experts(
-        step, s["steps"], s["initial_top_k"], config.top_k, s["switch"], config.n_layer)
+    top_k = json.loads((path / "meta.json").read_text())["top_k"]    # as trained: --steps may move the switch
+    return model.requires_grad_(False), saved, top_k
 
 
 def run_folder(ckpt):
@@ -80,7 +77,8 @@ def read_settings(out):
 
 def read_log(out):
     """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
-    return [json.loads(line) for line in (run_folder(out) / "log.jsonl").read_text().splitlines()]
+    lines = (run_folder(out) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]         # a crash may cut the last one
 
 
 def same_tokenizer(out, folder):
@@ -97,7 +95,7 @@ def open_data(ckpt, source=None):
     s = read_settings(run_folder(ckpt))["settings"]
     source = Path(source or s["data"])
     folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
-    if not (folder / "val.bin").exists():
+    if train.name == "val.bin" or not (folder / "val.bin").exists():
         raise ValueError(f"{folder} has no held-out text (val.bin); --data takes a folder made by data.py")
     val = data.make_sampler(data.load_tokens(folder / "val.bin"), folder / "val.bin", s["seq_len"])
     return s, folder, data.load_encoding(folder), data.load_tokens(train), val
@@ -196,13 +194,13 @@ def generate_text(model, encoding, rows, max_new_tokens, top_k, temperature=0.8,
                   compiled=None):
     """Continue rows of tokens, each up to <|endoftext|> or <|end|>: yields what every text grows by."""
     stop = tuple(encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
-    n_text = encoding.n_vocab - len(data.SPECIAL)                 # special tokens and unused ids come last
+    known = set(encoding._mergeable_ranks.values())               # neither special tokens nor unused ids
     tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(model.embed.weight.device)
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device) if len(rows) > 1 else None
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]   # of characters cut in two
     for column in model.stream(tokens, max_new_tokens, temperature, top_p, top_k, stop, generator, lengths,
                                compiled):
-        pieces = [encoding.decode_single_token_bytes(t) if t < n_text else b"" for t in column.tolist()]
+        pieces = [encoding.decode_single_token_bytes(t) if t in known else b"" for t in column.tolist()]
         yield [decoder.decode(piece) for decoder, piece in zip(decoders, pieces)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
@@ -226,18 +224,24 @@ def chat_command(args):
     generator = torch.Generator(args.device).manual_seed(args.seed)
     messages = system = [("system", args.system)] if args.system else []
     note("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
-    if not data.holds_chats(saved["settings"]["data"]):
+    if Path(saved["settings"]["data"]).exists() and not data.holds_chats(saved["settings"]["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
     with suppress(EOFError, KeyboardInterrupt):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
+            if line == "/reset":
+                messages = system
             if line in ("", "/reset"):
-                messages = system if line else messages
                 continue
-            question, answer = [*messages, ("user", line)], ""
-            tokens = data.encode_chat(encoding, question, answer=True)
-            if len(tokens) + max_new_tokens > window:
-                note(f"{len(tokens)} tokens leave no room in {window} for an answer; /reset starts anew")
+            for before in (messages, system):                     # when that is full, it begins anew
+                question, answer = [*before, ("user", line)], ""
+                tokens = data.encode_chat(encoding, question, answer=True)
+                if len(tokens) + max_new_tokens <= window:
+                    break
+            else:
+                note(f"{len(tokens)} tokens leave no room in {window} for an answer")
                 continue
+            if before is not messages:
+                note("the conversation was full: it begins anew with this question")
             with suppress(KeyboardInterrupt):
                 for piece, in generate_text(model, encoding, [tokens], max_new_tokens, top_k,
                                             args.temperature, args.top_p, generator):
@@ -259,14 +263,14 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
             lambda m, x, routing, seen=chosen[-1]: seen.append(routing.experts[:, 0].cpu()))
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
-    text = (doc[0] if doc else tokens).flatten() >= 0             # the routers saw padding, too
+    is_text = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
     return SimpleNamespace(
         name="/".join(Path(ckpt).parts[-2:]), loss=loss, top_k=top_k, encoding=encoding,
         tokens_per_step=s["batch_size"] * s["seq_len"],
         rows=[row for row in read_log(ckpt)[1:] if row["step"] <= int(newest(ckpt).name[len("step-"):])],
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
-        tokens=tokens.flatten()[text],                            # [N]
-        experts=torch.stack([torch.cat(seen)[text] for seen in chosen]),      # [L, N]: the best of K
+        tokens=tokens.flatten()[is_text],                           # [N]
+        experts=torch.stack([torch.cat(seen)[is_text] for seen in chosen]),      # [L, N]: the best of K
         top_share=float(np.bincount(train[:10 ** 7]).max() / len(train[:10 ** 7])))   # of the commonest token
 
 
@@ -402,6 +406,8 @@ def export_command(args):
     encoding, config = data.load_encoding(run_folder(args.ckpt)), hf_config(model.config, top_k)
     end, turn = (encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
+    if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
+        raise ValueError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
     to.mkdir(parents=True)                                        # FileExistsError: nothing is overwritten
     hub.save_torch_state_dict(weights, to)
     save_tokenizer(encoding, to, model.config.max_seq_len)
@@ -413,8 +419,6 @@ def export_command(args):
 def save_tokenizer(encoding, folder, max_seq_len):
     """tokenizer.json and tokenizer_config.json, with the chat template.  What looks like a special token
     becomes one there; here it stays text (encode_ordinary)."""
-    if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
-        raise ValueError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
     converter = import_extra("transformers.convert_slow_tokenizer", "hf").TikTokenConverter(
         pattern=encoding._pat_str, extra_special_tokens=data.SPECIAL)
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
@@ -443,13 +447,13 @@ def read_hf_config(folder):
 def load_hf_weights(folder):
     """{name: tensor} of a folder's safetensors files, mapped into memory: read where it is used."""
     load_file, folder = import_extra("safetensors.torch", "hf").load_file, Path(folder)
-    index, weights = folder / "model.safetensors.index.json", {}
-    files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
-    for path in (folder / file for file in sorted(set(files))):
-        try:
+    path, weights, files = folder / "model.safetensors.index.json", {}, ["model.safetensors"]
+    try:
+        files = json.loads(path.read_text())["weight_map"].values() if path.exists() else files
+        for path in (folder / file for file in sorted(set(files))):
             weights |= load_file(path)
-        except Exception as error:                                # SafetensorError is an Exception of its own
-            raise ValueError(f"{path} is missing or corrupt ({error}); pickles are not read") from None
+    except Exception as error:                                    # SafetensorError is an Exception of its own
+        raise ValueError(f"{path} is missing or corrupt ({error!r}); pickles are not read") from None
     return weights
 
 
@@ -478,24 +482,34 @@ def log_likelihoods(model, pairs, top_k=None, rows=32):
 def choices_command(args):
     """Multiple choice without the harness: lines of {context, choices, answer: number from 0}."""
     model, _, top_k = load_run(args.ckpt, args.device)
-    encoding, right = data.load_encoding(run_folder(args.ckpt)), []
-    questions = [json.loads(line) for line in Path(args.file).read_text(encoding="utf-8").splitlines()]
-    for n, q in enumerate(questions, 1):
-        if not (q.keys() >= {"context", "choices", "answer"} and q["answer"] in range(len(q["choices"]))):
-            raise ValueError(f"question {n} needs a context, choices, and as answer the number of one")
-    scores = iter(log_likelihoods(model, [
-        (encoding.encode_ordinary(q["context"] or "\n"), encoding.encode_ordinary(f" {choice}"))
-        for q in questions for choice in q["choices"]], top_k))
-    for q in questions:
-        score, sizes = np.array([next(scores)[0] for _ in q["choices"]]), list(map(len, q["choices"]))
-        right.append([score.argmax() == q["answer"], (score / sizes).argmax() == q["answer"]])
+    encoding, questions, pairs, right = data.load_encoding(run_folder(args.ckpt)), [], [], []
+    for where, line in data.read_lines(Path(args.file)):
+        question = None
+        with suppress(ValueError):
+            question = json.loads(line.decode("utf-8-sig"))
+        match question:
+            case {"context": str(context), "choices": [*choices], "answer": int(answer)} if (
+                    all(isinstance(c, str) and c for c in choices) and answer in range(len(choices))):
+                questions.append((choices, answer))
+            case _:
+                raise ValueError(f"{where} needs a context, choices, and as answer the number of one")
+        for choice in choices:                   # as in the harness: a context's last spaces are the choice's
+            whole, n = f"{context} {choice}", len(encoding.encode_ordinary(context.rstrip()))
+            tokens = encoding.encode_ordinary(whole)
+            pairs.append((tokens[:n] or [encoding.encode_single_token("<|endoftext|>")], tokens[n:]))
+    if not questions:
+        raise ValueError(f"{args.file} has no question")
+    scores = iter(log_likelihoods(model, pairs, top_k))
+    for choices, answer in questions:
+        score, sizes = np.array([next(scores)[0] for _ in choices]), list(map(len, choices))
+        right.append([score.argmax() == answer, (score / sizes).argmax() == answer])
     acc, acc_norm = np.mean(right, 0)
     print(f"{len(right):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (log-probability / characters)")
 
 
 def adapter(model, encoding, top_k=None):
     """The model as lm-evaluation-harness's LM."""
-    utils, models = (import_extra(f"lm_eval.{name}utils", "eval") for name in ("", "models."))
+    utils, models = (import_extra(name, "eval") for name in ("lm_eval.utils", "lm_eval.models.utils"))
     window, end = model.config.max_seq_len, encoding.encode_single_token("<|endoftext|>")
 
     class Nanosigma(import_extra("lm_eval.api.model", "eval").TemplateLM):
@@ -520,6 +534,8 @@ def adapter(model, encoding, top_k=None):
             found = []
             for batch in groups.get_batched(n=rows):
                 how = models.normalize_gen_kwargs(batch[0][1])
+                if unknown := how.keys() - {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}:
+                    raise ValueError(f"{', '.join(unknown)} is not supported")
                 until, new = list(filter(None, how["until"])), min(how["max_gen_toks"], window // 2)
                 prompts = [encoding.encode_ordinary(text)[new - window:] or [end] for text, _ in batch]
                 temperature, texts = how.get("temperature", 0) * how["do_sample"], [""] * len(batch)

@@ -434,7 +434,7 @@ class Model(nn.Module):
 
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
-    if temperature < 0 or top_p <= 0:
+    if not (temperature >= 0 and top_p > 0):                      # neither is NaN
         raise ValueError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
     if temperature == 0:
         return logits.argmax(-1)

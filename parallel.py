@@ -288,23 +288,26 @@ class Masters:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    muons, matrices, norms = [], [], []
+    muons, gates_and_ups, matrices, norms = [], [], [], []
     for name, p in masters.named.items():
         is_muon = kind == "muon" and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out"))
-        (muons if is_muon else matrices if p.dim() > 1 else norms).append(p)
+        muon_list = gates_and_ups if name.endswith("w_in") else muons
+        (muon_list if is_muon else matrices if p.dim() > 1 else norms).append(p)
     optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
                       {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
     for p in matrices + norms:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if muons:
-        optimizer.add_param_group({"params": muons, "weight_decay": weight_decay, "momentum": momentum})
-        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in muons})
+    for parts, group in ((1, muons), (2, gates_and_ups)) if muons else ():
+        optimizer.add_param_group({"params": group, "weight_decay": weight_decay, "momentum": momentum,
+                                   "parts": parts})
+        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in group})
     return optimizer
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for the parameter group that has a momentum, where each expert is a matrix of its own.
+    """AdamW, but Muon for parameter groups that have a momentum.  Each expert is a matrix of its own, or two
+    where gate and up stand side by side.
 
     Muon's update is the momentum with all singular values near 1, times 0.2 sqrt(longer side): the root mean
     square of AdamW's, so that both share a learning rate (arXiv 2502.16982, eq. 4)."""
@@ -312,24 +315,25 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in [group for group in self.param_groups if "momentum" in group]:
-            lr, beta = group["lr"], group["momentum"]
+            lr, beta, parts = group["lr"], group["momentum"], group["parts"]
             for p in group["params"]:
-                gradient = p.grad / getattr(self, "grad_scale", 1.0)
+                gradient = p.grad.div_(getattr(self, "grad_scale", 1.0))
                 momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
-                update = orthogonalize(gradient.lerp(momentum, beta))
+                update = orthogonalize(gradient.lerp(momentum, beta), parts)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2:]) ** 0.5)
+                p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2], p.shape[-1] // parts) ** 0.5)
                 p.grad = None                                     # so that AdamW leaves it alone
         super().step()
 
 
-def orthogonalize(t):
-    """newton_schulz of each matrix of t [.., m, n], gathered if sharded; experts split over ranks stay so."""
+def orthogonalize(t, parts=1):
+    """newton_schulz of each matrix of t [.., m, parts * n], gathered if sharded; experts split over ranks
+    stay so."""
     if not isinstance(t, DTensor):
-        return newton_schulz(t)
+        return torch.cat([newton_schulz(part) for part in t.chunk(parts, -1)], -1)
     whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
              for each in t.placements]
-    update = newton_schulz(t.redistribute(placements=whole).to_local())
+    update = orthogonalize(t.redistribute(placements=whole).to_local(), parts)
     return DTensor.from_local(update, t.device_mesh, whole).redistribute(placements=t.placements)
 
 
@@ -338,12 +342,12 @@ def newton_schulz(matrices):
     steps of a quintic iteration (K. Jordan, 2024), in bf16 on a GPU."""
     x = matrices.reshape(-1, *matrices.shape[-2:])
     x = x.to(torch.bfloat16) if x.is_cuda else x
-    x = x.mT if x.shape[-2] > x.shape[-1] else x                  # x @ x.mT is the smaller square
+    x = x.mT if x.shape[-2] < x.shape[-1] else x                  # x.mT @ x is the smaller square
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.mT
+        square = x.mT @ x
         polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        x = torch.baddbmm(x, x, polynomial, beta=3.4445)
     x = x if x.shape[-2:] == matrices.shape[-2:] else x.mT
     return x.reshape(matrices.shape).to(matrices.dtype)
 

@@ -198,8 +198,10 @@ BAD = {
     "[1]": "neither",
     '{"text": "a"}': 'neither "messages" (of role and content), "conversations" (of from and value) nor',
     '{"messages": [{"role": "user"}]}': "message 1 (user) is no text, or empty",
-    '{"messages": []}': "no assistant message",
-    '{"instruction": "a", "output": "b", "history": [["a"]]}': "neither",
+    '{"messages": []}': "neither",
+    '{"messages": [{"role": "user", "content": "a"}], "instruction": "a"}': "an instruction or output beside",
+    **{json.dumps(ALPACA | {"history": turns}): "history is not a list of"
+       for turns in ([["a"]], ["ab", "cd"])},
     '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
 } | {json.dumps(messages(*pairs)): said for pairs, said in (
     ([("user", "a"), ("tool", "b")], "message 2: role 'tool' is unknown"),
@@ -213,6 +215,7 @@ BAD = {
     ({"tool_calls": [{"name": "clock"}]}, "tool_calls [{'name': 'clock'}] is not supported"))
 } | {json.dumps(GOOD | field): said for field, said in (
     ({"tools": [{"name": "clock"}]}, "tools"), ({"label": False}, "label False is not"),
+    ({"image": "a.png"}, "image a.png is not"), ({"trainable": False}, "trainable False is not"),
     ({"mask": [0, 1]}, "mask [0, 1] is not"), ({"train_on_turn": False}, "train_on_turn False is not"),
     ({"system": ["s"]}, "message 1 (system) is no text"))}
 
@@ -444,11 +447,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys)
     assert out.count("\n") == 2 and f"<|assistant|>{out.splitlines()[0]}<|end|><|user|>sea" in seen[1]
 
 
-def test_a_conversation_that_is_full_is_one_line(tuned, finished, monkeypatch, capsys):
-    """And so are a run that was not tuned, and an impossible setting."""
-    talk(tuned, monkeypatch, ["x " * 100, "red"])
+def test_a_conversation_that_is_full_begins_anew(tuned, finished, monkeypatch, capsys):
+    """A question that is too long, a run that was not tuned and an impossible setting are one line each."""
+    talk(tuned, monkeypatch, ["x " * 100, *["red sea of the trees"] * 4])
     out, err = capsys.readouterr()
-    assert err.count("leave no room in 64 for an answer; /reset starts anew") == out.count("\n") == 1
+    assert err.count("leave no room in 64 for an answer") == 1 and out.count("\n") == 4
+    assert "it begins anew with this question" in err
     talk(finished, monkeypatch, ["red"], "--tokens", "4")
     assert "was not tuned on conversations" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:

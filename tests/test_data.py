@@ -115,7 +115,7 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
 def test_json_lines(suffix, tmp_path, capsys):
     """Empty ones are left out; what is wrong with others is said, and their number."""
     texts = [f"document {i} é" for i in range(600)]
-    bad = ["{broken", '{"other": 1}', '{"text": 5}', '["text"]', r'{"text": "\ud800"}']
+    bad = ["{broken", '{"other": 1}', '{"text": 5}', '["text"]', r'{"text": "\ud800"}', "[" * 99999]
     empty = ["", "  ", '{"text": ""}', '{"text": " \\n"}']
     lines = lines_of(texts).splitlines()
     raw = ("\ufeff" + "\n".join(lines[:100] + bad + empty + lines[100:])).encode()
@@ -125,7 +125,26 @@ def test_json_lines(suffix, tmp_path, capsys):
     assert Counter(train + val) == Counter(texts) and share(meta) == pytest.approx(0.05, abs=0.01)
     out, err = capsys.readouterr()
     assert "line 101: Expecting" in err and 'line 102: no "text" in it' in err and "line 105: 'utf-8'" in err
-    assert "skipped 5 of 605" in err and "600 documents, skipped 5," in out and "held out" in out
+    assert "skipped 6 of 606" in err and "600 documents, skipped 6," in out and "held out" in out
+
+
+def test_packed_lines_are_held_out_as_plain_ones(tmp_path):
+    """Of 60 equal lines none is large; packed they are smaller than one."""
+    raw = lines_of([f"document {i}: " + SENTENCE * 20 for i in range(60)]).encode()
+    for name, content in (("a.jsonl", raw), ("b.jsonl.gz", gzip.compress(raw))):
+        save(tmp_path / name, content)
+        meta = prepare(tmp_path, tmp_path / name, name=name[0])
+        assert meta["train"]["documents"] + meta["val"]["documents"] == 60
+    assert both(tmp_path / "a") == both(tmp_path / "b")
+
+
+def test_nothing_is_read_twice_and_what_is_left_out_is_said(tmp_path, capsys):
+    folder = write_corpus(tmp_path / "text", files=9)
+    save(folder / "blank.txt", " \n\t")
+    save(folder / "more/table.json", "[]")
+    meta = prepare(tmp_path, folder, folder / "../text", next(folder.glob("*.txt")))
+    assert meta["files"] == 10 and meta["train"]["documents"] + meta["val"]["documents"] == 9
+    assert "not read: 2 .json" in capsys.readouterr().out         # of the folder, and of the same one again
 
 
 GOOD = lines_of(f"number {i} of many" for i in range(150)).encode()
@@ -243,8 +262,9 @@ def test_held_out_text_trains_no_tokenizer(tmp_path, monkeypatch, chats):
     seen, real = [], data.train_bpe
 
     def train_bpe(texts, n):
-        seen.append(list(texts))
-        return real(seen[-1], n)
+        texts = list(texts)
+        seen.extend([texts] if texts else [])
+        return real(texts, n)
     monkeypatch.setattr(data, "train_bpe", train_bpe)
     settings = dict(tokenizer="bpe", vocab_size=300, chats=chats)
     prepare(tmp_path, tmp_path / "a.jsonl", **settings)

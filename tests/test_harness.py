@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_harness_with_transformers(pair, questions, nam
 
 
 def test_one_scorer_without_the_harness(pair, questions, tmp_path, monkeypatch, capsys):
-    """On the requests of the harness, its accuracies."""
+    """On the requests of the harness, its accuracies; and its tokens, also behind spaces or nothing."""
     _, model, encoding = pair
     ours = evaluate(evaluation.adapter(model, encoding), "my_questions", 1)
     with open("requests.jsonl", "w") as file:
@@ -113,6 +113,15 @@ def test_one_scorer_without_the_harness(pair, questions, tmp_path, monkeypatch, 
     found = [float(number) for number in re.findall(r"acc\w* ([\d.]+)", capsys.readouterr().out)]
     results = ours["results"]["my_questions"]
     assert found == [round(results[name], 4) for name in ("acc,none", "acc_norm,none")]
+    seen, adapter = [], evaluation.adapter(model, encoding)
+    monkeypatch.setattr(evaluation, "log_likelihoods",
+                        lambda model, pairs, top_k: seen.extend(pairs) or [(0,)] * 4)
+    contexts = ("A:\n", "Answer:  ", "red", "")
+    Path("edges.jsonl").write_text("\n".join(json.dumps(
+        {"context": context, "choices": ["a dog"], "answer": 0}) for context in contexts))
+    evaluation.main(["choices", "--ckpt", "run", "--file", "edges.jsonl", "--device", "cpu"])
+    want = [tuple(adapter._encode_pair(context, " a dog")) for context in contexts[:-1]]
+    assert seen == [*want, ([adapter.eot_token_id], encoding.encode_ordinary(" a dog"))]
 
 
 def test_rolling_log_likelihood(pair):
@@ -171,8 +180,11 @@ def test_the_command_of_the_docs_runs_until_a_task_that_there_is_not(trained, qu
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"context": "a", "choices": ["c", "d"], "answer": 2}', "question 1 needs"),
-    ('{"context": "a", "choices": ["c"]}', "question 1 needs"), ("{", "Expecting"),
+    *((line, "q.jsonl, line 1 needs a context") for line in (
+        '{"context": "a", "choices": ["c", "d"], "answer": 2}', '{"context": "a", "choices": ["c"]}', "{",
+        "[1]", '{"context": "a", "choices": [3], "answer": 0}',
+        '{"context": "a", "choices": "yes", "answer": 0}')),
+    ("\n", "q.jsonl has no question"),
     (json.dumps({"context": "a", "choices": ["naïve 42 " * 200], "answer": 0}), "than max_seq_len (512)")])
 def test_questions_that_are_none(trained, in_folder, refused, line, message):
     Path("q.jsonl").write_text(line)

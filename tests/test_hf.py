@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,3 +232,6 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
             assert found.encode_ordinary(text) == theirs.encode(text)
             assert found.decode(found.encode_ordinary(text)) == text
         assert found.encode_single_token("<|endoftext|>") == max(len(plain) + 3 * (first < len(plain)), first)
+        numbers = torch.arange(found.n_vocab)[:, None]            # a model writes any, used or not
+        model = SimpleNamespace(embed=torch.nn.Embedding(1, 1), stream=lambda *args, numbers=numbers: numbers)
+        assert " a" in "".join(piece for piece, in evaluation.generate_text(model, found, [[0]], 1, None))

@@ -100,7 +100,7 @@ def test_newton_schulz_against_the_svd(shape):
 
 
 def test_muon_is_what_its_paper_says():
-    """Matrices of attention and experts, one expert at a time; everything else as with AdamW."""
+    """Matrices of attention and experts, one expert at a time, gate and up each; all else as with AdamW."""
     (a, _, muon), (b, _, adamw) = build(kind="muon"), build()
     for i in range(3):
         b.load_state_dict(a.state_dict())
@@ -117,8 +117,10 @@ def test_muon_is_what_its_paper_says():
             if name in momentum:
                 m = 0.95 * momentum[name] + 0.05 * q.grad
                 u = 0.05 * q.grad + 0.95 * m
-                u = torch.stack([parallel.newton_schulz(each) for each in u.view(-1, *p.shape[-2:])])
-                u = 0.2 * max(p.shape[-2:]) ** 0.5 * u.view_as(p)
+                parts = 2 if name.endswith("w_in") else 1
+                u = torch.stack([torch.cat(list(map(parallel.newton_schulz, each.chunk(parts, -1))), -1)
+                                 for each in u.view(-1, *p.shape[-2:])])
+                u = 0.2 * max(p.shape[-2], p.shape[-1] // parts) ** 0.5 * u.view_as(p)
                 torch.testing.assert_close(p, before[name] * (1 - 1e-2 * 0.1) - 1e-2 * u)
             elif i == 0:                                          # later the others' gradients differ
                 torch.testing.assert_close(p, q)
