@@ -158,11 +158,7 @@ def load_meta(folder):
 
 
 def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 def hold_out(files, chats):
@@ -290,8 +286,6 @@ def walk(path, seen):
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
             "_vendor", "_vendored", "third_party", "encodings", "pydoc_data", "lib2to3"}
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-
-
 GENERATED = re.compile(rb"(?i)generated (by|from|with)|auto-?(matically )?generated|do not (edit|modify)")
 
 

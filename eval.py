@@ -41,11 +41,10 @@ from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 def load_run(ckpt, device="cpu", folder=None):
     """-> model, settings.json, K [L].  ValueError if corrupt, or not of the tokenizer of a data folder."""
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
-    config = ModelConfig(**saved["model"])
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
     with torch.device("meta"):
-        model = Model(config)
+        model = Model(ModelConfig(**saved["model"]))
     model = model.to_empty(device=device)
     model.tie()
     parallel.load_checkpoint(path, parallel.training_state(parallel.Masters(model)))
@@ -435,11 +434,9 @@ def is_hf(folder):
 
 
 def read_hf_config(folder):
-    """config.json of a Hugging Face folder -> {field of ModelConfig: value}.  ValueError if impossible."""
+    """config.json of a Hugging Face folder -> ModelConfig.  ValueError if impossible."""
     try:
-        found = from_hf_config(json.loads((Path(folder) / "config.json").read_text()))
-        ModelConfig(**found)
-        return found
+        return ModelConfig(**from_hf_config(json.loads((Path(folder) / "config.json").read_text())))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
 

@@ -461,11 +461,6 @@ def flops_per_token(config, seq_len, top_k=None):
     return 6 * (matrices + attention)
 
 
-def state_bytes(config, ranks=1):
-    """Bytes per rank with AdamW: fp32 weight, gradient, two moments, and in one process a bf16 copy."""
-    return (18 if ranks == 1 else 16) * count_parameters(config)[0] // ranks
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="model.py", description="Count a preset.")
     parser.add_argument("--preset", default="laptop", choices=PRESETS, help="which (laptop)")
@@ -474,9 +469,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
     T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
+    each = 18 if args.ranks == 1 else 16          # fp32 weight, gradient, two moments; alone a bf16 copy, too
     print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
           f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
-          f"{state_bytes(config, args.ranks):,} bytes of training state per rank, bf16, AdamW")
+          f"{each * total // args.ranks:,} bytes of training state per rank, bf16, AdamW")
 
 
 # --- Hugging Face names -----------------------------------------------------------------------------------

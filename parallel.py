@@ -103,8 +103,7 @@ def check_layout(world, ep, replicate, n_expert, device):
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = {"cpu": here, "cuda": torch.cuda.device_count()}.get(device, 1)
     if here > devices:
-        raise ValueError(f"torchrun --nproc-per-node ({here}) is above the number of {device} devices here, "
-                         f"{devices}; --device cpu has no limit")
+        raise ValueError(f"--nproc-per-node ({here}) is above the number of {device} devices here, {devices}")
 
 
 def make_meshes(grid, ep, replicate, device, timeout):
@@ -262,14 +261,10 @@ class Masters:
         self.copies, self.add = [], torch.Tensor.add_
         for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
             if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
-                self.add_master(name, p, dtype)
-
-    def add_master(self, name, p, dtype):
-        """Give p a master in fp32, and let p itself be the copy."""
-        self.named[name] = master = nn.Parameter(p.detach().clone())
-        p.data = p.data.to(dtype)
-        p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
-        self.copies.append((p, master))
+                self.named[name] = master = nn.Parameter(p.detach().clone())
+                p.data = p.data.to(dtype)                         # p itself becomes the copy
+                p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
+                self.copies.append((p, master))
 
     def accumulate(self, master, copy):
         """Add the gradient of a copy to its master's, in fp32, and free it."""
@@ -441,8 +436,7 @@ def publish(aside, path, parts, keep, meta):
 def load_newest(out, steps, state, grid=ALONE):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
     step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    path = Path(out) / f"step-{step}"
-    load_checkpoint(path, state, grid, resume=True)
+    load_checkpoint(Path(out) / f"step-{step}", state, grid, resume=True)
     return step
 
 

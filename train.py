@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,46 +38,22 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                               # Windows
-    fcntl = None
-
 import data
 import eval as evaluation
 import parallel
-from model import (
-    PRESETS,
-    Model,
-    ModelConfig,
-    count_parameters,
-    flops_per_token,
-    from_hf,
-    grouped_mm_limitation,
-)
-from router import (
-    BALANCE,
-    Statistics,
-    active_experts,
-    balance_objective,
-    drawn_top_k,
-    load_balancing_loss,
-    noise_floor,
-    quantile_bias,
-    router_z_loss,
-    update_bias,
-)
+import router
+from model import PRESETS, ModelConfig, count_parameters, flops_per_token, from_hf, grouped_mm_limitation
 
 # --- from the command line to the loop --------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What the loop works on."""
 
     settings: "Settings"
     config: ModelConfig
-    model: Model
+    model: torch.nn.Module
     masters: parallel.Masters   # the fp32 parameters
     optimizer: torch.optim.Optimizer
     corpus: "Corpus"
@@ -142,8 +118,8 @@ def train(run):
             if result.skipped and run.log:
                 bar.write(f"step {run.done} changed nothing: {result.skipped}", file=sys.stderr)
             if run.counts[2] >= s.bad_steps:
-                end_all(run, f"{s.bad_steps} steps in a row changed nothing, for {result.skipped}; "
-                        "a lower --lr may help")
+                why = f"{s.bad_steps} steps in a row changed nothing, for {result.skipped}; lower --lr"
+                parallel.from_rank_0(run.grid, partial(data.fail, why, 1))
             log = run.done % s.log_every == 0
             validate = run.corpus.val is not None and (run.done % eval_every == 0 or last)
             save = run.done % save_every == 0 or last or stopping
@@ -196,7 +172,7 @@ class Step(NamedTuple):
     top_k: list                 # [L]
     n_tokens: int               # routed: padding is not
     loss: torch.Tensor          # [] mean cross-entropy in nats
-    statistics: Statistics      # [L, ..] of the whole step
+    statistics: router.Statistics   # [L, ..] of the whole step
     norm: torch.Tensor          # [] of the gradient, before clipping
     skipped: str                # why nothing was changed, or None
     stop: bool                  # whether a rank was asked to stop
@@ -216,7 +192,7 @@ def train_step(run, step, stop=None):
     s, model, grid = run.settings, run.model, run.grid
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
-        top_k = drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
+        top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
     batch = run.ahead if run.ahead and run.ahead.step == step else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*batch.counts))
     loss, nonfinite, sums, tokens_so_far = 0.0, 0, None, 0        # over micro-batches and ranks
@@ -226,15 +202,15 @@ def train_step(run, step, stop=None):
         bad[grid.rank] = ~out.loss.isfinite()
         flag = out.loss.new_full((), stop is not None and stop.requested)
         micro_loss, flag, bad, *micro = parallel.all_sum(grid, [out.loss, flag, bad, *out.statistics])
-        sums = Statistics(*map(torch.add, sums, micro) if sums else micro)
+        sums = router.Statistics(*map(torch.add, sums, micro) if sums else micro)
         loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
         objective = out.loss / max(1, n_targets)
-        if BALANCE[s.balance] and s.lbl_coef:
-            seen, n = (sums, tokens_so_far) if s.lbl_scope == "global" else (Statistics(*micro), n)
-            balance = balance_objective(s.balance, seen, n, out.statistics)
+        if router.BALANCE[s.balance] and s.lbl_coef:
+            seen, n = (sums, tokens_so_far) if s.lbl_scope == "global" else (router.Statistics(*micro), n)
+            balance = router.balance_objective(s.balance, seen, n, out.statistics)
             objective = objective + s.lbl_coef * n / n_tokens * balance
         if s.z_coef:
-            objective = objective + s.z_coef * router_z_loss(out.statistics.z_sum, n_tokens).sum()
+            objective = objective + s.z_coef * router.router_z_loss(out.statistics.z_sum, n_tokens).sum()
         objective.backward()
     norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
     loss = loss / max(1, n_targets)
@@ -255,9 +231,9 @@ def move_biases(run, sums, top_k):
     """Balance without a loss: each layer's selection biases, from the loads of the whole step."""
     for block, load, margins, k in zip(run.model.blocks, sums.load, sums.margins, top_k):
         if run.settings.balance == "loss-free":
-            update_bias(block.moe.router.bias, load, run.settings.bias_rate)
+            router.update_bias(block.moe.router.bias, load, run.settings.bias_rate)
         elif run.settings.balance == "quantile" and k < run.config.n_expert:
-            block.moe.router.bias.copy_(quantile_bias(margins, k))
+            block.moe.router.bias.copy_(router.quantile_bias(margins, k))
 
 
 def learning_rate(step, s):
@@ -269,7 +245,7 @@ def learning_rate(step, s):
 
 def top_k_at(step, s, config):
     """Experts activated in each layer at a step [L]."""
-    return active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
+    return router.active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
 
 
 def reason_to_skip(run, loss, norm, nonfinite):
@@ -322,9 +298,9 @@ class Stop:
 def log_row(run, result):
     """What the log says of a step: {name: number, or one for each layer}."""
     n_tokens, sums = result.n_tokens, result.statistics
-    lbl = load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
+    lbl = router.load_balancing_loss(sums.load, sums.prob_sum, n_tokens)
     share = sums.load / sums.load.sum(-1, keepdim=True) * run.config.n_expert - 1        # 0.5 is +50 %
-    floor = [noise_floor(n_tokens, run.config.n_expert, k) for k in result.top_k]
+    floor = [router.noise_floor(n_tokens, run.config.n_expert, k) for k in result.top_k]
     row = {"loss": result.loss, "lbl": lbl.mean(), "lr": learning_rate(result.step, run.settings),
            "grad_norm": result.norm, "skipped": run.counts[1], "tokens": n_tokens, "top_k": result.top_k,
            "load_max": share.amax(-1), "load_min": share.amin(-1),
@@ -349,7 +325,8 @@ PEAK = {"H200 NVL": 836e12, "H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe
 def utilisation(run, top_k, tokens_per_s):
     """Model FLOPs utilisation, with the K of every layer as it is at this step; None on an unknown device."""
     name = device_name(run.device) if run.dtype == torch.bfloat16 else ""
-    peak = next((peak for known, peak in PEAK.items() if known in name), None)
+    peaks = [peak for known, peak in PEAK.items() if re.search(rf"{known}(?! Ti| D| Laptop)\b", name)]
+    peak = peaks[0] if peaks else None
     flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
     return peak and flops / (peak * run.grid.world)
 
@@ -374,19 +351,13 @@ def save_checkpoint(run):
     """Write step-N, unless copies of the model differ.  meta.json in it says what it was trained with."""
     ranks = parallel.differing_ranks(run.grid, run.masters) if run.grid.world > 1 else []
     if ranks:
-        end_all(run, f"the run ends at step {run.done}: the weights of rank {', '.join(map(str, ranks))} "
-                "are not those of the first replica; what was saved before is whole")
+        why = (f"the run ends at step {run.done}: the weights of rank {', '.join(map(str, ranks))} are not "
+               "those of the first replica; what was saved before is whole")
+        parallel.from_rank_0(run.grid, partial(data.fail, why, 1))
     s = run.settings
     meta = {"step": run.done, "top_k": top_k_at(run.done - 1, s, run.config), "seq_len": s.seq_len,
             "rope_base": run.config.rope_base}
     parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid, meta)
-
-
-def end_all(run, why, code=1):
-    """End on all ranks; rank 0 alone says why."""
-    if run.grid.rank:
-        raise SystemExit(code)
-    data.fail(why, code)
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -397,7 +368,7 @@ def setting(default, help):
     return dataclasses.field(**default, metadata={"help": help})
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     """Everything about a run but the model's sizes."""
 
@@ -428,7 +399,7 @@ class Settings:
     weight_decay: float = setting(0.1, "optimizer: on matrices only")
     clip: float = setting(1.0, "optimizer: largest norm of the gradient")
 
-    balance: str = setting("lbl", f"balance: {', '.join(BALANCE)}: what keeps the experts evenly used")
+    balance: str = setting("lbl", f"balance: {', '.join(router.BALANCE)}: what keeps the experts evenly used")
     lbl_coef: float = setting(0.01, "balance: weight of each layer's balance loss, lbl or top1")
     lbl_scope: str = setting("global", "balance: global: load of the step so far; micro: of a micro-batch")
     temperature: float = setting(0.2, "balance: of the probabilities in top1; below 1 sharpens them")
@@ -442,8 +413,7 @@ class Settings:
     spike: float = setting(0.0, "guard: skip steps this many standard deviations above the last 128 (off)")
 
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
-    eval_every: int = setting(0, "watching: steps between validations (default: a quarter of the run, at "
-                            "least 100)")
+    eval_every: int = setting(0, "watching: steps between validations (default: a quarter, at least 100)")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
     save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run)")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
@@ -458,9 +428,9 @@ class Settings:
 
     def check(self, config):
         """ValueError, naming the field, for what is impossible."""
-        choices = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
-                   "optimizer": ("adamw", "muon"), "balance": BALANCE, "lbl_scope": ("global", "micro")}
-        for name, known in choices.items():
+        one_of = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
+                  "optimizer": ("adamw", "muon"), "lbl_scope": ("global", "micro"), "balance": router.BALANCE}
+        for name, known in one_of.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch")
@@ -474,20 +444,17 @@ class Settings:
             if name in fractions and value > 1:
                 raise ValueError(f"{name} must be at most 1, got {value}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate "
-                             f"({self.accumulate})")
+            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
         if self.seq_len > config.max_seq_len:
             raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
         if self.top_k_choices and (self.initial_top_k or self.balance == "quantile"):
             raise ValueError("top_k_choices must be without initial_top_k, another schedule, and without "
                              "--balance quantile, whose biases are fitted to the last step's K")
         if len(self.initial_top_k) > config.n_layer:
-            raise ValueError(f"initial_top_k ({self.initial_top_k}) must be at most {config.n_layer} numbers "
-                             "(n_layer)")
+            raise ValueError(f"initial_top_k {self.initial_top_k} is longer than n_layer ({config.n_layer})")
         for name in ("initial_top_k", "top_k_choices"):
             if not all(1 <= k <= config.n_expert for k in getattr(self, name)):
-                raise ValueError(f"{name} ({getattr(self, name)}) must be from 1 to {config.n_expert} "
-                                 "(n_expert)")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be 1 to {config.n_expert} (n_expert)")
 
 
 TRAINING = {                                                      # what a preset sets beside the sizes
@@ -513,9 +480,7 @@ MAY_CHANGE = {"out", "steps", "device", "compile", "deterministic", "log_every",
 def parse(argv):
     """The settings that were typed: {field: value}."""
     def truth(text):
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
+        return ("false", "true").index(text.lower()) == 1         # ValueError if it is neither
 
     def numbers(text):
         return [int(n) for n in text.split(",")] if text else []
@@ -544,11 +509,8 @@ def resolve(typed):
     typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
                      if name in typed}
     source, chats = typed.get("init_from", ""), data.holds_chats(typed.get("data", ""))
-    tuned = {}                                                    # settings of the run that is to be tuned
-    if chats and source and not evaluation.is_hf(source):
-        tuned = evaluation.read_settings(evaluation.run_folder(source))["settings"]
     on_gpu = parallel.pick_device(typed.get("device", "auto")).startswith("cuda")
-    preset = typed.get("preset", tuned.get("preset", "gpu" if on_gpu else "laptop"))
+    preset = typed.get("preset", "gpu" if on_gpu else "laptop")
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     name = f"{evaluation.run_folder(source).name}-chat" if chats and source else preset
@@ -561,14 +523,14 @@ def resolve(typed):
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
-        values = default_values(preset, source, tuned, chats, typed) | {"out": str(out), "preset": preset}
+        values = default_values(preset, source, chats, typed) | {"out": str(out)}
     values |= typed
     s = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     config = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
     if "initial_top_k" not in typed:                              # a preset's may be of more layers, experts
         s.initial_top_k = [min(k, config.n_expert) for k in s.initial_top_k[:config.n_layer]]
     s.check(config)
-    if "lbl_coef" in typed and not BALANCE[s.balance]:
+    if "lbl_coef" in typed and not router.BALANCE[s.balance]:
         raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
 
@@ -587,9 +549,14 @@ def saved_values(out, typed):
     return values
 
 
-def default_values(preset, source, tuned, chats, typed):
+def default_values(preset, source, chats, typed):
     """{field: value} that the preset gives, and the run or the Hugging Face folder that it starts from."""
+    tuned = {}                                                    # settings of the run that is to be tuned
+    if chats and source and not evaluation.is_hf(source):
+        tuned = evaluation.read_settings(evaluation.run_folder(source))["settings"]
+        preset = typed.get("preset", tuned["preset"])
     values = dataclasses.asdict(Settings()) | TRAINING[preset] | dataclasses.asdict(PRESETS[preset])
+    values["preset"] = preset
     if chats:
         values |= {name: tuned[name] for name in INHERITED if name in tuned} | {"initial_top_k": []}
         values["lr"] = CHAT_LR * tuned.get("lr", values["lr"])
@@ -599,6 +566,10 @@ def default_values(preset, source, tuned, chats, typed):
             if name in typed and typed[name] % values[name]:
                 raise ValueError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of "
                                  f"{source}: a model grows by copies")
+        for name in ("vocab_size", "d_model", "d_expert", "n_head", "n_kv_head", "head_dim",
+                     "tie_embeddings"):
+            if typed.get(name, values[name]) != values[name]:
+                raise ValueError(f"{name} ({typed[name]}) must be that of {source}, {values[name]}")
         values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
     return values
 
@@ -614,8 +585,7 @@ class Corpus(NamedTuple):
     encoding: object = None     # the tokenizer, if there is one beside the token file
     file: Path = None
 
-    def has_chats(self):
-        return isinstance(self.train, data.ChatSampler)
+    has_chats = property(lambda self: isinstance(self.train, data.ChatSampler))
 
 
 def open_corpus(s):
@@ -623,12 +593,9 @@ def open_corpus(s):
     source = Path(s.data)
     file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
     if not file.exists():
-        raise ValueError(f"data {s.data} is neither a token file nor a folder made by data.py: "
-                         "python data.py --source PATH --name NAME makes data/NAME")
+        raise ValueError(f"no data in {s.data}: python data.py --source PATH --name NAME makes data/NAME")
     train, val = (data.make_sampler(data.load_tokens(path), path, s.seq_len, s.seed)
                   if path.exists() else None for path in (file, folder / "val.bin"))
-    if (folder / "meta.json").exists():
-        data.load_meta(folder)                                    # does the tokenizer fit the tokens?
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
@@ -647,8 +614,10 @@ def plan_run(argv, world):
         print("preparing the corpus, once:")
         data.prepare(s.data, [Path(s.data).name])
     corpus = open_corpus(s)
+    if (corpus.file.parent / "meta.json").exists():
+        data.load_meta(corpus.file.parent)                        # does the tokenizer fit the tokens?
     sha256 = data.file_sha256(corpus.file)
-    if corpus.has_chats() and not (exists or "steps" in typed):
+    if corpus.has_chats and not (exists or "steps" in typed):
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
         config.vocab_size = -(-corpus.vocab_size // 64) * 64
@@ -659,12 +628,9 @@ def plan_run(argv, world):
     for other in [s.out] * exists + [evaluation.run_folder(weights)] * bool(weights):
         evaluation.same_tokenizer(other, corpus.file.parent)
     if exists and evaluation.read_settings(s.out)["data_sha256"] != sha256:
-        raise ValueError(f"data {s.data} is not what {s.out} was made with (its sha256 is another): bring "
-                         "that back, or choose another --out")
-    corrupt = sorted(str(path) for path in Path(s.out).glob("step-*.corrupt*"))
-    if corrupt and not steps:
-        raise ValueError(f"no checkpoint of {s.out} is whole ({', '.join(corrupt)}): bring one back, or "
-                         "choose another --out")
+        raise ValueError(f"data {s.data} is not what {s.out} was made with; choose another --out")
+    if not steps and any(Path(s.out).glob("step-*.corrupt*")):
+        raise ValueError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
     if weights and evaluation.is_hf(weights) and not (Path(weights) / "tokenizer.json").exists():
         print(f"{weights} has no tokenizer.json: are the tokens of {s.data} those of its model?")
     elif weights and not evaluation.is_hf(weights):
@@ -710,31 +676,27 @@ def start(plan, grid):
 def load_weights(run, source):
     """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face; grow them if
     that model has fewer layers or experts."""
-    s, config, masters = run.settings, run.config, run.masters
-    old = source_config(source)
-    if (old.n_layer, old.n_expert) != (config.n_layer, config.n_expert):
-        small = Model(old, 0)                                     # whole, on the CPU of every rank
-        if evaluation.is_hf(source):
-            from_hf(evaluation.load_hf_weights(source), small)
-        else:
-            parallel.load_checkpoint(source, parallel.training_state(parallel.Masters(small)), run.grid)
-        weights = dict(small.named_parameters())
-        for name, p in masters.named.items():
-            parallel.put_part(p, grown(name, config, old, weights, s.growth_noise, s.seed).to(run.device))
-    elif evaluation.is_hf(source):
-        from_hf(evaluation.load_hf_weights(source), run.model,
+    s, old, model, masters = run.settings, source_config(source), run.model, run.masters
+    grows = (old.n_layer, old.n_expert) != (run.config.n_layer, run.config.n_expert)
+    if grows:                                                     # from a whole one, on the CPU of every rank
+        model = parallel.build_model(old, parallel.ALONE, "cpu", torch.float32, 0)
+        masters = parallel.Masters(model)
+    if evaluation.is_hf(source):
+        from_hf(evaluation.load_hf_weights(source), model,
                 lambda name, p, whole: parallel.put_part(masters.named[name], whole))
     else:
         parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-        if s.balance not in ("loss-free", "quantile"):            # nothing would ever move them again
-            for bias in masters.buffers.values():
-                bias.zero_()
+    for name, p in run.masters.named.items() if grows else ():
+        parallel.put_part(p, grown(name, run.config, old, masters.named, s.growth_noise, s.seed))
+    if s.balance not in ("loss-free", "quantile"):                # nothing would ever move the biases again
+        for bias in run.masters.buffers.values():
+            bias.zero_()
 
 
 def source_config(source):
     """ModelConfig of a run, a step-N folder in it, or a folder of Hugging Face."""
     if evaluation.is_hf(source):
-        return ModelConfig(**evaluation.read_hf_config(source))
+        return evaluation.read_hf_config(source)
     return ModelConfig(**evaluation.read_settings(evaluation.run_folder(source))["model"])
 
 
@@ -776,8 +738,7 @@ def compiles(s, device, dtype, grid):
     """Whether blocks are compiled.  ValueError if they cannot be and were asked to."""
     possible = dtype == torch.bfloat16 and grid.world == 1
     if s.compile == "true" and not possible:
-        raise ValueError("compile (true) is for one process with --dtype bfloat16: torch compiles no grouped "
-                         "product in fp32, and FSDP cuts a block at every module that it shards")
+        raise ValueError("compile (true) is for one process with --dtype bfloat16")
     return possible and (s.compile == "true" or s.compile == "auto" and device.startswith("cuda"))
 
 
@@ -785,11 +746,13 @@ def open_log(run):
     """Open log.jsonl, locked where the system can: two processes at once would destroy a run."""
     Path(run.settings.out).mkdir(parents=True, exist_ok=True)
     run.log = open(Path(run.settings.out) / "log.jsonl", "a+", buffering=1, errors="replace")
-    if fcntl:
-        try:
-            fcntl.flock(run.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{run.settings.out} is in use by another process") from None
+    try:
+        import fcntl
+        fcntl.flock(run.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:                                           # Windows
+        pass
+    except OSError:
+        raise ValueError(f"{run.settings.out} is in use by another process") from None
 
 
 def open_run(run, plan):
@@ -805,10 +768,10 @@ def open_run(run, plan):
         os.replace(out / "settings.tmp", out / "settings.json")
     run.log.seek(0)
     header, *rows = run.log.readlines() or [""]
-    steps = [re.match(r'{"step": (\d+),.*}$', row) for row in rows]       # None: cut short by a crash
+    steps = [re.fullmatch(r'{"step": (\d+),.*}\n', row) for row in rows]    # None: cut short by a crash
     kept = list(itertools.takewhile(lambda step: step and int(step[1]) <= run.done, steps))
     if len(kept) < len(rows):
-        run.log.truncate(len(header) + sum(len(step[0]) + 1 for step in kept))
+        run.log.truncate(len(header) + sum(len(step[0]) for step in kept))
     if not header:
         print(json.dumps(settings | {
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
@@ -878,16 +841,15 @@ def introduce(run):
         print(f"from step {run.done}")
         meta = json.loads((Path(s.out) / f"step-{run.done}/meta.json").read_text())
         before, now = meta["top_k"], top_k_at(run.done, s, config)
-        if before != now:                                         # --steps moves the switch
+        if before != now:                                         # the switch, which --steps may move
             print(f"experts activated per layer: {before} so far, {now} from here on")
         return True
     print(f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
           f"{corpus.train.n_windows / s.batch_size:,.2f} steps")
-    if corpus.has_chats():
+    if corpus.has_chats:
         text = corpus.train
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
-              f"{s.seq_len} tokens {text.n_cut:,} end with the last answer that fits, and "
-              f"{text.n_left_out:,}, whose first answer does not, are left out")
+              f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
     print("Ctrl-C saves and ends; the same command resumes")
     if corpus.val is not None:
         print(f"step 0: held out {validation(run):.4f}")
@@ -907,23 +869,19 @@ def report(run, seconds):
         if run.config.n_expert > 1:
             print("load of each expert on held-out text; half height is the uniform share:")
             print(evaluation.draw_load(statistics.load))
-    if corpus.encoding and s.sample_tokens and run.grid.world == 1 and not corpus.has_chats():
+    if corpus.encoding and s.sample_tokens and run.grid.world == 1 and not corpus.has_chats:
         torch.use_deterministic_algorithms(False)                 # sampling cannot be
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
             texts = evaluation.generate_text(run.model, corpus.encoding, [prompt], s.sample_tokens,
                                              top_k_at(run.done - 1, s, run.config))
             print("\nit writes:\n" + "".join(piece for piece, in texts))
-    print(f"\n{run.done} steps, {seconds / 60:.1f} minutes\nlog         {s.out}/log.jsonl\n"
-          f"checkpoint  {s.out}/step-{run.done}\ntry next\n  python eval.py routing {s.out}")
-    if corpus.has_chats():
-        print(f"  python eval.py chat --ckpt {s.out}\n  python eval.py loss --ckpt {s.out} {s.init_from}")
-    else:
-        print(f"  python eval.py loss --ckpt {s.out}     # beside a uniform model and a trigram\n"
-              f"  python eval.py sample --ckpt {s.out} --prompt \"def \"\n"
-              f"  python data.py --chats --tokenizer {s.out}      # conversations to tune on:\n"
+    print(f"\n{run.done} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.done}; try next\n"
+          f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"
+          f"  python eval.py {'chat' if corpus.has_chats else 'sample'} --ckpt {s.out}")
+    if not corpus.has_chats:                                      # conversations, and to tune on them
+        print(f"  python data.py --chats --tokenizer {s.out}\n"
               f"  python train.py --init_from {s.out} --data data/functions")
-    print("  python train.py --help")
 
 
 if __name__ == "__main__":

@@ -320,6 +320,15 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, ch
     assert again.out == "out/laptop" and again.lr == train.TRAINING["laptop"]["lr"]      # text: as ever
 
 
+def test_a_tuned_run_goes_on_without_the_one_it_began_with(tuned, chats, in_folder):
+    shutil.copytree(tuned, "out/gone-chat")
+    saved = json.loads(Path("out/gone-chat/settings.json").read_text())
+    saved["settings"]["init_from"] = "gone"
+    Path("out/gone-chat/settings.json").write_text(json.dumps(saved))
+    settings, _, exists = train.resolve(train.parse(["--init_from", "gone", "--data", str(chats)]))
+    assert exists and settings.lr == saved["settings"]["lr"]
+
+
 def test_the_log_is_of_the_answers(tuned, finished, chats):
     """Held-out loss is that of eval.py, over the assistant's words; padding is in no load; and it falls."""
     last = rows(tuned)[-1]

@@ -125,6 +125,8 @@ CASES = [
      "n_expert (4) must be a multiple of the 6"),
     ("growth to no multiple", T(), T("--init_from", "run", "--out", "next", "--n_layer", "3"),
      "n_layer (3) must be a multiple of the 2"),
+    ("growth to another width", T(), T("--init_from", "run", "--out", "next", "--n_layer", "4", "--d_model",
+                                       "32"), "d_model (32) must be that of run"),
     ("list entry of 0", None, T("--initial_top_k", "2,0"), "initial_top_k"),
     ("typed list longer than the layers", None, T("--initial_top_k", "4,4,4"), "initial_top_k"),
     ("list entry above the experts", None, T("--initial_top_k", "9"), "initial_top_k"),

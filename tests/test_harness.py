@@ -13,7 +13,7 @@ from conftest import SIZES
 import data
 import eval as evaluation
 import train
-from model import Model, ModelConfig, from_hf
+from model import Model, from_hf
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -53,7 +53,7 @@ def pair(corpus, tmp_path_factory):
             encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")])
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     evaluation.save_tokenizer(encoding, folder, 96)
-    model = Model(ModelConfig(**evaluation.read_hf_config(folder)))
+    model = Model(evaluation.read_hf_config(folder))
     return folder, from_hf(evaluation.load_hf_weights(folder), model).requires_grad_(False), encoding
 
 
