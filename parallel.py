@@ -283,17 +283,18 @@ class Masters:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    muons, gates_and_ups, matrices, norms = [], [], [], []
+    muons, matrices, norms = {1: [], 2: []}, [], []               # muons: one matrix, or two side by side
     for name, p in masters.named.items():
-        is_muon = kind == "muon" and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out"))
-        muon_list = gates_and_ups if name.endswith("w_in") else muons
-        (muon_list if is_muon else matrices if p.dim() > 1 else norms).append(p)
+        if kind == "muon" and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
+            muons[2 if name.endswith("w_in") else 1].append(p)
+        else:
+            (matrices if p.dim() > 1 else norms).append(p)
     optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
                       {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
     for p in matrices + norms:
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    for parts, group in ((1, muons), (2, gates_and_ups)) if muons else ():
+    for parts, group in muons.items() if kind == "muon" else ():
         optimizer.add_param_group({"params": group, "weight_decay": weight_decay, "momentum": momentum,
                                    "parts": parts})
         optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in group})
@@ -311,7 +312,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         for group in [group for group in self.param_groups if "momentum" in group]:
             lr, beta, parts = group["lr"], group["momentum"], group["parts"]
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):      # None: frozen
                 gradient = p.grad.div_(getattr(self, "grad_scale", 1.0))
                 momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
                 update = orthogonalize(gradient.lerp(momentum, beta), parts)

@@ -126,6 +126,7 @@ def test_muon_is_what_its_paper_says():
                 torch.testing.assert_close(p, q)
         muon.zero_grad()
         adamw.zero_grad()
+    muon.step()                                                   # nothing has a gradient: frozen by a fork
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
