@@ -419,6 +419,8 @@ def read_hf_tokenizer(saved):
     others = [b for b in range(256) if b not in visible]                   # in order, from character 256 on
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
     added = {token["content"] for token in saved.get("added_tokens", [])}
+    if not all(map(str.strip, added)) or model.get("end_of_word_suffix") or model.get("dropout"):
+        raise ValueError("it adds tokens of spaces, a suffix to words, or dropout")
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
     if made != sorted(made) or len(set(made)) != len(vocab) - 256:

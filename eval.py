@@ -95,7 +95,7 @@ def open_data(ckpt, source=None):
     source = Path(source or s["data"])
     folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
     if train.name == "val.bin" or not (folder / "val.bin").exists():
-        raise ValueError(f"{folder} has no held-out text (val.bin); --data takes a folder made by data.py")
+        raise ValueError(f"{source} has no held-out text (val.bin); --data takes a folder made by data.py")
     val = data.make_sampler(data.load_tokens(folder / "val.bin"), folder / "val.bin", s["seq_len"])
     return s, folder, data.load_encoding(folder), data.load_tokens(train), val
 

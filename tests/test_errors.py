@@ -152,6 +152,8 @@ CASES = [
     ("routing of nothing", None, E("routing", "nowhere"), "nowhere"),
     ("routing without held-out text", lambda: (T()(), os.remove("small/val.bin")), E("routing", "run"),
      "small has no held-out text"),
+    ("held-out text as the data", lambda: T()(), E("routing", "run", "--data", "small/val.bin"),
+     "takes a folder"),
     ("routing without matplotlib", lambda: (T()(), sys.modules.update({"matplotlib.figure": None})),
      E("routing", "run", "--png", "p"), "pip install -e '.[plot]'"),
     ("pictures into a file", lambda: T()(), E("routing", "run", "--png", "small/val.bin"), "File exists"),

@@ -147,6 +147,8 @@ def test_generation_groups_what_is_asked_alike(pair):
     requests = [Instance("generate_until", {}, ("red sea", how), 0) for how in hows]
     short, long, again = adapter.generate_until(requests)
     assert short == again and long.startswith(short) and len(long) > len(short)
+    with pytest.raises(ValueError, match="repetition_penalty is not supported"):
+        adapter.generate_until([Instance("generate_until", {}, ("red", {"repetition_penalty": 2.0}), 0)])
     model.head.weight[encoding.encode_single_token("<|end|>")] = 9 * model.head.weight.abs().sum(0)
     try:
         assert adapter.generate_until(requests)[0] != short

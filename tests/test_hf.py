@@ -200,6 +200,7 @@ def test_a_text_is_prepared_with_a_tokenizer_of_hugging_face(tokenizers, tmp_pat
     (lambda saved: saved["model"].update(type="WordPiece"), "is WordPiece"),
     (lambda saved: saved["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"}), "splits text in"),
     (lambda saved: saved.update(normalizer={"type": "NFKC"}), "changes text (NFKC)"),
+    (lambda saved: saved["added_tokens"].append({"content": "  "}), "adds tokens of spaces"),
     (lambda saved: saved["model"]["merges"].reverse(), "in the order of its merges")])
 def test_tokenizers_that_would_give_other_tokens_are_refused(tokenizers, tmp_path, change, message):
     evaluation.save_tokenizer(tokenizers["trained"][0], tmp_path, 64)
@@ -208,6 +209,16 @@ def test_tokenizers_that_would_give_other_tokens_are_refused(tokenizers, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=re.escape(message)):
         data.load_encoding(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_without_a_byte_is_refused(tokenizers, tmp_path):
+    """tiktoken panics at it, beyond the reach of a handler."""
+    data.save_encoding(tokenizers["trained"][0], tmp_path / "encoding.json")
+    saved = json.loads((tmp_path / "encoding.json").read_text())
+    saved["ranks"][65] = None
+    (tmp_path / "encoding.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="lacks one of the 256 bytes"):
+        data.load_encoding(tmp_path)
 
 
 @pytest.mark.parametrize("first", [0, 200, 999])
