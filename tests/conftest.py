@@ -26,6 +26,8 @@ import parallel
 import train
 from model import ModelConfig
 
+ROOT = Path(train.__file__).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}          # of other processes
 SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_model=16, n_expert=6, d_expert=12,
              max_seq_len=64)
 # the same as command-line settings, for runs that take a second
@@ -42,6 +44,11 @@ def seeded():
 
 def small(**changes):
     return ModelConfig(**SMALL | changes)
+
+
+def small_run(corpus, out, more=""):
+    """train.py's arguments for a run of that size."""
+    return ["--data", str(corpus), "--out", str(out), *SIZES, *more.split()]
 
 
 def write_corpus(folder, files=30, seed=0):
@@ -89,12 +96,13 @@ def train_with(argv, step):
         train.train_step = real
 
 
-def train_until(argv, last):
+def train_until(argv, last, number=signal.SIGTERM):
     """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
     def told(real, run, step, stop):
         if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not stop.requested:                             # a thread reads it
+            os.kill(os.getpid(), number)
+            end = time.monotonic() + 60
+            while not stop.requested and time.monotonic() < end:  # a thread reads it
                 time.sleep(0.01)
         return real(run, step, stop)
     train_with(argv, told)

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SIZES, write_corpus
+from conftest import ROOT, SIZES, write_corpus
 
 import data
 import eval as evaluation
 import model
 import train
 from parallel import checkpoints
-
-ROOT = Path(train.__file__).parent
 
 
 def T(*args):

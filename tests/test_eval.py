@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, small
+from conftest import small, small_run
 
 import data
 import eval as evaluation
@@ -30,9 +30,8 @@ def test_validation_is_cross_entropy_over_all_windows():
 def slow_kneser_ney(tokens, V):
     """Chen and Goodman's interpolated Kneser-Ney with dictionaries."""
     three = Counter(zip(tokens, tokens[1:], tokens[2:]))
-    two, one = Counter((b, c) for _, b, c in three), Counter()
-    for _, c in two:
-        one[c] += 1
+    two = Counter(gram[1:] for gram in three)
+    one = Counter(gram[1:] for gram in two)
 
     def table(grams):
         ones, twos = sum(n == 1 for n in grams.values()), sum(n == 2 for n in grams.values())
@@ -41,7 +40,7 @@ def slow_kneser_ney(tokens, V):
             total[gram[:-1]] += n
             distinct[gram[:-1]] += 1
         return grams, ones / max(1, ones + 2 * twos), total, distinct
-    tables = [table({(c,): n for c, n in one.items()}), table(two), table(three)]
+    tables = [table(one), table(two), table(three)]
 
     def prob(a, b, c):
         p = 1 / V
@@ -68,7 +67,7 @@ def test_trigram_equals_its_definition():
 def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_path, capsys):
     """A run's row is the last validation of its log; bits per byte is the loss over the bytes of the text."""
     dense = tmp_path / "dense"
-    train.main(["--data", str(corpus), "--out", str(dense), "--steps", "6", *SIZES, "--n_expert", "1"])
+    train.main(small_run(corpus, dense, "--steps 6 --n_expert 1"))
     capsys.readouterr()
     evaluation.main(["loss", "--ckpt", str(finished), str(dense)])
     rows = {line[:32].strip(): line.split() for line in capsys.readouterr().out.splitlines()[2:]}
@@ -137,8 +136,7 @@ def test_load_drawing_fits_80_columns_and_shows_every_expert():
 def switched(corpus, tmp_path_factory):
     """A run that switches to fewer experts at its half."""
     out = tmp_path_factory.mktemp("runs") / "switched"
-    train.main(["--data", str(corpus), "--out", str(out), "--steps", "12", *SIZES, "--initial_top_k", "3",
-                "--switch", "0.5", "--eval_every", "2", "--keep", "9"])
+    train.main(small_run(corpus, out, "--steps 12 --initial_top_k 3 --switch 0.5 --eval_every 2 --keep 9"))
     return out
 
 
@@ -183,8 +181,7 @@ def test_the_report_counts_tokens_and_context(switched):
 def test_routing_command_reports_and_draws_every_run(switched, finished, corpus, tmp_path, capsys):
     """Also a dense one, with more layers, and one without a validation."""
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    train.main(["--data", str(corpus), "--out", str(tmp_path / "dense"), "--steps", "1", *SIZES, "--n_expert",
-                "1", "--n_layer", "3"])
+    train.main(small_run(corpus, tmp_path / "dense", "--steps 1 --n_expert 1 --n_layer 3"))
     runs = [str(switched), str(finished), str(tmp_path / "dense")]
     evaluation.main(["routing", *runs, "--png", str(tmp_path / "pictures")])
     out = capsys.readouterr().out

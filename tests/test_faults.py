@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, curve, rows, train_until, train_with
+from conftest import ENV, curve, rows, small_run, train_until, train_with
 from test_exact import make_run, whole
 
 import eval as evaluation
@@ -26,16 +25,11 @@ import parallel
 import train
 from train import train_step
 
-ROOT = Path(train.__file__).parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 # --- killed processes -------------------------------------------------------------------------------------
 
 KILLED_IN_SECOND_SAVE = """
-import os, signal, sys
+import os, signal
 import torch.distributed as dist, torch.distributed.checkpoint as dcp
-sys.path.insert(0, {root!r})
 import parallel, train
 real, meet, times = dcp.FileSystemWriter.write_data, parallel.init_distributed, []
 def write_data(self, *args):
@@ -59,12 +53,12 @@ def test_killed_workers_come_back_on_the_same_curve_until_ctrl_c(ranks, corpus, 
     """kill -9 within a save under torchrun --max-restarts, later Ctrl-C: all ranks save the same step.
 
     Bit for bit the run that nobody killed."""
-    (tmp_path / "killed.py").write_text(KILLED_IN_SECOND_SAVE.format(root=str(ROOT)))
-    argv = ["--data", str(corpus), *SIZES, "--steps", "100000", "--save_every", "7", "--ep", "2",
-            "--eval_every", "10", "--balance", "loss-free", "--out"]
+    (tmp_path / "killed.py").write_text(KILLED_IN_SECOND_SAVE)
+    more = "--steps 100000 --save_every 7 --ep 2 --eval_every 10 --balance loss-free"
+    killed, whole_run = (small_run(corpus, tmp_path / name, more) for name in ("run", "whole"))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
               "1", "--monitor-interval", "0.2", str(tmp_path / "killed.py")]
-    with subprocess.Popen([sys.executable, *launch, *argv, str(tmp_path / "run")], env=ONE_THREAD, text=True,
+    with subprocess.Popen([sys.executable, *launch, *killed], env=ENV, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         watch = threading.Timer(240, process.terminate)           # or readline() would wait for ever
         watch.start()
@@ -80,7 +74,7 @@ def test_killed_workers_come_back_on_the_same_curve_until_ctrl_c(ranks, corpus, 
     assert "from step 7\n" in shown and f"stopped and saved after step {step}" in out, err
     _, again = re.findall(r"new keys in the store: (\d+)", shown)
     assert int(again) > 0                                         # else they read the addresses of the dead
-    ranks(2, train_until, [*argv, str(tmp_path / "whole")], step)
+    ranks(2, train_until, whole_run, step)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
@@ -100,8 +94,7 @@ def stopped(argv, pid):
 
 def test_a_process_that_hangs_is_an_error_with_the_step(ranks, corpus, tmp_path):
     out = tmp_path / "run"
-    argv = ["--data", str(corpus), "--out", str(out), *SIZES, "--timeout", "4", "--save_every", "4"]
-    first, _ = ranks(2, stopped, argv, tmp_path / "pid")
+    first, _ = ranks(2, stopped, small_run(corpus, out, "--timeout 4 --save_every 4"), tmp_path / "pid")
     assert first.code == 1 and len(rows(out)) == 5
     assert "error: rank 0: after step 5 another process did not answer" in first.err
     assert parallel.checkpoints(out) == [4] and not parallel.find_corruption(out / "step-4")
@@ -114,8 +107,7 @@ def test_a_process_that_hangs_is_an_error_with_the_step(ranks, corpus, tmp_path)
 def three_checkpoints(corpus, tmp_path_factory):
     """A run of 6 steps with its checkpoints of steps 2, 4 and 6."""
     out = tmp_path_factory.mktemp("faults") / "run"
-    train.main(["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "6", "--save_every", "2",
-                "--keep", "3"])
+    train.main(small_run(corpus, out, "--steps 6 --save_every 2 --keep 3"))
     return out
 
 
@@ -136,8 +128,7 @@ def remove(path, rng):
 @pytest.mark.parametrize("harm", [cut, flip, remove])
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
 def test_a_corrupt_checkpoint_is_set_aside(three_checkpoints, tmp_path, capsys, file, harm):
-    out = tmp_path / "run"
-    shutil.copytree(three_checkpoints, out)
+    out = shutil.copytree(three_checkpoints, tmp_path / "run")
     harm(out / "step-6" / file, random.Random(0))
     broken = {p.name: p.read_bytes() for p in (out / "step-6").iterdir()}
     train.main(["--out", str(out), "--keep", "2"])
@@ -148,8 +139,7 @@ def test_a_corrupt_checkpoint_is_set_aside(three_checkpoints, tmp_path, capsys, 
 
 
 def test_if_no_checkpoint_is_whole_nothing_begins_anew(three_checkpoints, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(three_checkpoints, out)
+    out = shutil.copytree(three_checkpoints, tmp_path / "run")
     log = (out / "log.jsonl").read_text()
     for step in (2, 4, 6):
         cut(out / f"step-{step}" / "__0_0.distcp", random.Random(step))
@@ -162,22 +152,19 @@ def test_if_no_checkpoint_is_whole_nothing_begins_anew(three_checkpoints, tmp_pa
         assert (out / "log.jsonl").read_text() == log
 
 
-def test_what_cannot_be_read_now_is_not_set_aside(three_checkpoints, tmp_path, monkeypatch, capsys):
-    shutil.copytree(three_checkpoints, tmp_path / "run")
+def test_what_cannot_be_read_now_is_not_set_aside(three_checkpoints, tmp_path, monkeypatch, refused):
+    out = shutil.copytree(three_checkpoints, tmp_path / "run")
 
     def checksums(path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
     monkeypatch.setattr(parallel, "checksums", checksums)
-    with pytest.raises(SystemExit) as error:
-        train.main(["--out", str(tmp_path / "run")])
-    assert error.value.code == 2 and "Too many open files" in capsys.readouterr().err
-    assert parallel.checkpoints(tmp_path / "run") == [2, 4, 6]
+    refused(train.main, ["--out", out], "Too many open files")
+    assert parallel.checkpoints(out) == [2, 4, 6]
 
 
 def test_all_ranks_fall_back_together(ranks, corpus, tmp_path):
     out = tmp_path / "run"
-    argv = ["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "6", "--save_every", "3", "--ep",
-            "2"]
+    argv = small_run(corpus, out, "--steps 6 --save_every 3 --ep 2")
     assert ranks(4, train.main, argv)[0].code is None
     want = rows(out)
     flip(out / "step-6" / "__3_0.distcp", random.Random(0))
@@ -282,8 +269,7 @@ def nan_from(argv, first):
 
 def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path):
     out = tmp_path / "run"
-    first, second = ranks(2, nan_from, ["--data", str(corpus), "--out", str(out), *SIZES, "--steps", "40",
-                                        "--save_every", "4", "--bad_steps", "3"], 9)
+    first, second = ranks(2, nan_from, small_run(corpus, out, "--steps 40 --save_every 4 --bad_steps 3"), 9)
     assert first.code == second.code == 1 and second.err == ""
     for step in (10, 11, 12):
         assert f"step {step} changed nothing: the loss of rank 1 is not finite" in first.err
@@ -314,7 +300,7 @@ def test_spikes_are_skipped_if_asked():
 
 def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_path):
     """A quiet past is written into a checkpoint, beside which real steps are spikes."""
-    argv = ["--data", str(corpus), *SIZES, "--steps", "6", "--spike", "6", "--out", str(tmp_path)]
+    argv = small_run(corpus, tmp_path, "--steps 6 --spike 6")
     train.main(argv)
     run = train.start(train.plan_run(argv, 1), parallel.ALONE)
     with run.log:
@@ -340,8 +326,7 @@ def flipped_bit(argv, what):
 @pytest.mark.parametrize("what", ["named", "buffers"])
 def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, what):
     """.. before the next save: no checkpoint has the flipped bit."""
-    argv = ["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "12", "--replicate", "2",
-            "--save_every", "4", "--balance", "loss-free"]
+    argv = small_run(corpus, tmp_path, "--steps 12 --replicate 2 --save_every 4 --balance loss-free")
     first, *others = ranks(4, flipped_bit, argv, what)
     assert [a.code for a in (first, *others)] == [1] * 4
     assert not any(a.err for a in others) and parallel.checkpoints(tmp_path) == [4]
@@ -357,14 +342,13 @@ def test_a_directory_that_was_begun_is_gone_on_with(corpus, tmp_path):
     def killed(*_):
         raise KeyError
     with pytest.raises(KeyError):
-        train_with(["--data", str(corpus), "--out", str(tmp_path), *SIZES, "--steps", "2"], killed)
+        train_with(small_run(corpus, tmp_path, "--steps 2"), killed)
     train.main(["--out", str(tmp_path)])
     assert len(rows(tmp_path)) == 2
 
 
 OUT_OF_MEMORY = """
-import resource, sys
-sys.path.insert(0, {root!r})
+import resource
 import torch, train
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
@@ -373,9 +357,9 @@ train.main()
 
 
 def test_out_of_memory_is_one_line(corpus, tmp_path):
-    (tmp_path / "limited.py").write_text(OUT_OF_MEMORY.format(root=str(ROOT)))
-    command = [sys.executable, tmp_path / "limited.py", "--data", str(corpus), "--out", str(tmp_path / "run"),
-               *SIZES, "--steps", "4", "--batch_size", "400000"]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
+    (tmp_path / "limited.py").write_text(OUT_OF_MEMORY)
+    argv = small_run(corpus, tmp_path / "run", "--steps 4 --batch_size 400000")
+    done = subprocess.run([sys.executable, tmp_path / "limited.py", *argv], env=ENV, capture_output=True,
+                          text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")

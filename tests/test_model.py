@@ -46,8 +46,7 @@ def test_grouped_product_equals_a_loop(monkeypatch, load, dtype, d_in, grouped):
         results.append([t.double() for t in (out, rows.grad, weights.grad)])
     assert bool(calls) == grouped
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -79,8 +78,7 @@ def test_moe_equals_one_token_at_a_time(gate, K):
     torch.testing.assert_close(out, slow, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(x)
     got, want = (torch.autograd.grad((y * upstream).sum(), [x, *moe.parameters()]) for y in (out, slow))
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert statistics.load.sum() == 18 * K
 
 
@@ -96,8 +94,7 @@ def test_chunked_cross_entropy_equals_torch(N):
     frozen = ChunkedCrossEntropy.apply(x.detach(), w, targets, M.cross_entropy, True)     # all but the head
     got = [*torch.autograd.grad(got * 0.3, [x, w]), *torch.autograd.grad(frozen * 0.3, [w])]
     grad_x, grad_w = torch.autograd.grad(want * 0.3, [x, w])
-    for a, b in zip(got, [grad_x, grad_w, grad_w]):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got, [grad_x, grad_w, grad_w], rtol=1e-11, atol=1e-12)
 
 
 def test_cross_entropy_of_bf16_adds_up_in_fp32():
@@ -166,8 +163,6 @@ def test_norms_and_angles_do_not_round_to_bf16():
 
 
 # --- the whole model --------------------------------------------------------------------------------------
-
-
 
 def test_each_layer_can_have_its_own_top_k():
     model, tokens = Model(small()), torch.randint(0, 64, (2, 10))

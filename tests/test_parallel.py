@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from bench import Traffic, traffic
-from conftest import SIZES, small, train_until
+from conftest import rows, small, small_run, train_until
 from test_exact import make_run, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eval as evaluation
 import parallel
 import train
 from model import Model
@@ -81,8 +80,7 @@ def test_clipping_equals_torch(max_norm, kind):
     torch.testing.assert_close(total, torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm))
     optimizer.step()                                              # scales the gradients as it reads them
     theirs.step()
-    for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(list(a.parameters()), list(b.parameters()))
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (3, 8, 30), (16, 16)])
@@ -131,9 +129,12 @@ def test_muon_is_what_its_paper_says():
 
 # --- checkpoints ------------------------------------------------------------------------------------------
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_a_checkpoint_is_read_by_torch_and_not_by_another_model(tmp_path):
     _, masters, optimizer = build()
     save_checkpoint(tmp_path, 1, training_state(masters, optimizer), keep=1)
+    state = {"model.norm.weight": torch.zeros(16)}
+    dcp.load(state, checkpoint_id=tmp_path / "step-1", no_dist=True)          # without this project's code
+    assert torch.equal(state["model.norm.weight"], torch.ones(16))
     for changes in (dict(n_layer=1), dict(n_layer=3), dict(d_model=32)):
         with pytest.raises(ValueError, match="step-1 is corrupt or of another model"):
             load_checkpoint(tmp_path / "step-1", training_state(build(**changes)[1]))
@@ -155,25 +156,20 @@ def test_durable_then_renamed_then_the_old_one_is_deleted(tmp_path, monkeypatch)
                      ("rename", "step-2.tmp"), ("fsync", tmp_path.name), ("rmtree", "step-1")]
 
 
-def test_checkpoints_are_those_of_torch(tmp_path):
-    """Read back without this project's code."""
-    _, masters, _ = build()
-    save_checkpoint(tmp_path, 1, training_state(masters), keep=1)
-    state = {"model.norm.weight": torch.zeros(16)}
-    dcp.load(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    assert torch.equal(state["model.norm.weight"], torch.ones(16))
-
-
 # --- the grid of processes --------------------------------------------------------------------------------
 
-def places(grid):
-    return grid.moe.mesh.tolist(), grid.moe["ep"].mesh.tolist()
+def meshes(grid):
+    """-> places in the grid, this rank's ep, seconds after which a collective of any of its groups fails."""
+    groups = [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]
+    return grid.moe.mesh.tolist(), grid.moe["ep"].mesh.tolist(), {
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
-def test_the_ranks_of_one_ep_are_neighbours(ranks):
-    assert [a.value for a in ranks(4, places, layout=(2, 1))] == [
-        ([[[0, 1], [2, 3]]], pair) for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
-    assert ranks(4, places, layout=(2, 2))[0].value[0] == [[[0, 1]], [[2, 3]]]
+def test_the_ranks_of_one_ep_are_neighbours_and_every_group_has_the_timeout(ranks):
+    """A hanging process: test_faults.py."""
+    assert [a.value for a in ranks(4, meshes, layout=(2, 1))] == [
+        ([[[0, 1], [2, 3]]], pair, {60.0}) for pair in ([0, 1], [0, 1], [2, 3], [2, 3])]
+    assert ranks(4, meshes, layout=(2, 2))[0].value[0] == [[[0, 1]], [[2, 3]]]
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -213,17 +209,6 @@ def test_if_rank_0_ends_all_end_with_its_exit_code(ranks, end):
 
 # --- what is sent -----------------------------------------------------------------------------------------
 
-def timeouts(grid):
-    """-> seconds after which a collective fails, of the world and of every group that this rank is in."""
-    groups = [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]
-    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
-
-
-def test_the_timeout_reaches_every_group(ranks):
-    """A hanging process: test_faults.py."""
-    assert [a.value for a in ranks(4, timeouts, layout=(2, 1))] == [{60.0}] * 4
-
-
 def sent(grid, accumulate, recomputed, dtype):
     """-> bytes counted, and by the formula, of a step."""
     run = make_run(grid, dtype, accumulate=accumulate, recomputed=recomputed, top_k=2)
@@ -249,11 +234,6 @@ def test_bytes_sent_equal_the_formula(ranks, layout, how):
                         for i in (0, 1))
     assert counted == pytest.approx(formula, rel=1e-12) and counted["sums"] > 0
     assert (counted["rows"] > 0) == (layout[0] > 1) and (counted["copies"] > 0) == (layout[1] > 1)
-
-
-def test_one_process_makes_no_collective():
-    train.train_step(make_run(ALONE, torch.float32), 0)
-    assert not dist.is_initialized()
 
 
 class Waiting(TorchDispatchMode):
@@ -336,9 +316,7 @@ def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
     for world, *layout in ((2, 2, 1), (3, 3, 1), (4, 4, 1), (4, 1, 2)):
         loaded += [a.value for a in ranks(world, load_into, tmp_path, layout=layout)]
     for found in loaded:
-        assert found.keys() == want.keys()
-        for name, t in want.items():
-            assert torch.equal(found[name], t), name
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
 def failing_save(grid, out, name, rank):
@@ -371,17 +349,16 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(ranks, tmp_path, name, rank)
 
 def losses(out):
     return [[r[k] for k in ("loss", "lbl", "grad_norm", "val_loss") if k in r] + r["load_max"] + r["load_min"]
-            for r in evaluation.read_log(out)[1:]]
+            for r in rows(out)]
 
 
 def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_path):
     """4 -> 2 -> 1 -> 4 processes, and one all the way: the same curve, and the same held-out losses."""
-    base = ["--data", str(corpus), *SIZES, "--batch_size", "9", "--accumulate", "3", "--lr", "1e-3",
-            "--balance", "top1", "--save_every", "2", "--steps", "8", "--eval_every", "2"]
-    train.main([*base, "--out", str(tmp_path / "one")])
-    for world, last, more in ((4, 2, ["--ep", "2"]), (2, 4, ["--ep", "1", "--replicate", "2"]),
-                              (1, 6, ["--replicate", "1"]), (4, 8, [])):
-        answers = ranks(world, train_until, [*base, "--out", str(tmp_path / "many"), *more], last)
+    base = "--batch_size 9 --accumulate 3 --lr 1e-3 --balance top1 --save_every 2 --steps 8 --eval_every 2"
+    train.main(small_run(corpus, tmp_path / "one", base))
+    for world, last, more in ((4, 2, "--ep 2"), (2, 4, "--ep 1 --replicate 2"), (1, 6, "--replicate 1"),
+                              (4, 8, "")):
+        answers = ranks(world, train_until, small_run(corpus, tmp_path / "many", f"{base} {more}"), last)
         assert all(a.code is None for a in answers), answers
         assert all(a.out == "" for a in answers[1:]) and "held out" in answers[0].out
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
@@ -391,10 +368,10 @@ def test_training_goes_on_with_other_numbers_of_processes(ranks, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--ep", "3"], "ep x replicate (3 x 1) must divide the number of processes (2)"),
-    (["--data", "nowhere"], "nowhere"), (["--nonsense", "1"], "unrecognized arguments: --nonsense")])
+    ("--ep 3", "ep x replicate (3 x 1) must divide the number of processes (2)"),
+    ("--data nowhere", "nowhere"), ("--nonsense 1", "unrecognized arguments: --nonsense")])
 def test_bad_input_is_one_line_of_rank_0_alone(ranks, corpus, tmp_path, more, message):
-    answers = ranks(2, train.main, ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, *more])
+    answers = ranks(2, train.main, small_run(corpus, tmp_path / "run", more))
     assert [a.code for a in answers] == [2, 2]
     line, = answers[0].err.splitlines()
     assert line.startswith("error: ") and message in line

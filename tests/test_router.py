@@ -116,11 +116,7 @@ def test_balance_losses_equal_their_definitions_per_layer():
         top = sum(max(row) for row in tokens) / N
         assert lbl[layer].item() == pytest.approx(E * sum(a * b for a, b in zip(f, p)), rel=1e-12)
         assert top1[layer].item() == pytest.approx(E * sum(a * a for a in p) / top, rel=1e-12)
-
-
-def test_the_balance_loss_of_no_tokens_is_zero():
-    zero = torch.zeros(2, 5)
-    assert load_balancing_loss(zero, zero, 1).tolist() == [0, 0]
+    assert load_balancing_loss(torch.zeros(L, E), torch.zeros(L, E), 1).tolist() == [0] * L       # no tokens
 
 
 def test_bias_moves_towards_the_starved_and_never_into_the_weights():
@@ -149,13 +145,10 @@ def test_noise_floor_equals_a_simulation(n_tokens, E, K):
     assert got == pytest.approx((high, low), rel=0.07, abs=2e-3)
 
 
-def test_noise_floor_corner_cases():
+def test_corner_cases_of_the_yardsticks():
     assert noise_floor(100, 1, 1) == noise_floor(100, 6, 6) == (0.0, 0.0)
     high, low = noise_floor(1 << 22, 96, 1)                       # sqrt(E/N) = 0.0048
     assert 0.01 < high < 0.014 and -0.014 < low < -0.01 and noise_floor(3, 96, 1)[1] == -1.0
-
-
-def test_zipf_bound():
     assert zipf_bound(0.03, 96, 1) == pytest.approx(1.88) and zipf_bound(0.03, 96, 8) == 0.0
 
 

@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, curve, rows, small, train_with
+from conftest import ENV, ROOT, curve, rows, small, small_run, train_until, train_with
+from test_exact import make_run as make_run_of
 
 import data
 import eval as evaluation
@@ -23,11 +23,7 @@ import parallel
 import train
 from model import Model, flops_per_token
 from router import active_experts, drawn_top_k, noise_floor
-from train import Corpus, Run, Settings, learning_rate, log_row, train_step
-
-ROOT = Path(train.__file__).parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
+from train import Corpus, Settings, learning_rate, log_row, train_step
 
 # --- schedules --------------------------------------------------------------------------------------------
 
@@ -42,20 +38,10 @@ def test_learning_rate_warms_up_stays_and_decays():
 
 def make_run(**changes):
     """A run in fp64 on random tokens, without files."""
-    sizes = {k: changes.pop(k) for k in ("n_expert", "gate") if k in changes}
-    config = small(**sizes)
-    s = Settings(seq_len=8, batch_size=12, lr=1e-2, steps=10, **changes)
-    s.check(config)
-    model = Model(config, seed=0).double()
-    masters = parallel.Masters(model)
-    optimizer = parallel.make_optimizer(
-        masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
-    for block in model.blocks:
-        block.moe.router.temperature = s.temperature
-        block.moe.router.counts_margins = s.balance == "quantile"
+    run = make_run_of(parallel.ALONE, torch.float64, **dict(n_expert=6, seq_len=8) | changes)
     tokens = np.random.default_rng(0).integers(0, 64, 2000).astype(np.uint16)
-    corpus = Corpus(data.Sampler(tokens, 8, 0))
-    return Run(s, config, model, masters, optimizer, corpus, "cpu", torch.float64)
+    run.corpus = Corpus(data.Sampler(tokens, 8, 0))
+    return run
 
 
 def logged(run, step):
@@ -114,12 +100,11 @@ def test_a_step_has_the_gradient_of_its_definition(changes, monkeypatch):
     run = make_run(lbl_coef=0.5, clip=1e9, **changes)
     top_k = active_experts(0, 10, run.settings.initial_top_k, 1, 0.9, 2)
     want = torch.autograd.grad(slow_objective(run, top_k), list(run.model.parameters()))
-    got = {}
-    monkeypatch.setattr(run.optimizer, "step", lambda: got.update(
-        {n: p.grad.clone() for n, p in run.model.named_parameters()}))
+    got = []
+    monkeypatch.setattr(run.optimizer, "step", lambda: got.extend(
+        p.grad.clone() for p in run.model.parameters()))
     row = logged(run, 0)
-    for (name, g), w in zip(got.items(), want):
-        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-13, msg=name)
+    torch.testing.assert_close(got, list(want), rtol=1e-9, atol=1e-13)
     norm = torch.stack([w.norm() for w in want]).norm().item()
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-9)
 
@@ -205,30 +190,22 @@ def test_a_run_explains_itself(finished, corpus):
     assert saved["model"]["vocab_size"] == 320  # 300 of the data, rounded up to a multiple of 64
 
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.parametrize("changes", [[], ["--dtype", "bfloat16"],
-                                     ["--initial_top_k", "3,2", "--switch", "0.6"],
-                                     ["--balance", "loss-free", "--bias_rate", "0.1"],
-                                     ["--balance", "quantile", "--initial_top_k", "6,2"],
-                                     ["--top_k_choices", "1,2,6"],
-                                     ["--optimizer", "muon", "--dtype", "bfloat16"],
-                                     ["--balance", "top1", "--temperature", "0.2", "--accumulate", "2"],
-                                     pytest.param(["--device", "cuda", "--deterministic", "true"],
-                                                  marks=on_a_gpu)],
-                         ids=["plain", "bf16", "switch", "loss-free", "quantile", "any-k", "muon",
-                              "top1", "gpu"])
+@pytest.mark.parametrize("changes", [
+    "", "--dtype bfloat16", "--initial_top_k 3,2 --switch 0.6", "--balance loss-free --bias_rate 0.1",
+    "--balance quantile --initial_top_k 6,2", "--top_k_choices 1,2,6", "--optimizer muon --dtype bfloat16",
+    "--balance top1 --temperature 0.2 --accumulate 2",
+    pytest.param("--device cuda --deterministic true", id="gpu", marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU"))])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes):
-    base = ["--data", str(corpus), "--steps", "12", *SIZES, *changes]
-    train.main([*base, "--out", str(tmp_path / "whole")])
+    whole, cut = (small_run(corpus, tmp_path / name, f"--steps 12 {changes}") for name in ("whole", "cut"))
+    train.main(whole)
 
     def crash(real, run, step, stop):
         if step == 8:
             raise KeyError
         return real(run, step, stop)
     with pytest.raises(KeyError):                                 # after step 8; the checkpoint is of step 6
-        train_with([*base, "--out", str(tmp_path / "cut")], crash)
+        train_with(cut, crash)
     assert parallel.checkpoints(tmp_path / "cut") == [3, 6] and rows(tmp_path / "cut")[-1]["step"] == 8
     train.main(["--out", str(tmp_path / "cut")])                  # everything else comes from the run
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
@@ -244,15 +221,14 @@ def test_a_complete_run_is_left_alone(finished, capsys, monkeypatch):
 
 def test_state_of_another_optimizer_is_refused(finished, tmp_path, refused):
     """A fork's optimizer would begin without its momentum, in silence."""
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    out = shutil.copytree(finished, tmp_path / "run")
     saved = (out / "settings.json").read_text().replace('"steps": 12', '"steps": 14')
     (out / "settings.json").write_text(saved.replace('"adamw"', '"muon"'))
     refused(train.main, ["--out", out], "Missing key in checkpoint state_dict: momentum.")
 
 
 def test_what_is_shown(corpus, tmp_path, capsys):
-    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "4", *SIZES, "--eval_every",
-                "1"])
+    train.main(small_run(corpus, tmp_path / "run", "--steps 4 --eval_every 1"))
     out = capsys.readouterr().out
     assert len(re.findall(r"held out \d", out)) >= 4 and "step 0: held out" in out
     for part in ("layer 0", "layer 1", "it writes:", "log.jsonl", "step-4", "try next", "eval.py loss"):
@@ -273,29 +249,33 @@ def prepared(*argv):
 
 
 def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
-    """The paper's Table 3: two runs continue one checkpoint, each with a list of its own, biases included."""
-    first, starts = str(tmp_path / "first"), []
-    base = ["--data", str(corpus), "--steps", "4", *SIZES, "--balance", "loss-free", "--bias_rate", "0.1"]
-    train.main([*base, "--initial_top_k", "3,2", "--switch", "1", "--save_every", "3", "--out", first])
-    for name, changes in (("keep", ["--initial_top_k", "3,2", "--switch", "1"]), ("convert", [])):
-        run = prepared(*base, *changes, "--init_from", f"{first}/step-3", "--out", str(tmp_path / name))
+    """The paper's Table 3: two runs continue one checkpoint, each with a list of its own, biases included.
+
+    A third has a balance loss: nothing would ever move its biases again, which are dropped."""
+    first, free, starts = tmp_path / "first", "--steps 4 --balance loss-free --bias_rate 0.1", []
+    keep = f"{free} --initial_top_k 3,2 --switch 1"
+    train.main(small_run(corpus, first, f"{keep} --save_every 3"))
+    for name, changes in (("keep", keep), ("convert", free), ("lbl", "--steps 4")):
+        run = prepared(*small_run(corpus, tmp_path / name, changes), "--init_from", f"{first}/step-3")
         with run.log:
             assert run.done == 0
             starts.append([t.clone() for t in parallel.training_state(run.masters).values()])
             assert train_step(run, 0).top_k == ([3, 2] if name == "keep" else [1, 1])
-    saved = list(evaluation.load_run(f"{first}/step-3")[0].buffers())
-    assert all(torch.equal(a, b) for a, b in zip(*starts))
-    assert all(torch.equal(a, b) for a, b in zip(starts[0][-2:], saved)) and any(b.any() for b in saved)
+    kept, converted, balanced = starts
+    saved = list(evaluation.load_run(first / "step-3")[0].buffers())
+    torch.testing.assert_close(kept, converted, rtol=0, atol=0)
+    torch.testing.assert_close(kept[-2:], saved, rtol=0, atol=0)
+    assert all(bias.any() for bias in saved) and not any(bias.any() for bias in balanced[-2:])
 
 
 @pytest.mark.parametrize("gate, kept", [("normalized", True), ("softmax", False)])
 def test_experts_grow_and_keep_the_function(corpus, tmp_path, gate, kept, capsys):
     """Copies with their router rows: with a normalized gate the loss stays; a dense run is upcycled."""
-    base = ["--data", str(corpus), *SIZES, "--gate", gate, "--sample_tokens", "0", "--steps", "4"]
-    train.main([*base, "--n_expert", "1", "--out", str(tmp_path / "dense")])
-    before = rows(tmp_path / "dense")[-1]["val_loss"]
-    train.main([*base, "--init_from", str(tmp_path / "dense"), "--n_expert", "6", "--steps", "1", "--out",
-                str(tmp_path / "sparse"), "--growth_noise", "0"])
+    dense, base = tmp_path / "dense", f"--gate {gate} --sample_tokens 0"
+    train.main(small_run(corpus, dense, f"{base} --steps 4 --n_expert 1"))
+    before = rows(dense)[-1]["val_loss"]
+    grown = small_run(corpus, tmp_path / "sparse", f"{base} --steps 1 --growth_noise 0")
+    train.main([*grown, "--init_from", str(dense)])
     after = float(re.findall(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[-1])
     assert (after == pytest.approx(before, abs=1e-4)) == kept
 
@@ -324,26 +304,17 @@ def test_layers_and_experts_grow_in_place():
             assert 0.005 < change < 0.011 or int(layer) % 2 == 0
 
 
-def test_biases_of_another_run_are_dropped_where_nothing_moves_them(corpus, tmp_path):
-    base = ["--data", str(corpus), "--steps", "3", *SIZES]
-    train.main([*base, "--balance", "loss-free", "--bias_rate", "0.1", "--out", str(tmp_path / "free")])
-    train.main([*base, "--init_from", str(tmp_path / "free"), "--out", str(tmp_path / "lbl")])
-    free, lbl = (list(evaluation.load_run(tmp_path / name)[0].buffers()) for name in ("free", "lbl"))
-    assert all(bias.any() for bias in free) and not any(bias.any() for bias in lbl)
-
-
 def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
     (tmp_path / "alone.bin").write_bytes((corpus / "train.bin").read_bytes())
-    train.main(["--data", str(tmp_path / "alone.bin"), "--out", str(tmp_path / "run"), "--steps", "2",
-                *SIZES])
+    train.main(small_run(tmp_path / "alone.bin", tmp_path / "run", "--steps 2"))
     assert len(rows(tmp_path / "run")) == 2 and "val_loss" not in rows(tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize("balance, temperature", [("top1", 0.3), ("lbl", 1.0)])
 def test_settings_reach_the_optimizer_and_the_routers(corpus, tmp_path, balance, temperature):
     """.. if the balance loss uses a temperature."""
-    run = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--beta1", "0.7", "--beta2",
-                   "0.8", "--weight_decay", "0.3", "--balance", balance, "--temperature", "0.3")
+    typed = f"--beta1 0.7 --beta2 0.8 --weight_decay 0.3 --balance {balance} --temperature 0.3"
+    run = prepared(*small_run(corpus, tmp_path / "run", typed))
     with run.log:
         matrices, others = run.optimizer.param_groups
         assert matrices["betas"] == (0.7, 0.8)
@@ -370,8 +341,7 @@ def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
 
 
 def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
+    out = shutil.copytree(finished, tmp_path / "run")
     whole = (out / "log.jsonl").read_text()
     without_last = whole[:whole[:-1].rindex("\n") + 1]
     for damaged, kept in ((whole + '{"step": 13, "lo', whole), (whole[:-1], without_last)):
@@ -380,15 +350,12 @@ def test_a_line_cut_short_by_a_crash_is_dropped(finished, tmp_path):
         assert (out / "log.jsonl").read_text() == kept
 
 
-def test_two_processes_cannot_train_the_same_run(finished, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
+def test_two_processes_cannot_train_the_same_run(finished, tmp_path, refused):
+    out = shutil.copytree(finished, tmp_path / "run")
     (out / "step-12/manifest.json").write_text("being written, by the other one")
     with open(out / "log.jsonl", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit) as end:
-            train.main(["--out", str(out), "--steps", "20"])
-    assert end.value.code == 2 and "in use by another process" in capsys.readouterr().err
+        refused(train.main, ["--out", out, "--steps", "20"], "in use by another process")
     assert evaluation.read_settings(out)["settings"]["steps"] == 12
     assert (out / "step-12").exists()                             # not set aside: it is not ours
 
@@ -396,8 +363,7 @@ def test_two_processes_cannot_train_the_same_run(finished, tmp_path, capsys):
 def test_what_a_checkpoint_was_trained_with_stays_its_own(corpus, tmp_path, capsys):
     """More --steps move the switch behind step 4: that step is still one of K = 1, and the change is said."""
     out = tmp_path / "run"
-    train.main(["--data", str(corpus), "--out", str(out), "--steps", "4", *SIZES, "--initial_top_k", "3,2",
-                "--switch", "0.5"])
+    train.main(small_run(corpus, out, "--steps 4 --initial_top_k 3,2 --switch 0.5"))
     train.main(["--out", str(out), "--steps", "12", "--save_every", "6", "--keep", "9"])
     shown = capsys.readouterr().out
     assert "from step 4\nexperts activated per layer: [1, 1] so far, [3, 2] from here on" in shown
@@ -427,8 +393,7 @@ def test_an_ignored_hangup_stays_ignored():
 
 
 SLOW_TO_SAVE = """
-import sys, time
-sys.path.insert(0, {root!r})
+import time
 import parallel, train
 real = parallel.publish
 parallel.publish = lambda *args: print("writing", flush=True) or time.sleep(60) or real(*args)
@@ -438,11 +403,10 @@ train.main()
 
 def test_the_second_interrupt_ends_at_once(corpus, tmp_path):
     """.. also while a checkpoint is written, which SIGTERM and the first one wait for."""
-    (tmp_path / "slow.py").write_text(SLOW_TO_SAVE.format(root=str(ROOT)))
-    command = [sys.executable, tmp_path / "slow.py", "--data", str(corpus), "--out", str(tmp_path / "run"),
-               "--steps", "100000", "--save_every", "5", *SIZES]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | ONE_THREAD) as process:
+    (tmp_path / "slow.py").write_text(SLOW_TO_SAVE)
+    argv = small_run(corpus, tmp_path / "run", "--steps 100000 --save_every 5")
+    with subprocess.Popen([sys.executable, tmp_path / "slow.py", *argv], env=ENV, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "writing" not in process.stdout.readline():
             assert process.poll() is None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -457,7 +421,7 @@ def test_the_second_interrupt_ends_at_once(corpus, tmp_path):
 
 def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
     """The same numbers; without the package one line says what is missing, and no directory is made."""
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", "--wandb", "true"]
+    argv = small_run(corpus, tmp_path / "run", "--steps 2 --wandb true")
     wandb = pytest.importorskip("wandb", reason="needs the extra log")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -488,12 +452,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, capsys, name
     """Ctrl-C under torchrun: test_faults.py."""
     number, out = getattr(signal, name), tmp_path / "run"
     before = signal.getsignal(number)
-
-    def told(real, run, step, stop):
-        if step == 3:
-            os.kill(os.getpid(), number)
-        return real(run, step, stop)
-    train_with(["--data", str(corpus), "--out", str(out), "--steps", "9", "--save_every", "9", *SIZES], told)
+    train_until(small_run(corpus, out, "--steps 9 --save_every 9"), 4, number)
     assert "stopped and saved after step 4" in capsys.readouterr().out and parallel.checkpoints(out) == [4]
     assert signal.getsignal(number) is before
     train.main(["--out", str(out)])
@@ -508,16 +467,15 @@ def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path)
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs privileges")
     try:
-        command = [sys.executable, str(ROOT / "train.py"), "--data", str(corpus), "--out", str(disk / "run"),
-                   "--steps", "150", "--save_every", "1", "--keep", "99", *SIZES]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+        argv = small_run(corpus, disk / "run", "--steps 150 --save_every 1 --keep 99")
+        command = [sys.executable, ROOT / "train.py", *argv]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: could not write"), done.stderr
         assert "MB are free" in last and "Traceback" not in done.stderr
         kept = parallel.checkpoints(disk / "run")
         assert kept and kept == list(range(1, len(kept) + 1))
-        for step in kept:
-            assert not parallel.find_corruption(disk / "run" / f"step-{step}")
+        assert not any(parallel.find_corruption(disk / "run" / f"step-{step}") for step in kept)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -539,8 +497,7 @@ def test_a_device_without_bf16_trains_in_fp32_and_says_so(monkeypatch, capsys):
     ("8", "float32", None), ("6", "float32", "widths must be multiples of 4"),
     ("12", "bfloat16", "widths must be multiples of 8")])
 def test_widths_that_grouped_mm_refuses_are_said_once(corpus, tmp_path, capsys, width, dtype, said):
-    train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "2", *SIZES,
-                "--d_expert", width, "--dtype", dtype])
+    train.main(small_run(corpus, tmp_path / "run", f"--steps 2 --d_expert {width} --dtype {dtype}"))
     out = capsys.readouterr().out
     assert out.count("the experts run one after the other") == bool(said) and (not said or said in out)
 
@@ -558,22 +515,18 @@ def cheap_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-BF16 = ["--dtype", "bfloat16", "--d_expert", "16", "--steps", "4", "--eval_every", "2", "--eval_tokens",
-        "512", "--sample_tokens", "0"]
-
-
 def test_blocks_compile_once_for_each_k_shape_and_grad_mode(corpus, tmp_path, cheap_compiler):
     """A run with recomputation, validations and a switch: no graph breaks, and the numbers of the eager run.
 
     Two blocks share 4 graphs (K = 3 and 1, with gradients and without); the loss of a chunk has 2, and the
     addition of gradients one for each shape."""
-    argv = ["--data", str(corpus), *SIZES, *BF16, "--initial_top_k", "3", "--switch", "0.5", "--balance",
-            "top1", "--activation_checkpointing", "true", "--accumulate", "2"]
-    train.main([*argv, "--compile", "true", "--out", str(tmp_path / "compiled")])
+    how = ("--dtype bfloat16 --d_expert 16 --steps 4 --eval_every 2 --eval_tokens 512 --sample_tokens 0 "
+           "--initial_top_k 3 --switch 0.5 --balance top1 --activation_checkpointing true --accumulate 2")
+    train.main(small_run(corpus, tmp_path / "compiled", f"{how} --compile true"))
     compiled = cheap_compiler["stats"]["unique_graphs"]
     assert not cheap_compiler["graph_break"]
     assert 4 <= compiled <= 4 + 2 + 5
-    train.main([*argv, "--out", str(tmp_path / "eager")])
+    train.main(small_run(corpus, tmp_path / "eager", how))
     assert cheap_compiler["stats"]["unique_graphs"] == compiled                       # auto: not on a CPU
     for a, b in zip(rows(tmp_path / "compiled"), rows(tmp_path / "eager"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
@@ -596,10 +549,9 @@ def test_packed_rows_with_padding_compile_once(cheap_compiler):
     assert not cheap_compiler["graph_break"] and graphs[1] == graphs[3]
 
 
-@pytest.mark.parametrize("argv", [["--dtype", "float32"], ["--dtype", "bfloat16", "--ep", "2"]])
-def test_what_cannot_be_compiled_is_said(ranks, corpus, tmp_path, argv):
-    argv = ["--data", str(corpus), *SIZES, "--compile", "true", "--out", str(tmp_path / "run"), *argv]
-    answers = ranks(1 + ("--ep" in argv), train.main, argv)
+@pytest.mark.parametrize("world, how", [(1, "--dtype float32"), (2, "--dtype bfloat16 --ep 2")])
+def test_what_cannot_be_compiled_is_said(ranks, corpus, tmp_path, world, how):
+    answers = ranks(world, train.main, small_run(corpus, tmp_path / "run", f"--compile true {how}"))
     assert {a.code for a in answers} == {2} and "compile (true) is for one process" in answers[0].err
 
 
@@ -631,7 +583,7 @@ def test_recomputation_routes_as_before(K):
 
 def test_a_batch_cut_ahead_is_only_taken_for_its_step(corpus, tmp_path):
     """The next step takes what was cut while the device computed; any other cuts its own."""
-    run = prepared("--data", str(corpus), "--out", str(tmp_path / "run"), "--steps", "9", *SIZES)
+    run = prepared(*small_run(corpus, tmp_path / "run", "--steps 9"))
     with run.log:
         cut, real = [], run.corpus.train.rows
         run.corpus.train.rows = lambda first, *rest: cut.append(first) or real(first, *rest)
