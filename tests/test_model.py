@@ -131,7 +131,8 @@ def test_logits_of_all_tokens_never_exist_in_training():
 
 
 def test_attention_equals_its_definition():
-    """Grouped queries, normalised queries and keys, rotary positions as complex numbers, causality."""
+    """Grouped queries, normalised queries and keys, rotary positions as complex numbers, causality; and the
+    gradients of all weights."""
     config = small()
     attention = randomised(config).double().blocks[0].attn
     x = torch.randn(1, 7, 16, dtype=torch.float64)
@@ -149,7 +150,10 @@ def test_attention_equals_its_definition():
             score = [q @ turn(qkv[s, 4 + h // 2], attention.k_norm, s) / 8 ** 0.5 for s in range(t + 1)]
             want[t, h] = torch.stack(score).softmax(0) @ qkv[:t + 1, 6 + h // 2]
     got = attention(x, *M.rotary(torch.arange(7), 8, config.rope_base, torch.float64))[0]
-    torch.testing.assert_close(got, want.view(7, 32) @ attention.out.weight.T, rtol=1e-10, atol=1e-12)
+    want = want.view(7, 32) @ attention.out.weight.T
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(out.pow(3).sum(), list(attention.parameters())) for out in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 def test_norms_and_angles_do_not_round_to_bf16():
