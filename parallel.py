@@ -261,10 +261,14 @@ class Masters:
         self.copies, self.add = [], torch.Tensor.add_
         for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
             if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
-                self.named[name] = master = nn.Parameter(p.detach().clone())
-                p.data = p.data.to(dtype)                         # p itself becomes the copy
-                p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
-                self.copies.append((p, master))
+                self.add_master(name, p, dtype)
+
+    def add_master(self, name, p, dtype):
+        """Give p a master in fp32, and let p itself be the copy."""
+        self.named[name] = master = nn.Parameter(p.detach().clone())
+        p.data = p.data.to(dtype)
+        p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
+        self.copies.append((p, master))
 
     def accumulate(self, master, copy):
         """Add the gradient of a copy to its master's, in fp32, and free it."""
