@@ -108,6 +108,7 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
     save(tmp_path / "a.txt", text)
     meta = prepare(tmp_path, tmp_path / "a.txt")
     (train,), (val,) = both(tmp_path / "out")
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 1
     assert train + val == text and share(meta) == pytest.approx(0.05, abs=0.002)
 
 
@@ -243,7 +244,9 @@ def test_documents_are_held_out_whole_and_tokens_have_a_checksum(tmp_path, monke
     assert data.load_meta(tmp_path / "out") == meta
 
 
-def test_too_little_text_is_refused(tmp_path):
+def test_too_little_text_and_a_vocabulary_for_no_bpe_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size is for the tokenizer bpe"):
+        data.prepare(tmp_path / "out", [str(tmp_path)], "bytes", 777)
     save(tmp_path / "a.jsonl", lines_of(["the same"] * 9))
     with pytest.raises(ValueError, match="too small: .*.bin would have 0 tokens"):
         prepare(tmp_path, tmp_path / "a.jsonl")

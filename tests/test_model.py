@@ -285,6 +285,9 @@ def test_top_p_keeps_the_most_probable_tokens_that_reach_it():
     counts = torch.bincount(sample(logits, top_p=0.7), minlength=4)
     assert counts[2] == counts[3] == 0 and counts[0] / 2000 == pytest.approx(0.5 / 0.8, abs=0.05)
     assert torch.bincount(sample(logits, top_p=1.0), minlength=4)[3] > 0
+    for wrong in ({"temperature": math.nan}, {"top_p": math.nan}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match="temperature must be"):
+            sample(logits, **wrong)
     assert (sample(logits, temperature=0) == 0).all() and (sample(logits, top_p=1e-9) == 0).all()
     hot = torch.bincount(sample(logits, temperature=5.0), minlength=4)
     assert hot[3] > 2 * torch.bincount(sample(logits), minlength=4)[3]
