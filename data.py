@@ -694,7 +694,7 @@ def one_line_errors(who=""):
             stream.reconfigure(errors="replace")
     try:
         yield
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("NANOSIGMA_TRACEBACK"):
             raise
         fail(who + " ".join(str(error).split()))

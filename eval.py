@@ -482,7 +482,7 @@ def choices_command(args):
     encoding, questions, pairs, right = data.load_encoding(run_folder(args.ckpt)), [], [], []
     for where, line in data.read_lines(Path(args.file)):
         question = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             question = json.loads(line.decode("utf-8-sig"))
         match question:
             case {"context": str(context), "choices": [*choices], "answer": int(answer)} if (
@@ -491,8 +491,8 @@ def choices_command(args):
             case _:
                 raise ValueError(f"{where} needs a context, choices, and as answer the number of one")
         for choice in choices:                   # as in the harness: a context's last spaces are the choice's
-            whole, n = f"{context} {choice}", len(encoding.encode_ordinary(context.rstrip()))
-            tokens = encoding.encode_ordinary(whole)
+            tokens = encoding.encode_ordinary(f"{context} {choice}")
+            n = len(encoding.encode_ordinary(context.rstrip()))
             pairs.append((tokens[:n] or [encoding.encode_single_token("<|endoftext|>")], tokens[n:]))
     if not questions:
         raise ValueError(f"{args.file} has no question")

@@ -184,7 +184,7 @@ def test_the_command_of_the_docs_runs_until_a_task_that_there_is_not(trained, qu
 @pytest.mark.parametrize("line, message", [
     *((line, "q.jsonl, line 1 needs a context") for line in (
         '{"context": "a", "choices": ["c", "d"], "answer": 2}', '{"context": "a", "choices": ["c"]}', "{",
-        "[1]", '{"context": "a", "choices": [3], "answer": 0}',
+        "[" * 2000, "[1]", '{"context": "a", "choices": [3], "answer": 0}',
         '{"context": "a", "choices": "yes", "answer": 0}')),
     ("\n", "q.jsonl has no question"),
     (json.dumps({"context": "a", "choices": ["naïve 42 " * 200], "answer": 0}), "than max_seq_len (512)")])
