@@ -523,8 +523,8 @@ def resolve(typed):
     elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
         raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
     else:
-        values = default_values(preset, source, chats, typed) | {"out": str(out)}
-    values |= typed
+        values = default_values(preset, source, chats, typed)
+    values |= typed | {"out": str(out)}                           # a directory may have been renamed
     s = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     config = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
     if "initial_top_k" not in typed:                              # a preset's may be of more layers, experts

@@ -320,13 +320,17 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, ch
     assert again.out == "out/laptop" and again.lr == train.TRAINING["laptop"]["lr"]      # text: as ever
 
 
-def test_a_tuned_run_goes_on_without_the_one_it_began_with(tuned, chats, in_folder):
+def test_a_tuned_run_goes_on_without_the_one_it_began_with(tuned, chats, in_folder, capsys):
+    """And under another name: what is written goes there."""
     shutil.copytree(tuned, "out/gone-chat")
     saved = json.loads(Path("out/gone-chat/settings.json").read_text())
     saved["settings"]["init_from"] = "gone"
     Path("out/gone-chat/settings.json").write_text(json.dumps(saved))
-    settings, _, exists = train.resolve(train.parse(["--init_from", "gone", "--data", str(chats)]))
-    assert exists and settings.lr == saved["settings"]["lr"]
+    argv, n = ["--init_from", "gone", "--data", str(chats)], saved["settings"]["steps"]
+    train.main(argv)
+    assert "out/gone-chat is complete" in capsys.readouterr().out
+    train.main([*argv, "--steps", str(n + 1)])
+    assert f"from step {n}" in capsys.readouterr().out and rows("out/gone-chat")[-1]["step"] == n + 1
 
 
 def test_the_log_is_of_the_answers(tuned, finished, chats):
