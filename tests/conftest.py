@@ -26,6 +26,10 @@ import parallel
 import train
 from model import ModelConfig
 
+# nohup and background jobs ignore these two, and so would the runs that the tests send them to
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = Path(train.__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}          # of other processes
 SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_model=16, n_expert=6, d_expert=12,
