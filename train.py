@@ -458,7 +458,7 @@ class Settings:
 
 
 TRAINING = {                                                      # what a preset sets beside the sizes
-    "laptop": dict(steps=1000, lr=0.012, optimizer="muon"),
+    "laptop": dict(steps=800, seq_len=256, lr=0.024, optimizer="muon"),
     "gpu": dict(steps=2000, batch_size=64, seq_len=1024, lr=3e-3, optimizer="muon", data="data/installed"),
     "gpu-1b": dict(steps=20000, batch_size=64, seq_len=1024, lr=6e-4, data="data/installed"),
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,

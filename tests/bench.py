@@ -38,7 +38,7 @@ from model import PRESETS, Model, ModelConfig, count_parameters, flops_per_token
 
 # sizes, sequences per step and tokens per sequence
 SIZES = {
-    "laptop": (PRESETS["laptop"], 32, 128),
+    "laptop": (PRESETS["laptop"], 32, 256),
     "medium": (ModelConfig(vocab_size=8192, n_layer=8, n_head=8, n_kv_head=4, head_dim=32, d_model=256,
                            n_expert=96, d_expert=128, tie_embeddings=True, max_seq_len=512), 8, 512),
     "paper": (replace(PRESETS["sigma-moe-tiny"], n_layer=1, vocab_size=8192, tie_embeddings=True,
