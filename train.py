@@ -483,7 +483,7 @@ def parse(argv):
         return ("false", "true").index(text.lower()) == 1         # ValueError if it is neither
 
     def numbers(text):
-        return [int(n) for n in text.split(",")] if text else []
+        return [int(n) for n in text.split(",")]
     kinds = {int: (int, "N"), float: (float, "X"), str: (str, "NAME"), bool: (truth, "BOOL"),
              list: (numbers, "K,K")}
     parser, groups = data.Parser(prog="train.py", description=__doc__), {}
@@ -528,7 +528,8 @@ def resolve(typed):
     s = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     config = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
     if "initial_top_k" not in typed:                              # a preset's may be of more layers, experts
-        s.initial_top_k = [min(k, config.n_expert) for k in s.initial_top_k[:config.n_layer]]
+        schedule = [] if s.top_k_choices else s.initial_top_k[:config.n_layer]
+        s.initial_top_k = [min(k, config.n_expert) for k in schedule]
     s.check(config)
     if "lbl_coef" in typed and not router.BALANCE[s.balance]:
         raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")

@@ -114,6 +114,7 @@ CASES = [
     ("temperature of 0", None, T("--balance", "top1", "--temperature", "0"), "temperature must be above 0"),
     ("negative bias rate", None, T("--balance", "loss-free", "--bias_rate", "-0.1"), "bias_rate"),
     ("choices above the experts", None, T("--top_k_choices", "1,7"), "top_k_choices"),
+    ("no choices", None, T("--top_k_choices", ""), "--top_k_choices"),
     ("empty choice", None, T("--top_k_choices", "1,,2"), "--top_k_choices"),
     ("choices and a schedule", None, T("--top_k_choices", "1,2", "--initial_top_k", "2"), "without initial"),
     ("choices and quantiles", None, T("--top_k_choices", "1,2", "--balance", "quantile"), "without initial"),
