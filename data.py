@@ -22,12 +22,12 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
+import tempfile
 import zlib
 from collections import Counter, defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,12 @@ import torch
 from tqdm import tqdm
 
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
-SUFFIXES, CHAT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz"), (".jsonl", ".jsonl.gz", ".json")
+TEXT_SUFFIXES, CHAT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz"), (".jsonl", ".jsonl.gz", ".json")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, less the size of the vocabulary
 BLOCK = 1 << 18                    # characters in memory at a time; tiktoken overflows at 2 ** 19 spaces
 BPE_CHARS = 16 << 20               # characters that a tokenizer is trained on
-HEAD, TAIL = 1 << 16, (1 << 16) + 1          # buckets of the two parts of a large document
-HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1         # "SIGMA"
+HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
 
 # GPT-2's split of text into words, and ours, with digits in groups of three
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -52,260 +51,225 @@ PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
 
 def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=False):
     """Prepare a folder unless it is there, and say what it holds -> its meta.json.  vocab_size: of bpe,
-    default 2,048, for "installed" 8,192.
-
-    Raises ValueError if the folder was made from something else, OSError if it cannot be written."""
+    default 2,048, for "installed" 8,192.  InputError if the folder was made from something else."""
     out = Path(out)
     if vocab_size and tokenizer != "bpe":
-        raise ValueError(f"vocab_size is for the tokenizer bpe; {tokenizer} has its own")
-    if vocab_size is None:
+        raise InputError(f"vocab_size is for the tokenizer bpe; {tokenizer} has its own")
+    if tokenizer == "bpe" and vocab_size is None:
         vocab_size = 8192 if "installed" in sources else 2048
-    request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats,
-               "vocab_size": vocab_size if tokenizer == "bpe" else None}
+    request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats, "vocab_size": vocab_size}
     if not out.exists():
-        aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        aside.mkdir(parents=True)
-        try:
-            write_folder(aside, request)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as tmp:
+            (Path(tmp) / out.name).mkdir()
+            write_folder(Path(tmp) / out.name, request)
             if not out.exists():                           # another run may have been faster
-                os.rename(aside, out)
-        finally:                                           # also after Ctrl-C
-            shutil.rmtree(aside, ignore_errors=True)
+                os.rename(Path(tmp) / out.name, out)
     meta = load_meta(out)
     if meta["request"] != request:
-        raise ValueError(f"{out} was prepared with other settings ({meta['request']}); choose another "
+        raise InputError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
-    if meta["state"] != state_of(request):
-        print(f"note: the sources of {out} have changed since, and its tokens are the old ones; delete it to "
-              "prepare it anew")
     train, val, kind = meta["train"], meta["val"], "conversations" if chats else "documents"
-    n_bytes = train["bytes"] + val["bytes"]
-    asked = request["vocab_size"] or 0                     # of bpe
-    fewer = f" (not {asked:,}: no more pairs repeat)" if meta["vocab_size"] < asked else ""
+    total, fewer = train["bytes"] + val["bytes"], meta["vocab_size"] < (vocab_size or 0)
     print(f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
-          f"{meta['skipped']}, {n_bytes / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}"
-          f"{fewer}\n"
-          f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
-          f"{val['tokens']:,} ({val['bytes'] / n_bytes:.1%} of the bytes)")
+          f"{meta['skipped']}, {total / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}"
+          + f" (not {vocab_size or 0:,}: no more pairs repeat)" * fewer +
+          f"\n  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
+          f"{val['tokens']:,} ({val['bytes'] / total:.1%} of the bytes)")
     return meta
 
 
 def write_folder(folder, request):
-    """Write encoding.json, train.bin, val.bin and meta.json."""
-    chats, count = request["chats"], {"train": Counter(), "val": Counter()}
-    tokenizer = request["tokenizer"], request["vocab_size"]
+    """Write encoding.json, train.bin, val.bin if anything is held out, and meta.json."""
+    chats, tokenizer = request["chats"], (request["tokenizer"], request["vocab_size"])
     encoding = build_encoding(*tokenizer)                  # a wrong one is told before the text is read
-    files, state = find_files(request["sources"], chats), state_of(request)
-    read = {path.resolve() for path, _ in files}
-    others = Counter(path.suffix or "without a suffix" for source in map(Path, request["sources"])
-                     if source.is_dir() for path in walk(source, set()) if path.resolve() not in read)
-    if others:
-        print("not read: " + ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common(9)))
-    held_out, n_chars, n_skipped = hold_out(files, chats)
+    files, problems, before = find_files(request["sources"], chats), [], False
     if request["tokenizer"] == "bpe":
-        training = (said(text) if chats else text for bucket, _, text in read_documents(files, chats, [])
-                    if not held_out[bucket])
-        encoding = build_encoding(*tokenizer, itertools.islice(training, 0, None, -(-n_chars // BPE_CHARS)))
+        texts = (text for _, held_out, text, _ in read_documents(files, chats, []) if not held_out)
+        stride = max(1, n_bytes(files) // BPE_CHARS)
+        encoding = build_encoding(*tokenizer, itertools.islice(texts, 0, None, stride))
     save_encoding(encoding, folder / "encoding.json")
+    count = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
-    for bucket, first, text in tqdm(read_documents(files, chats, []), "writing", leave=False, disable=None):
-        split = "val" if held_out[bucket] else "train"
+    documents = read_documents(files, chats, problems)
+    for at, held_out, text, chat in tqdm(documents, "writing", leave=False, disable=None):
         if chats:
-            tokens, text = encode_chat(encoding, json.loads(text)), said(text)
-        else:
-            tokens = [encoding.n_vocab + END_OF_TEXT] * first + encoding.encode_ordinary(text)
+            tokens = encode_chat(encoding, chat)
+        else:                                              # the end that is held out is a document, too
+            begins = at == 0 or held_out and not before
+            tokens = [encoding.n_vocab + END_OF_TEXT] * begins + encoding.encode_ordinary(text)
+        split, before = "val" if held_out else "train", held_out
         writers[split].write(tokens)
-        begins = int(first and bucket != TAIL)
-        count[split].update(documents=begins, bytes=len(text.encode()), tokens=len(tokens))
+        count[split].update(documents=int(at == 0), bytes=len(text.encode()), tokens=len(tokens))
+    n, examples = sum(c["documents"] for c in count.values()) + len(problems), "; ".join(problems[:5])
+    if len(problems) > 0.01 * n:
+        raise InputError(f"{len(problems):,} of {n:,} documents cannot be read, more than 1 %: {examples}")
+    if problems:
+        print(f"skipped {len(problems):,} of {n:,} documents: {examples}", file=sys.stderr)
+    if not count["train"]["tokens"]:
+        raise InputError(f"{files[0]} is empty, or too small: there is no text to train on")
+    meta = {"request": request, "files": len(files), "skipped": len(problems), "vocab_size": encoding.n_vocab,
+            "encoding_sha256": file_sha256(folder / "encoding.json")}
     for split, writer in writers.items():
         writer.close()
-        if not count[split]:
-            raise ValueError(f"the sources are too small: {split}.bin would have 0 tokens; add some")
-        count[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
-    meta = {"request": request, "state": state, "files": len(files), "skipped": n_skipped,
-            "vocab_size": encoding.n_vocab,
-            "encoding_sha256": file_sha256(folder / "encoding.json"), **count}
+        meta[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def said(chat):
-    """What is said in a conversation (JSON), without roles."""
-    return "".join(content for _, content in json.loads(chat))
-
-
-def state_of(request):
-    """[number, bytes, newest time] of the files of a request, by which a change is noticed; None if a source
-    is gone."""
-    try:
-        found = [path.stat() for path, _ in find_files(request["sources"], request["chats"])]
-        return [len(found), sum(f.st_size for f in found), max(f.st_mtime_ns for f in found)]
-    except (OSError, ValueError):
-        return None
-
-
 def load_meta(folder):
-    """meta.json of a prepared folder.  ValueError if there is none, or its checksums do not fit."""
-    try:
-        meta = json.loads((Path(folder) / "meta.json").read_text())
+    """meta.json of a prepared folder.  InputError if there is none, or its checksums do not fit."""
+    def check(meta):
         checksums = meta["encoding_sha256"], meta["train"]["sha256"], meta["val"]["sha256"]
         for name, checksum in zip(("encoding.json", "train.bin", "val.bin"), checksums):
             if file_sha256(Path(folder) / name) != checksum:
                 raise ValueError(f"{name} does not fit it (its sha256 is another)")
-        return {name: meta[name] for name in ("request", "state", "files", "skipped", "vocab_size",
-                                              "encoding_sha256", "train", "val")}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/meta.json is not that of a prepared folder: {error}") from None
+        return meta
+    return read_json(Path(folder) / "meta.json", "that of a prepared folder", check)
 
 
 def file_sha256(path):
     return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
-def hold_out(files, chats):
-    """Choose about a twentieth of all text -> (which buckets are held out [65538] bool, number of characters,
-    of documents that cannot be read).  ValueError names those if they are more than 1 %.
-
-    The last twentieths of large documents are; then each bucket, in order, if that brings the sum closer to
-    a twentieth.  If none is chosen, the smallest is."""
-    sizes, n, problems = np.zeros(TAIL + 1, np.int64), 0, []
-    blocks = read_documents(files, chats, problems)
-    for bucket, first, text in tqdm(blocks, "reading", leave=False, disable=None):
-        sizes[bucket] += len(said(text) if chats else text)
-        n += first
-    n_bad, examples = len(problems), "; ".join(problems[:5])
-    if n_bad > 0.01 * (n + n_bad):
-        raise ValueError(f"{n_bad:,} of {n + n_bad:,} documents cannot be read, more than 1 %: {examples}")
-    if not n:
-        raise ValueError(f"{files[0][0]} is empty: there is no text in it")
-    if problems:
-        print(f"skipped {n_bad:,} of {n + n_bad:,} documents: {examples}", file=sys.stderr)
-    target, total, held_out = sizes.sum() / 20, sizes[TAIL], np.arange(TAIL + 1) == TAIL
-    for i in np.flatnonzero(sizes[:HEAD]):
-        if abs(total + sizes[i] - target) <= abs(total - target):
-            held_out[i], total = True, total + sizes[i]
-    if not total:
-        held_out[np.where(sizes, sizes, sizes.sum()).argmin()] = True
-    return held_out, int(sizes.sum()), n_bad
-
+# --- reading ----------------------------------------------------------------------------------------------
 
 def read_documents(files, chats, problems):
-    """Yield (bucket, whether it begins a document, text) of blocks of text, or of conversations as JSON.
-    `problems` collects what cannot be read."""
-    large = sys.maxsize if chats else sum(text_size(path) for path, _ in files) / 10
-    for path, package in files:
-        is_text = path.suffix.lower() in (".txt", ".md", ".py")
-        for where, source in [(path, path)] if is_text else read_lines(path):
-            try:
-                yield from read_document(source, chats, large, package)
-            except (ValueError, RecursionError) as error:  # RecursionError: [[[[..
-                problems.append(f"{where}: {error}")
+    """Yield (at, held out?, text, chat) of every block of text, which begins at byte `at` of its document, or
+    of every conversation, chat = [(role, content)].  `problems` collects what cannot be read.
+
+    One document in twenty is held out, by a hash of its beginning, so that equal ones fall on one side.  Of
+    one with more than a 300th of all bytes the last twentieth is; conversations are never cut."""
+    large = n_bytes(files) / 300
+    for where, source in read_records(files):
+        try:
+            if chats:
+                chat = read_chat(json.loads(source.decode("utf-8-sig")))
+                yield 0, is_held_out(json.dumps(chat)), "".join(content for _, content in chat), chat
+                continue
+            size, file = open_text(source)
+        except (ValueError, RecursionError) as error:      # RecursionError: [[[[..
+            problems.append(f"{where}: {error}")
+            continue
+        with file:
+            at = 0
+            while text := file.read(BLOCK):
+                if at == 0:                                # the byte where what is held out begins
+                    cut = size - size // 20 if size > large else 0 if is_held_out(text) else size
+                    if text.isspace():
+                        break
+                n = len(text.encode()[:max(0, cut - at)].decode(errors="ignore"))
+                for held_out, part in (False, text[:n]), (True, text[n:]):
+                    if part:
+                        yield at, held_out, part, None
+                        at += len(part.encode())
 
 
-def text_size(path):
-    """Bytes of a file, unpacked."""
-    packed = path.suffix.lower() == ".gz"
-    return sum(len(line) for _, line in read_lines(path)) if packed else path.stat().st_size
+def is_held_out(text):
+    return hashlib.sha256(text.encode()).digest() < b"\x0d"                   # 13 of 256
 
 
-def read_document(source, chats, large, package):
-    """Yield the blocks of a text file (a path) or a line of JSON.  ValueError, before any block, if it is not
-    UTF-8, or has no text in it.
-
-    The bucket is a hash of the text, so equal documents fall on one side, or of the package, if there is one.
-    A document of more than `large` bytes is cut: its last twentieth is held out."""
+def open_text(source):
+    """A text file (its path) or a line of JSON -> its bytes, a file of its characters.  ValueError if it has
+    no text, or is not UTF-8."""
     if isinstance(source, Path):
         size, file = source.stat().st_size, open(source, encoding="utf-8-sig", newline="")
     else:
-        size, record = len(source), json.loads(source.decode("utf-8-sig"))
-        if not chats and not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+        record = json.loads(source.decode("utf-8-sig"))
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError('no "text" in it (conversations are read with --chats)')
-        text = json.dumps(read_chat(record), ensure_ascii=False) if chats else record["text"]
-        file = io.StringIO(text)
-    block = sys.maxsize if chats else BLOCK                # a conversation is never cut
-    with file:
-        hashed, n, blank = hashlib.sha256(), 0, True
-        while text := file.read(block):
-            if "\0" in text[:1000]:
-                raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
-            hashed.update(text.encode())
-            n, blank = n + len(text), blank and text.isspace()
-        file.seek(0)
-        hashed = hashlib.sha256(package.encode()) if package else hashed
-        whole = int.from_bytes(hashed.digest()[:2], "big")
-        parts = [(HEAD, n - n // 20), (TAIL, n // 20)] if size > large else [(whole, n)]
-        for bucket, length in parts if not blank else ():
-            for start in range(0, length, block):
-                yield bucket, start == 0, file.read(min(block, length - start))
+        size, file = len(record["text"].encode()), io.StringIO(record["text"])
+    if "\0" in file.read(1000):
+        raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
+    while file.read(BLOCK):                                # UnicodeDecodeError before a part of it is written
+        pass
+    file.seek(0)
+    return size, file
 
 
-def read_lines(path):
-    """Yield (where, JSON) of each line of a .jsonl or .jsonl.gz that is not blank, or item of a .json."""
-    try:
-        if path == Path("functions") or path.suffix.lower() == ".json":
-            items = json.loads(path.read_bytes()) if path.suffix else documented_functions()
-            if not isinstance(items, list):
-                raise ValueError("a .json file must be a list")
-            yield from ((f"{path}, item {i}", json.dumps(item).encode()) for i, item in enumerate(items, 1))
-        else:
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                yield from ((f"{path}, line {i}", line) for i, line in enumerate(file, 1) if line.strip())
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise OSError(f"{path} cannot be read: {error}") from None
+def n_bytes(files):
+    """Bytes of all files together, those of gzip unpacked, as their last four bytes say (modulo 2^32)."""
+    total = 0
+    for path in files:
+        if path.suffix.lower() == ".gz":
+            total += int.from_bytes(path.read_bytes()[-4:], "little")
+        elif path != FUNCTIONS:
+            total += path.stat().st_size
+    return total
+
+
+def read_records(files):
+    """Yield (where, source) of every document: the path of a text file; JSON, in bytes, of a line of a .jsonl
+    or .jsonl.gz, or an item of a .json."""
+    for path in files:
+        try:
+            if path.suffix.lower() in (".txt", ".md", ".py"):
+                yield path, path
+            elif path == FUNCTIONS or path.suffix.lower() == ".json":
+                items = documented_functions() if path == FUNCTIONS else json.loads(path.read_bytes())
+                if not isinstance(items, list):
+                    raise ValueError("a .json file must be a list")
+                for i, item in enumerate(items, 1):
+                    yield f"{path}, item {i}", json.dumps(item).encode()
+            else:
+                with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                    yield from ((f"{path}, line {i}", line) for i, line in enumerate(file, 1) if line.strip())
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def find_files(sources, chats):
-    """[(path, package that is held out as a whole, or "")] of all sources.  ValueError if one has no file."""
-    found, suffixes = {}, CHAT_SUFFIXES if chats else SUFFIXES
+    """The files of all sources, none twice.  InputError if a source has none."""
+    found, others, suffixes = {}, set(), CHAT_SUFFIXES if chats else TEXT_SUFFIXES
     for source in sources:
-        if source == "functions" and chats:
-            files = [(Path(source), "")]
-        elif source in ("stdlib", "installed") and not chats:
-            files = list(python_files(source))
+        if chats and source == "functions":
+            files = [FUNCTIONS]
+        elif not chats and source in ("stdlib", "installed"):
+            files = python_files(source)
         else:
-            files = [(path, "") for path in walk(Path(source), set()) if path.name.lower().endswith(suffixes)]
+            there = list(walk(source))
+            files = [path for path in there if path.name.lower().endswith(suffixes)]
+            others |= {path.resolve() for path in there} - {path.resolve() for path in files}
         if not files:
-            raise ValueError(f"source {source} is empty, or missing: no file ends in one of "
+            raise InputError(f"source {source} is empty, or missing: no file ends in one of "
                              + ", ".join(suffixes))
-        for path, package in files:                        # none twice
-            found.setdefault(path.resolve(), (path, package))
+        found |= {path.resolve(): path for path in files if path.resolve() not in found}
+    if others:
+        kinds = Counter(path.suffix or "without a suffix" for path in others).most_common(9)
+        print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
     return list(found.values())
 
 
-def walk(path, seen):
-    """Yield a file, or those of a folder but hidden ones.  Links are followed; each folder is read once."""
-    if not path.is_dir():
-        yield path
-    elif (real := path.resolve()) not in seen:
-        seen.add(real)
-        for child in sorted(path.iterdir()):
-            if child.name[0] != ".":
-                yield from walk(child, seen)
+def walk(source):
+    """Yield a file, or those of a folder but hidden ones.  Links are followed, each folder is read once."""
+    if not os.path.isdir(source):
+        yield Path(source)
+    seen = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
 
 
+FUNCTIONS = Path("functions")      # the word for Python's documented functions, in place of a file
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # folders that are left out: tests, packages inside of packages, tables
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
             "_vendor", "_vendored", "third_party", "encodings", "pydoc_data", "lib2to3"}
-LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-GENERATED = re.compile(rb"(?i)generated (by|from|with)|auto-?(matically )?generated|do not (edit|modify)")
 
 
 def python_files(word):
-    """Yield (path, "") of the .py files of the standard library; for "installed" (path, package) of all
-    packages, without what is generated or more than a quarter digits."""
+    """The .py files of the standard library, and for "installed" of all packages."""
     roots = [LIBRARY]
     if word == "installed":
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if not LEFT_OUT & set(parts) and (word == "stdlib" or is_written_by_hand(path.read_bytes())):
-                yield path, parts[0] if word == "installed" else ""
+    return [path for root in roots for path in sorted(root.rglob("*.py"))
+            if not LEFT_OUT & set(path.relative_to(root).parts)]
 
 
-def is_written_by_hand(raw):
-    digits = len(raw) - len(raw.translate(None, b"0123456789"))
-    return digits <= len(raw) / 4 and not GENERATED.search(raw[:500])
-
+# --- tokenizers -------------------------------------------------------------------------------------------
 
 def build_encoding(name, vocab_size=0, texts=()):
     """The tokenizer called name, or of a folder (load_encoding).  Texts are only read to train bpe."""
@@ -313,14 +277,14 @@ def build_encoding(name, vocab_size=0, texts=()):
         return load_encoding(name)
     if name == "bpe":
         if not 256 + len(SPECIAL) <= vocab_size <= 1 << 16:
-            raise ValueError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536, got {vocab_size}")
+            raise InputError(f"vocab_size must be from {256 + len(SPECIAL)} to 65536, got {vocab_size}")
         return make_encoding(name, PATTERN, train_bpe(texts, vocab_size - len(SPECIAL)))
     if name == "bytes":
         return make_encoding(name, PATTERN, {bytes([i]): i for i in range(256)})
     try:
         known = tiktoken.get_encoding(name)
     except OSError as error:
-        raise ValueError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
+        raise InputError(f"tokenizer {name} is neither in tiktoken's cache nor on the network ({error}); set "
                          "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
     return make_encoding(name, known._pat_str, known._mergeable_ranks)
 
@@ -395,7 +359,7 @@ def load_encoding(path):
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
         return make_encoding(saved["name"], saved["pattern"], ranks)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a tokenizer written by data.py, nor byte-level BPE of Hugging Face "
+        raise InputError(f"{file} is not a tokenizer written by data.py, nor byte-level BPE of Hugging Face "
                          f"({error})") from None
 
 
@@ -428,46 +392,43 @@ def read_hf_tokenizer(saved):
     return pattern, {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
 
 
+# --- token files and samplers -----------------------------------------------------------------------------
+
 class TokenWriter:
-    """Writes a token file: header of int64 (magic, version, bytes per token, vocabulary, count, 1 for
-    conversations), then tokens as uint16 if the vocabulary allows, else uint32; all little-endian."""
+    """Writes a token file: 1,024 bytes of header, int64 (magic, version, bytes per token, vocabulary, count,
+    1 for conversations), then tokens, uint16 if the vocabulary allows, else uint32; all little-endian."""
 
     def __init__(self, path, vocab_size, chats=False):
-        self.vocab_size, self.chats, self.count = vocab_size, chats, 0
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.header = [MAGIC, VERSION, 2 if vocab_size <= 1 << 16 else 4, vocab_size, 0, chats]
         self.file = open(path, "wb")
         self.file.write(bytes(HEADER))
 
     def write(self, tokens):
-        self.file.write(np.asarray(tokens, self.dtype).tobytes())
-        self.count += len(tokens)
+        self.file.write(np.asarray(tokens, f"<u{self.header[2]}").tobytes())
+        self.header[4] += len(tokens)
 
     def close(self):
         self.file.seek(0)
-        header = MAGIC, VERSION, self.dtype.itemsize, self.vocab_size, self.count, self.chats
-        self.file.write(np.array(header, "<i8").tobytes())
+        self.file.write(np.array(self.header, "<i8").tobytes())
         self.file.close()
 
 
 def read_header(path):
-    """[bytes per token, vocabulary, count, 1 for conversations].  ValueError if it is not a token file."""
-    header = np.fromfile(path, "<i8", 6).tolist()
-    if len(header) < 6 or header[:2] != [MAGIC, VERSION]:
-        raise ValueError(f"{path} is not a token file; data.py makes one of text or conversations")
-    return header[2:]
+    """-> bytes per token, vocabulary, count, 1 for conversations.  InputError if foreign or cut short."""
+    magic, version, itemsize, *rest = [*np.fromfile(path, "<i8", 6).tolist(), *[0] * 6][:6]
+    if (magic, version) != (MAGIC, VERSION) or itemsize not in (2, 4):
+        raise InputError(f"{path} is not a token file; data.py makes one of text or conversations")
+    size, expected = os.path.getsize(path), HEADER + rest[1] * itemsize
+    if size != expected:
+        raise InputError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
+    return itemsize, *rest
 
 
 def load_tokens(path):
-    """The tokens of a file that data.py wrote (or of train.bin in its folder), mapped: [n] uint16 or uint32.
-
-    Raises ValueError for a file that is foreign or cut short."""
-    path = Path(path)
-    path = path / "train.bin" if path.is_dir() else path
+    """The tokens of a file that data.py wrote, or of train.bin in its folder: [n] uint16 or uint32."""
+    path = Path(path) / "train.bin" if Path(path).is_dir() else path
     itemsize, _, count, _ = read_header(path)
-    size, expected = path.stat().st_size, HEADER + count * itemsize
-    if itemsize not in (2, 4) or count < 1 or size != expected:
-        raise ValueError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
-    return np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,))
+    return np.memmap(path, f"<u{itemsize}", "r", HEADER, (count,)) if count else np.zeros(0, "<u2")
 
 
 @functools.lru_cache(2)                                    # a batch can lie across two epochs
@@ -486,7 +447,7 @@ class Sampler:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.n_windows = (len(tokens) - 1) // seq_len
         if self.n_windows < 1:
-            raise ValueError(f"seq_len ({seq_len}) is too long for the {len(tokens)} tokens")
+            raise TooShort(f"seq_len ({seq_len}) is too long for {len(tokens)} tokens")
 
     def rows(self, first, count, rank=0, world=1):
         """This rank's share of sequences first .. first+count-1, as batch() has them."""
@@ -501,7 +462,7 @@ class Sampler:
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def places(self, windows):
+    def target_positions(self, windows):
         """Where in the file the targets of some windows are, in their order."""
         return (np.asarray(windows)[:, None] * self.seq_len + np.arange(1, self.seq_len + 1)).flatten()
 
@@ -514,19 +475,20 @@ class ChatSampler(Sampler):
     for a window ends with the last answer that fits; one whose first answer does not fit is left out."""
 
     def __init__(self, tokens, seq_len, seed, vocab_size):
-        self.tokens, self.seq_len, self.seed, self.vocab_size = tokens, seq_len, seed, vocab_size
-        self.spans, self.n_cut, self.n_left_out = [], 0, 0
-        starts = np.flatnonzero(tokens == vocab_size + END_OF_TEXT).tolist()
-        for start, end in zip(starts, [*starts[1:], len(tokens)]):
-            said = np.flatnonzero(assistant_mask(tokens[start:end], vocab_size))
-            ends = said[tokens[start + said] == vocab_size + END] + 1             # where its answers end
-            fitting = ends[ends <= seq_len + 1].tolist()
-            if fitting:
-                self.spans.append((start, start + fitting[-1]))
-            self.n_cut += 0 < len(fitting) < len(ends)
-            self.n_left_out += not fitting
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.is_target = assistant_mask(tokens, vocab_size)
+        starts = np.flatnonzero(tokens == vocab_size + END_OF_TEXT)
+        ends = np.flatnonzero(self.is_target & (tokens == vocab_size + END)) + 1             # of answers
+        chat = np.searchsorted(starts, ends - 1, "right") - 1     # whose answers they are
+        fits = ends - starts[chat] <= seq_len + 1
+        last = np.zeros_like(starts)
+        last[chat[fits]] = ends[fits]                             # numpy keeps the last of several
+        answers, fitting = (np.bincount(each, minlength=len(starts)) for each in (chat, chat[fits]))
+        self.n_cut = int(((0 < fitting) & (fitting < answers)).sum())
+        self.n_left_out = int((fitting == 0).sum())
+        self.spans = list(zip(starts[fitting > 0].tolist(), last[fitting > 0].tolist()))
         if not self.spans:
-            raise ValueError(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
+            raise TooShort(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
                              "has an answer that ends within it")
         self.windows = pack_best_fit(self.spans, seq_len)
         self.n_windows = len(self.windows)
@@ -541,22 +503,19 @@ class ChatSampler(Sampler):
             for number, (start, end) in enumerate(self.windows[w]):
                 chat, places = self.tokens[start:end].astype(np.int64), slice(at, at + end - start - 1)
                 tokens[row, places], doc[row, places] = chat[:-1], number
-                targets[row, places] = np.where(assistant_mask(chat, self.vocab_size), chat, -1)[1:]
+                targets[row, places] = np.where(self.is_target[start:end], chat, -1)[1:]
                 at = places.stop
         return tuple(map(torch.from_numpy, (tokens, targets, doc)))
 
-    def places(self, windows):
-        return np.concatenate([start + np.flatnonzero(assistant_mask(self.tokens[start:end], self.vocab_size))
+    def target_positions(self, windows):
+        return np.concatenate([start + np.flatnonzero(self.is_target[start:end])
                                for w in windows for start, end in self.windows[w]])
 
 
-def make_sampler(tokens, path, seq_len, seed=0):
+def open_sampler(path, seq_len, seed=0):
     """The sampler for the tokens of a file, which may be conversations."""
-    _, vocab_size, _, chats = read_header(path)
-    try:
-        return ChatSampler(tokens, seq_len, seed, vocab_size) if chats else Sampler(tokens, seq_len, seed)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tokens, (_, vocab_size, _, chats) = load_tokens(path), read_header(path)
+    return ChatSampler(tokens, seq_len, seed, vocab_size) if chats else Sampler(tokens, seq_len, seed)
 
 
 def assistant_mask(tokens, vocab_size):
@@ -582,6 +541,14 @@ def pack_best_fit(spans, capacity):
     return windows
 
 
+def holds_chats(source):
+    """Whether a file or folder has the tokens of conversations."""
+    file = Path(source) / "train.bin" if Path(source).is_dir() else Path(source)
+    return file.is_file() and read_header(file)[3] == 1
+
+
+# --- conversations ----------------------------------------------------------------------------------------
+
 CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' }}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -606,32 +573,33 @@ def encode_chat(encoding, chat, answer=False):
     return tokens + [special("<|assistant|>")] * answer
 
 
-def read_chat(record):
-    """A record of a chat file as [(role, content)].  ValueError says why it is none.
+FORMS = {"messages": '[{"role", "content"}]', "conversations": '[{"from", "value"}]',
+         "instruction": 'with "output", and perhaps "input" and "history": [[question, answer]]'}
 
-    {"messages": [{"role", "content"}]}, ShareGPT's {"conversations": [{"from", "value"}]}, or
-    {"instruction", "input", "output", "history": [[question, answer]]}; "system" may stand beside them."""
-    try:
-        messages = record.get("messages") or record.get("conversations")
-        if messages is None:
-            question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-            turns = [*(record.get("history") or []), [question, record["output"]]]
-            if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-                raise ValueError("history is not a list of [question, answer]")
-            messages = [{"role": role, "content": turn[i]} for turn in turns
-                        for i, role in enumerate(("user", "assistant"))]
-        elif record.get("instruction") or record.get("output"):
-            raise ValueError("it has messages, and an instruction or output beside them")
-        if record.get("system"):
-            messages = [{"role": "system", "content": record["system"]}, *messages]
-        chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    except (AttributeError, LookupError, TypeError):
-        raise ValueError('neither "messages" (of role and content), "conversations" (of from and value) nor '
-                         '"instruction" and "output"; text is read without --chats') from None
-    for part in (record, *messages):
-        for name in UNSUPPORTED:
+
+def read_chat(record):
+    """A record of a chat file, in one of FORMS, perhaps with a "system" -> [(role, content)].  ValueError
+    says what is wrong."""
+    found = [name for name in FORMS if isinstance(record, dict) and record.get(name)]
+    if found == ["instruction"]:
+        question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        turns = [*(record.get("history") or []), [question, record.get("output")]]
+        if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            raise ValueError("history is not a list of [question, answer]")
+        messages = [{"role": role, "content": content} for turn in turns
+                    for role, content in zip(("user", "assistant"), turn)]
+    elif len(found) == 1 and "output" not in record and all(isinstance(m, dict) for m in record[found[0]]):
+        messages = record[found[0]]
+    else:
+        forms = "; ".join(f"{name}, {form}" for name, form in FORMS.items())
+        raise ValueError(f"it is not one of {forms}; text is read without --chats")
+    if record.get("system"):
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    for name in UNSUPPORTED:
+        for part in (record, *messages):
             if part.get(name) not in (None, 1, "", [], {}):
                 raise ValueError(f"{name} {part[name]} is not supported")
+    chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     for number, (role, content) in enumerate(chat, 1):
         if str(role) not in ROLES:
             raise ValueError(f"message {number}: role {role!r} is unknown")
@@ -658,16 +626,28 @@ def documented_functions():
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 found.setdefault(answer, f"What does {name}.{node.name}({ast.unparse(node.args)}) do?")
-    for path, _ in python_files("stdlib"):
+    for path in python_files("stdlib"):
         module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
         visit(ast.parse(path.read_bytes()).body, module)
     return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
 
 
-def holds_chats(source):
-    """Whether a file or folder has the tokens of conversations."""
-    file = Path(source) / "train.bin" if Path(source).is_dir() else Path(source)
-    return file.is_file() and read_header(file)[3] == 1
+# --- what all programs share ------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """What the user typed or gave is wrong: it ends a program in one line.  Other errors are tracebacks."""
+
+
+class TooShort(InputError):
+    """Tokens hold no window of that length."""
+
+
+def read_json(path, what, extract=lambda saved: saved):
+    """What extract() makes of the content of a JSON file.  InputError if that is not `what`."""
+    try:
+        return extract(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as e:
+        raise InputError(f"{path} is not {what} ({type(e).__name__}: {e})") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -686,20 +666,40 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+class Console:
+    """stdout or stderr, without which a program goes on: what a closed or full one does not take is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError):                     # a terminal without Unicode prints what it can
+            self.stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 @contextmanager
-def one_line_errors(who=""):
-    """Turn what is wrong with the user's input (ValueError, OSError) into one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):                # a terminal without Unicode prints what it can
-        with suppress(AttributeError):
-            stream.reconfigure(errors="replace")
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANOSIGMA_TRACEBACK"):
-            raise
-        fail(who + " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        fail(f"{who}interrupted", 1)
+def one_line_errors(rank=0):
+    """Turn what is wrong with the user's input or files (InputError, OSError) into one line, exit code 2.  Of
+    many processes rank 0 alone speaks, the others of errors only."""
+    out, who = (None, f"rank {rank}: ") if rank else (sys.stdout, "")
+    with redirect_stdout(Console(out)), redirect_stderr(Console(sys.stderr)):
+        try:
+            yield
+        except (InputError, OSError) as error:
+            if os.environ.get("NANOSIGMA_TRACEBACK"):
+                raise
+            fail(who + " ".join(str(error).split()))
+        except KeyboardInterrupt:
+            fail(f"{who}interrupted", 1)
 
 
 def main(argv=None):
@@ -716,15 +716,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.chats and not args.tokenizer:
-            raise ValueError("--chats needs a --tokenizer: that of the run whose model is to be tuned, as in "
+            raise InputError("--chats needs a --tokenizer: that of the run whose model is to be tuned, as in "
                              "--tokenizer out/laptop (or bpe, for a model that begins with these chats)")
         sources = args.source or ["functions" if args.chats else "stdlib"]
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
-            raise ValueError(f"data/{name} cannot be the folder's name; give another --name")
+            raise InputError(f"data/{name} cannot be the folder's name; give another --name")
         out = Path("data") / name
         if out.exists():
-            print(f"{out} is there already; to prepare it anew, delete it or choose another --name")
+            print(f"{out} is there already; to prepare it again, delete it or choose another --name")
         prepare(out, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)
 
 

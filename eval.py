@@ -1,12 +1,10 @@
 """Look at what a run has learned.
 
-    python eval.py loss    --ckpt out/laptop out/dense             held-out loss, beside a trigram
+    python eval.py loss    --ckpt out/laptop out/dense             held-out loss, beside baselines
     python eval.py sample  --ckpt out/laptop --prompt 'def '
     python eval.py chat    --ckpt out/laptop-chat                  a run that was tuned on conversations
     python eval.py routing out/laptop out/other --png pictures     which expert takes which token, how evenly
-    python eval.py export  --ckpt out/laptop --to folder           for transformers
-    python eval.py bench   --ckpt out/laptop --tasks piqa          lm-evaluation-harness
-    python eval.py choices --ckpt out/laptop --file questions.jsonl
+    python eval.py export  --ckpt out/laptop --to folder           for transformers and what reads its format
 
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
@@ -17,7 +15,6 @@ import json
 import math
 import os
 import sys
-import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,17 +26,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import data
 import parallel
-from model import Model, ModelConfig, from_hf_config, hf_config, to_hf
+from data import InputError
+from model import Model, ModelConfig
+from parallel import newest, read_settings, run_folder
 from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 
 # --- runs -------------------------------------------------------------------------------------------------
 
 def load_run(ckpt, device="cpu", folder=None):
-    """-> model, settings.json, K [L].  ValueError if corrupt, or not of the tokenizer of a data folder."""
+    """-> model, settings.json, K [L].  InputError if corrupt, or not of the tokenizer of a data folder."""
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
@@ -47,31 +45,9 @@ def load_run(ckpt, device="cpu", folder=None):
         model = Model(ModelConfig(**saved["model"]))
     model = model.to_empty(device=device)
     model.tie()
-    parallel.load_checkpoint(path, parallel.training_state(parallel.Masters(model)))
-    top_k = json.loads((path / "meta.json").read_text())["top_k"]    # as trained: --steps may move the switch
+    parallel.load_checkpoint(path, parallel.training_state(parallel.MasterWeights(model)))
+    top_k = parallel.read_meta(path)["top_k"]                     # as trained: --steps may move the switch
     return model.requires_grad_(False), saved, top_k
-
-
-def run_folder(ckpt):
-    """The run directory of itself, or of a step-N folder in it."""
-    return Path(ckpt).parent if Path(ckpt).name.startswith("step-") else Path(ckpt)
-
-
-def newest(ckpt):
-    """The newest step-N folder of a run directory; a step-N folder is itself."""
-    steps = parallel.checkpoints(ckpt)
-    if not steps and Path(ckpt) == run_folder(ckpt):
-        raise ValueError(f"{ckpt} has no checkpoint")
-    return Path(ckpt) / f"step-{steps[-1]}" if steps else Path(ckpt)
-
-
-def read_settings(out):
-    """settings.json of a run directory.  ValueError if it is none."""
-    try:
-        saved = json.loads((Path(out) / "settings.json").read_text())
-        return saved | {part: dict(saved[part]) for part in ("settings", "model")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out} is not a directory of train.py ({error})") from None
 
 
 def read_log(out):
@@ -81,12 +57,13 @@ def read_log(out):
 
 
 def same_tokenizer(out, folder):
-    """ValueError if a run (or Hugging Face folder) and a data folder have different tokenizers."""
-    files = Path(out) / ("tokenizer.json" if is_hf(out) else "encoding.json"), Path(folder) / "encoding.json"
-    if all(file.exists() for file in files):
-        theirs, ours = map(data.build_encoding, files)
+    """InputError if a run (or Hugging Face folder) and a data folder have different tokenizers."""
+    theirs = Path(out) / ("tokenizer.json" if parallel.is_hf(out) else "encoding.json")
+    ours = Path(folder) / "encoding.json"
+    if theirs.exists() and ours.exists():
+        theirs, ours = data.load_encoding(theirs), data.load_encoding(ours)
         if (theirs._mergeable_ranks, theirs._pat_str) != (ours._mergeable_ranks, ours._pat_str):
-            raise ValueError(f"the tokenizer of {out} is not that of {folder}")
+            raise InputError(f"the tokenizer of {out} is not that of {folder}")
 
 
 def open_data(ckpt, source=None):
@@ -95,29 +72,29 @@ def open_data(ckpt, source=None):
     source = Path(source or s["data"])
     folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
     if train.name == "val.bin" or not (folder / "val.bin").exists():
-        raise ValueError(f"{source} has no held-out text (val.bin); --data takes a folder made by data.py")
-    val = data.make_sampler(data.load_tokens(folder / "val.bin"), folder / "val.bin", s["seq_len"])
+        raise InputError(f"{source} has no held-out text (val.bin); --data takes a folder made by data.py")
+    val = data.open_sampler(folder / "val.bin", s["seq_len"])
     return s, folder, data.load_encoding(folder), data.load_tokens(train), val
 
 
 # --- loss -------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, grid=parallel.ALONE):
+def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, layout=parallel.SINGLE_PROCESS):
     """Cross-entropy over a sampler's windows, evenly spread if there are more than `limit` tokens; `rows` of
     them at a time on each rank -> nats per target, Statistics of all layers, indices of the windows."""
     n, sums, statistics = sampler.n_windows, 0, None
     many = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
     if rows < many < n:
-        many -= many % rows                                       # full batches: another shape compiles anew
+        many -= many % rows                                       # full batches: another shape compiles again
     windows = np.unique(np.linspace(0, n - 1, many).astype(int))
-    for a in range(0, len(windows), rows * grid.world):
-        mine = np.array_split(windows[a:a + rows * grid.world], grid.world)[grid.rank]
+    for a in range(0, len(windows), rows * layout.world):
+        mine = np.array_split(windows[a:a + rows * layout.world], layout.world)[layout.rank]
         tokens, targets, *doc = (t.to(device) for t in sampler.batch(mine))
         out = model(tokens, targets, top_k, *doc)
         sums = sums + torch.stack([out.loss.double(), out.counts[0].double()])
         statistics = Statistics(*map(torch.add, statistics, out.statistics)) if statistics else out.statistics
-    (loss, n_targets), *statistics = parallel.all_sum(grid, [sums, *statistics])
+    (loss, n_targets), *statistics = parallel.all_sum(layout, [sums, *statistics])
     return (loss / n_targets.clamp(min=1)).item(), Statistics(*statistics), windows
 
 
@@ -130,12 +107,12 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
         for k in top_ks or [top_k]:
             loss, _, windows = validate(model, val, k, device)
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
-    places = val.places(windows)
-    places = places[places > 1]                                   # a trigram needs two tokens
-    prob = Trigram(train, encoding.n_vocab).prob(val.tokens)[places - 2]
+    positions = val.target_positions(windows)
+    positions = positions[positions > 1]                          # a trigram needs two tokens
+    prob = trigram(train, val.tokens, encoding.n_vocab)[positions - 2]
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
             ("interpolated trigram", float(-np.log(prob).mean())), *losses]
-    targets = val.tokens[places]
+    targets = val.tokens[positions]
     text = targets[targets < encoding.n_vocab - len(data.SPECIAL)]       # special tokens stand for no bytes
     per_byte = len(targets) / len(encoding.decode_bytes(text.tolist())) / math.log(2)
     return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
@@ -149,36 +126,25 @@ def loss_command(args):
         print(f"{name[-32:]:32} {loss:10.4f} {perplexity:10.1f} {bits:9.4f}")
 
 
-class Trigram:
-    """An interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24): to beat without a network.
+def trigram(train, text, V, limit=20_000_000):
+    """Probabilities of text[2:] under an interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24) of
+    the tokens in train: a baseline without a network.
 
     p(c|ab) = max(n(abc) - d, 0) / n(ab) + d N(ab) / n(ab) * p(c|b), where N counts distinct successors;
     p(c|b) is the same with every count replaced by the number of distinct tokens before it; p(c) likewise,
     and below it the uniform 1/V.  d = n1 / (n1 + 2 n2), from how many n-grams occur once and twice."""
-
-    def __init__(self, tokens, vocab_size, limit=20_000_000):
-        t = np.asarray(tokens[:limit]).astype(np.int64)
-        self.V = V = vocab_size
-        self.three = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
-        self.two = np.unique(self.three[0] % (V * V), return_counts=True)         # how many a precede each bc
-        self.one = np.unique(self.two[0] % V, return_counts=True)
-
-    def prob(self, t):
-        """Probabilities of t[2:], each given the two tokens before it."""
-        t, V = np.asarray(t).astype(np.int64), self.V
-        a, b, c = t[:-2], t[1:-1], t[2:]
-        p = self.level(self.one, c, np.zeros_like(c), 1.0 / V)
-        p = self.level(self.two, b * V + c, b, p)
-        return self.level(self.three, (a * V + b) * V + c, a * V + b, p)
-
-    def level(self, table, asked, context, lower):
-        """One order: (n-grams, counts), the n-grams asked for, their contexts, the lower order's answer."""
-        grams, counts = table
+    t, text = (np.asarray(tokens).astype(np.int64) for tokens in (train[:limit], text))
+    three = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
+    two = np.unique(three[0] % (V * V), return_counts=True)       # how many a precede each bc
+    one = np.unique(two[0] % V, return_counts=True)
+    p, pairs = 1 / V, text[1:-1] * V + text[2:]
+    for (grams, counts), asked in (one, text[2:]), (two, pairs), (three, text[:-2] * V * V + pairs):
         d = (counts == 1).sum() / max(1, (counts == 1).sum() + 2 * (counts == 2).sum())
-        contexts, start = np.unique(grams // self.V, return_index=True)        # 0: the empty one
+        contexts, start = np.unique(grams // V, return_index=True)             # 0: the empty one
         total, distinct = np.add.reduceat(counts, start), np.diff(np.append(start, len(grams)))
-        n, (m, k) = lookup(grams, counts, asked), (lookup(contexts, x, context) for x in (total, distinct))
-        return np.where(m > 0, (np.maximum(n - d, 0) + d * k * lower) / np.maximum(m, 1), lower)
+        n, (m, k) = lookup(grams, counts, asked), (lookup(contexts, x, asked // V) for x in (total, distinct))
+        p = np.where(m > 0, (np.maximum(n - d, 0) + d * k * p) / np.maximum(m, 1), p)
+    return p
 
 
 def lookup(keys, values, asked):
@@ -189,16 +155,79 @@ def lookup(keys, values, asked):
 
 # --- text -------------------------------------------------------------------------------------------------
 
-def generate_text(model, encoding, rows, max_new_tokens, top_k, temperature=0.8, top_p=0.95, generator=None,
-                  compiled=None):
+def generate(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, *args, **kwargs):
+    """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
+    new = stream(model, tokens, max_new_tokens, temperature, top_p, *args, **kwargs)
+    return torch.cat([tokens, *(column[:, None] for column in new)], 1)
+
+
+@torch.no_grad()
+def stream(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, k_per_layer=None, stop=(),
+           generator=None, lengths=None):
+    """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].
+
+    k_per_layer  experts activated per token: a number, or one for each layer; default the config's
+    stop         token ids that end a sequence, padded with the first from then on; ends when all have
+    lengths      [B], of rows padded on the right"""
+    B, T = tokens.shape
+    if not T:
+        raise InputError("a prompt needs at least one token")
+    step = partial(decode, model)
+    if tokens.is_cuda:
+        step = torch.compile(step, mode="reduce-overhead", dynamic=False)         # a CUDA graph
+    done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
+    last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
+    cache = kv_cache(model, B, T + max_new_tokens)
+    x = model.features(tokens, k_per_layer, cache=cache)[0]       # prefill
+    logits = model.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
+    for left in reversed(range(min(max_new_tokens, model.config.max_seq_len + 1 - T))):
+        new, last = sample(logits, temperature, top_p, generator), last + 1
+        if stop:
+            new = new.masked_fill(done, stop[0])
+            done |= torch.isin(new, ends)
+        yield new
+        if not left or stop and done.all():
+            return
+        logits = step(new, last, cache, k_per_layer)
+
+
+def decode(model, tokens, pos, cache, k_per_layer=None):
+    """tokens [B] at positions pos [B] -> logits of the next ones [B, V]."""
+    return model.head(model.features(tokens[:, None], k_per_layer, cache=cache, pos=pos[:, None])[0])[:, 0]
+
+
+def kv_cache(model, batch, length):
+    """Keys and values of each layer for `length` positions, rounded up: every capacity compiles again."""
+    capacity = min(model.config.max_seq_len, max(64, 1 << (length - 1).bit_length()))
+    shape, like = (batch, capacity, model.config.n_kv_head, model.config.head_dim), model.embed.weight
+    cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in model.blocks]
+    for memory in sum(cache, ()) if like.is_cuda else ():
+        torch._dynamo.mark_static_address(memory)                 # lets a CUDA graph write to it
+    return cache
+
+
+def sample(logits, temperature=1.0, top_p=1.0, generator=None):
+    """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
+    if not (temperature >= 0 and top_p > 0):                      # neither is NaN
+        raise InputError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
+    prob, token = logits.softmax(-1).sort(-1, descending=True)
+    prob = prob * (prob.cumsum(-1) - prob < top_p)
+    return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
+
+
+def generate_text(model, encoding, rows, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95,
+                  generator=None):
     """Continue rows of tokens, each up to <|endoftext|> or <|end|>: yields what every text grows by."""
     stop = tuple(encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     known = set(encoding._mergeable_ranks.values())               # neither special tokens nor unused ids
     tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(model.embed.weight.device)
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device) if len(rows) > 1 else None
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]   # of characters cut in two
-    for column in model.stream(tokens, max_new_tokens, temperature, top_p, top_k, stop, generator, lengths,
-                               compiled):
+    for column in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, stop, generator,
+                         lengths):
         pieces = [encoding.decode_single_token_bytes(t) if t in known else b"" for t in column.tolist()]
         yield [decoder.decode(piece) for decoder, piece in zip(decoders, pieces)]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
@@ -222,7 +251,7 @@ def chat_command(args):
     max_new_tokens = min(args.tokens, window // 2)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     messages = system = [("system", args.system)] if args.system else []
-    note("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer")
+    note("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if Path(saved["settings"]["data"]).exists() and not data.holds_chats(saved["settings"]["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
     with suppress(EOFError, KeyboardInterrupt):
@@ -231,7 +260,7 @@ def chat_command(args):
                 messages = system
             if line in ("", "/reset"):
                 continue
-            for before in (messages, system):                     # when that is full, it begins anew
+            for before in (messages, system):                     # when that is full, it starts over
                 question, answer = [*before, ("user", line)], ""
                 tokens = data.encode_chat(encoding, question, answer=True)
                 if len(tokens) + max_new_tokens <= window:
@@ -240,7 +269,7 @@ def chat_command(args):
                 note(f"{len(tokens)} tokens leave no room in {window} for an answer")
                 continue
             if before is not messages:
-                note("the conversation was full: it begins anew with this question")
+                note("the conversation was full: it starts over with this question")
             with suppress(KeyboardInterrupt):
                 for piece, in generate_text(model, encoding, [tokens], max_new_tokens, top_k,
                                             args.temperature, args.top_p, generator):
@@ -252,7 +281,7 @@ def chat_command(args):
 
 # --- routing ----------------------------------------------------------------------------------------------
 
-def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
+def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder."""
     s, folder, encoding, train, val = open_data(ckpt, source)
     (model, _, top_k), chosen = load_run(ckpt, device, folder), []
@@ -262,14 +291,14 @@ def snapshot(ckpt, source=None, device="cpu", limit=1 << 20):
             lambda m, x, routing, seen=chosen[-1]: seen.append(routing.experts[:, 0].cpu()))
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
-    is_text = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
+    valid = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
     return SimpleNamespace(
         name="/".join(Path(ckpt).parts[-2:]), loss=loss, top_k=top_k, encoding=encoding,
         tokens_per_step=s["batch_size"] * s["seq_len"],
         rows=[row for row in read_log(ckpt)[1:] if row["step"] <= int(newest(ckpt).name[len("step-"):])],
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
-        tokens=tokens.flatten()[is_text],                           # [N]
-        experts=torch.stack([torch.cat(seen)[is_text] for seen in chosen]),      # [L, N]: the best of K
+        tokens=tokens.flatten()[valid],                           # [N]
+        experts=torch.stack([torch.cat(seen)[valid] for seen in chosen]),      # [L, N]: the best of K
         top_share=float(np.bincount(train[:10 ** 7]).max() / len(train[:10 ** 7])))   # of the commonest token
 
 
@@ -278,9 +307,9 @@ def routing_command(args):
     if args.png:                                                  # before minutes of work
         Figure = import_extra("matplotlib.figure", "plot").Figure
         Path(args.png).mkdir(parents=True, exist_ok=True)
-    runs = [snapshot(ckpt, args.data, args.device) for ckpt in args.runs]
+    runs = [route_held_out(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    pictures = {"load": draw_load_map, "deviation": draw_deviation, "gate": draw_gate, "switch": draw_switch}
+    pictures = {"load": draw_load_map, "deviation": draw_deviation, "gate": draw_gate}
     for name, draw in pictures.items() if args.png else ():
         draw(Figure, runs).savefig(Path(args.png) / f"{name}.png")
         print(f"drawn: {args.png}/{name}.png")
@@ -375,27 +404,14 @@ def draw_gate(Figure, runs):
     return figure
 
 
-def draw_switch(Figure, runs):
-    """Held-out loss over time; dashed where a run switched to fewer experts."""
-    axis = Figure(figsize=(9, 3.8), layout="constrained").subplots()
-    for color, run in enumerate(runs):
-        val = [(row["step"], row["val_loss"]) for row in run.rows if row.get("val_loss")]
-        axis.plot([step for step, _ in val], [loss for _, loss in val], f"C{color}.-", label=run.name)
-        changes = [a["step"] for a, b in zip(run.rows, run.rows[1:]) if a["top_k"] != b["top_k"]]
-        axis.vlines(changes, 0, 1, f"C{color}", "--", transform=axis.get_xaxis_transform())
-    axis.set(title="dashed: the switch to fewer experts", xlabel="step", ylabel="held-out nats per token")
-    axis.legend()
-    return axis.figure
-
-
 # --- Hugging Face -----------------------------------------------------------------------------------------
 
 def import_extra(module, extra):
-    """Import a module of an optional extra.  ValueError says how to get it."""
+    """Import a module of an optional extra.  InputError says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"no {module.split('.')[0]} ({error}): pip install -e '.[{extra}]'") from None
+        raise InputError(f"no {module.split('.')[0]} ({error}): pip install -e '.[{extra}]'") from None
 
 
 def export_command(args):
@@ -406,7 +422,7 @@ def export_command(args):
     end, turn = (encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
     if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
-        raise ValueError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
+        raise InputError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
     to.mkdir(parents=True)                                        # FileExistsError: nothing is overwritten
     hub.save_torch_state_dict(weights, to)
     save_tokenizer(encoding, to, model.config.max_seq_len)
@@ -428,145 +444,112 @@ def save_tokenizer(encoding, folder, max_seq_len):
         "model_max_length": max_seq_len, "chat_template": data.CHAT_TEMPLATE}, indent=2))
 
 
-def is_hf(folder):
-    """Whether a folder is a model of Hugging Face, and not a run."""
-    return (Path(folder) / "config.json").exists() and not (Path(folder) / "settings.json").exists()
-
-
 def read_hf_config(folder):
-    """config.json of a Hugging Face folder -> ModelConfig.  ValueError if impossible."""
-    try:
-        return ModelConfig(**from_hf_config(json.loads((Path(folder) / "config.json").read_text())))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+    """config.json of a Hugging Face folder -> ModelConfig.  InputError if impossible."""
+    return data.read_json(Path(folder) / "config.json", "that of a plain Qwen3-MoE",
+                          lambda saved: ModelConfig(**from_hf_config(saved)))
 
 
 def load_hf_weights(folder):
     """{name: tensor} of a folder's safetensors files, mapped into memory: read where it is used."""
     load_file, folder = import_extra("safetensors.torch", "hf").load_file, Path(folder)
     path, weights, files = folder / "model.safetensors.index.json", {}, ["model.safetensors"]
+    if path.exists():
+        files = data.read_json(path, "an index", lambda saved: sorted(set(saved["weight_map"].values())))
     try:
-        files = json.loads(path.read_text())["weight_map"].values() if path.exists() else files
-        for path in (folder / file for file in sorted(set(files))):
+        for path in (folder / file for file in files):
             weights |= load_file(path)
     except Exception as error:                                    # SafetensorError is an Exception of its own
-        raise ValueError(f"{path} is missing or corrupt ({error!r}); pickles are not read") from None
+        raise InputError(f"{path} is missing or corrupt ({error!r}); pickles are not read") from None
     return weights
 
 
-# --- benchmarks -------------------------------------------------------------------------------------------
+HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+            "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "d_model": "hidden_size",
+            "n_expert": "num_experts", "d_expert": "moe_intermediate_size", "top_k": "num_experts_per_tok",
+            "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+            "max_seq_len": "max_position_embeddings"}
+HF_FIXED = {"model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [],
+            "decoder_sparse_step": 1, "use_sliding_window": False}
+HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight", "attn_norm.weight": "input_layernorm.weight",
+            "attn.out.weight": "self_attn.o_proj.weight", "attn.q_norm.weight": "self_attn.q_norm.weight",
+            "attn.k_norm.weight": "self_attn.k_norm.weight",
+            "moe_norm.weight": "post_attention_layernorm.weight", "moe.router.weight": "mlp.gate.weight"}
+
+
+def hf_config(config, top_k=None):
+    """config.json of transformers' Qwen3MoeForCausalLM.  InputError for what that model does not have."""
+    top_k = config.layer_top_k(top_k)
+    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
+        raise InputError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
+                         f"{config.gate} and {top_k}")
+    return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
+        "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
+        "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
+
+
+def from_hf_config(saved):
+    """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  InputError lists what we do not have."""
+    saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
+    rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
+    plain = HF_FIXED | {"quantization_config": None}
+    wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
+    if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
+    return {ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()} | {
+        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax",
+        "rope_base": float(rope.get("rope_theta", saved.get("rope_theta", 10000.0)))}
+
+
+def hf_views(config, name, p):
+    """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
+    Their experts are separate tensors that multiply from the left: transposed slices of ours."""
+    prefix = ""
+    if name.startswith("blocks."):
+        _, layer, name = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    if name == "attn.qkv.weight":
+        heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
+        return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
+    if ".experts." in name:
+        parts = ("gate", "up") if name.endswith("w_in") else ("down",)
+        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view for e, expert in enumerate(p.mT)
+                for n, view in zip(parts, expert.chunk(len(parts)))}
+    if name not in HF_NAMES:
+        raise InputError(f"Qwen3-MoE has no place for the parameter {name}")
+    return {prefix + HF_NAMES[name]: p}
+
+
+def to_hf(model):
+    """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
+    lm_head when tied.  InputError for selection biases, for which there is no place."""
+    if any(bias.any() for bias in model.buffers()):
+        raise InputError("Qwen3-MoE has no selection biases; --init_from with another --balance zeroes them")
+    return {theirs: view.clone(memory_format=torch.contiguous_format)
+            for name, p in model.named_parameters()
+            for theirs, view in hf_views(model.config, name, p.detach()).items()}
+
 
 @torch.no_grad()
-def log_likelihoods(model, pairs, top_k=None, rows=32):
-    """[(context, continuation)] in tokens -> [(log-probability in nats, whether it is the greedy one)].  As
-    in lm-evaluation-harness the front of what is too long is cut; padding is on the right."""
-    window, device, found = model.config.max_seq_len, model.embed.weight.device, [None] * len(pairs)
-    if any(len(continuation) > window for _, continuation in pairs):
-        raise ValueError(f"a continuation is longer than max_seq_len ({window})")
-    sequences = [(context + continuation)[-window - 1:] for context, continuation in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: -len(sequences[i]))
-    for a in tqdm(range(0, len(order), rows), "scoring", disable=len(order) <= rows):
-        batch = order[a:a + rows]
-        tokens = pad_sequence([torch.tensor(sequences[i][:-1]) for i in batch], batch_first=True)
-        for x, i in zip(model.features(tokens.to(device), top_k)[0], batch):
-            end, target = len(sequences[i]) - 1, torch.tensor(pairs[i][1], device=device)
-            log_prob = model.head(x[None, end - len(target):end])[0].log_softmax(-1)
-            chosen = log_prob.gather(1, target[:, None])[:, 0].tolist()
-            found[i] = sum(chosen), bool((log_prob.argmax(-1) == target).all())
-    return found
-
-
-def choices_command(args):
-    """Multiple choice without the harness: lines of {context, choices, answer: number from 0}."""
-    model, _, top_k = load_run(args.ckpt, args.device)
-    encoding, questions, pairs, right = data.load_encoding(run_folder(args.ckpt)), [], [], []
-    for where, line in data.read_lines(Path(args.file)):
-        question = None
-        with suppress(ValueError, RecursionError):
-            question = json.loads(line.decode("utf-8-sig"))
-        match question:
-            case {"context": str(context), "choices": [*choices], "answer": int(answer)} if (
-                    all(isinstance(c, str) and c for c in choices) and answer in range(len(choices))):
-                questions.append((choices, answer))
-            case _:
-                raise ValueError(f"{where} needs a context, choices, and as answer the number of one")
-        for choice in choices:                   # as in the harness: a context's last spaces are the choice's
-            tokens = encoding.encode_ordinary(f"{context} {choice}")
-            n = len(encoding.encode_ordinary(context.rstrip()))
-            pairs.append((tokens[:n] or [encoding.encode_single_token("<|endoftext|>")], tokens[n:]))
-    if not questions:
-        raise ValueError(f"{args.file} has no question")
-    scores = iter(log_likelihoods(model, pairs, top_k))
-    for choices, answer in questions:
-        score, sizes = np.array([next(scores)[0] for _ in choices]), list(map(len, choices))
-        right.append([score.argmax() == answer, (score / sizes).argmax() == answer])
-    acc, acc_norm = np.mean(right, 0)
-    print(f"{len(right):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f} (log-probability / characters)")
-
-
-def adapter(model, encoding, top_k=None):
-    """The model as lm-evaluation-harness's LM."""
-    utils, models = (import_extra(name, "eval") for name in ("lm_eval.utils", "lm_eval.models.utils"))
-    window, end = model.config.max_seq_len, encoding.encode_single_token("<|endoftext|>")
-
-    class Nanosigma(import_extra("lm_eval.api.model", "eval").TemplateLM):
-        eot_token_id = end
-
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return encoding.encode_ordinary(string)
-
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-            return log_likelihoods(model, [pair for _, *pair in requests], top_k)
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            texts = [encoding.encode_ordinary(request.args[0]) for request in requests]
-            return [sum(score for score, _ in log_likelihoods(model, list(map(
-                utils.make_disjoint_window, utils.get_rolling_token_windows(text, end, window, 1))), top_k))
-                for text in texts]
-
-        def generate_until(self, requests, disable_tqdm=False, rows=64):
-            """The front of a prompt that is too long is cut; at most half of the context is written."""
-            groups = models.Collator([request.args for request in requests], lambda args: -len(args[0]),
-                                     lambda args: args[1], group_by="gen_kwargs")
-            found = []
-            for batch in groups.get_batched(n=rows):
-                how = models.normalize_gen_kwargs(batch[0][1])
-                if unknown := how.keys() - {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}:
-                    raise ValueError(f"{', '.join(unknown)} is not supported")
-                until, new = list(filter(None, how["until"])), min(how["max_gen_toks"], window // 2)
-                prompts = [encoding.encode_ordinary(text)[new - window:] or [end] for text, _ in batch]
-                temperature, texts = how.get("temperature", 0) * how["do_sample"], [""] * len(batch)
-                # eager: every batch has a shape of its own, which would compile anew
-                for pieces in generate_text(model, encoding, prompts, new, top_k, temperature,
-                                            how.get("top_p", 1.0), compiled=False):
-                    texts = [text + piece for text, piece in zip(texts, pieces)]
-                    if all(any(stop in text for stop in until) for text in texts):
-                        break
-                found += [min((text.split(s)[0] for s in until), key=len, default=text) for text in texts]
-            return groups.get_original(found)
-
-    return Nanosigma()
-
-
-def bench_command(args):
-    """Tasks of lm-evaluation-harness (extra eval)."""
-    harness, tasks, utils = (import_extra(f"lm_eval{name}", "eval") for name in ("", ".tasks", ".utils"))
-    manager = tasks.TaskManager(include_path=args.include_path)
-    model, saved, top_k = load_run(args.ckpt, args.device)
-    lm = adapter(model, data.load_encoding(run_folder(args.ckpt)), top_k)
-    results = {"arguments": vars(args), "ckpt": newest(args.ckpt), "top_k": top_k, "model": saved["model"],
-               "versions": [torch.__version__, harness.__version__]}
-    out = run_folder(args.ckpt) / time.strftime("bench-%Y%m%d-%H%M%S.json")
-    for name in args.tasks.split(","):
-        try:
-            results[name] = harness.simple_evaluate(
-                lm, tasks=[name], num_fewshot=args.shots, limit=args.limit, task_manager=manager,
-                log_samples=False, confirm_run_unsafe_code=args.confirm_run_unsafe_code)
-        except Exception as error:                                # of a question, a package, the network ..
-            raise ValueError(f"task {name} cannot be run ({type(error).__name__}: {error})") from None
-        out.write_text(json.dumps(results, indent=1, default=str))
-        print(utils.make_table(results[name]))
-    print(f"every setting and result is in {out}")
+def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
+    """Fill a model from a mapping with transformers' names -> model; put(name, p, whole) fills a parameter.
+    InputError, before anything is changed, lists what is missing, unknown or of another shape."""
+    wanted = {theirs: tuple(view.shape) for name, p in model.named_parameters()
+              for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
+    given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
+             if theirs != "lm_head.weight" or not model.config.tie_embeddings}
+    if given != wanted:
+        missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
+        raise InputError(f"these weights do not fit the model, which needs {missing}, not {unknown}")
+    if len(given) < len(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
+        raise InputError("lm_head.weight is not the embedding, though the configuration ties them")
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape)
+        for theirs, view in hf_views(model.config, name, whole).items():
+            view.copy_(state[theirs])
+        put(name, p, whole)
+    return model
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -596,13 +579,6 @@ def main(argv=None):
     add("--data", help="folder made by data.py (default: each run's own)")
     add("--png", metavar="FOLDER", help="draw pictures into this folder (extra plot)")
     command("export", export_command, required=True)("--to", required=True, help="folder, which is made")
-    command("choices", choices_command, required=True)("--file", required=True, help="questions: .jsonl")
-    add = command("bench", bench_command, required=True)
-    add("--tasks", required=True, metavar="A,B,..", help="names of the harness, or of --include_path")
-    add("--include_path", metavar="FOLDER", help="the harness's own: YAML files of more tasks")
-    add("--limit", type=int, help="the first questions of each task only")
-    add("--shots", type=int, help="examples before each question (default: the task's)")
-    add("--confirm_run_unsafe_code", action="store_true", help="run what the model wrote, on your machine")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         args.device = parallel.pick_device(args.device)

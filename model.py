@@ -11,25 +11,24 @@
 
 Qwen3-MoE's architecture (the weights load into transformers) at the sizes of Sigma-MoE-Tiny (arXiv
 2512.16248).  A dense model is the same with one expert.  The shape letters are in router.py.
-
-    python model.py --preset sigma-moe-tiny --ranks 64    parameters, FLOPs per token, bytes of state per rank
 """
 
-import argparse
 import zlib
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from router import GATES, Router, Statistics
 
 
 def size(help, **default):
     """A field with the line of help that train.py shows."""
-    return field(**default, metadata={"help": help})
+    return field(**default, metadata={"help": f"model: {help}"})
 
 
 @dataclass
@@ -96,93 +95,7 @@ PRESETS = {
 }
 
 
-# --- mixture of experts -----------------------------------------------------------------------------------
-
-class Permute(torch.autograd.Function):
-    """rows[order], whose gradient is gathered by the inverse permutation, not scattered."""
-
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
-def sort_by_expert(experts):
-    """experts [R] -> order [R], which sorts rows by their expert, and its inverse [R]."""
-    order = experts.argsort(stable=True)
-    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
-class MoE(nn.Module):
-    """Router and experts: dispatch, compute, combine.  No capacity: no token is ever dropped."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.router = Router(config.d_model, config.n_expert, config.gate)
-        self.experts = Experts(config)
-
-    def forward(self, x, top_k, is_text=None, with_stats=True):
-        """x [B, T, D], is_text [N] (see Router) -> output [B, T, D], Statistics (None without with_stats)."""
-        h = x.flatten(0, 1)
-        weights, experts, rows_per_expert, statistics = self.router(h, top_k, is_text, with_stats)
-        if not with_stats and experts.numel() <= len(rows_per_expert):    # generating: most experts idle
-            rows = self.experts.few_rows(h, experts)
-        else:
-            order, inverse = sort_by_expert(experts.flatten())
-            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)         # [R, D]; its gradient sums over K
-            rows = self.experts(Permute.apply(rows, order, inverse), rows_per_expert)
-            rows = Permute.apply(rows, inverse, order).view(len(h), top_k, -1)              # [N, K, D]
-        out = rows * weights[..., None]                           # in fp32: K rows are rounded once
-        return (out.sum(1) if top_k > 1 else out).to(x.dtype).view_as(x), statistics
-
-
-class Experts(nn.Module):
-    """E SwiGLU networks (arXiv 2002.05202) with stacked weights, gate and up projections side by side."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
-        self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
-
-    def forward(self, rows, rows_per_expert):
-        """rows [R, D] sorted by expert, rows_per_expert [E] -> [R, D] in the same order.  parallel.py
-        replaces this method for expert parallelism; few_rows is for one process."""
-        return self.compute(rows, rows_per_expert, self.w_in, self.w_out)
-
-    @staticmethod
-    def compute(rows, rows_per_expert, w_in, w_out):
-        ends = rows_per_expert.cumsum(0).to(torch.int32)
-        gate, up = grouped_product(rows, w_in, ends).chunk(2, -1)
-        return grouped_product(F.silu(gate) * up, w_out, ends)
-
-    def few_rows(self, h, experts):
-        """h [N, D], experts [N, K] -> [N, K, D]: gathers the weights of each row's expert, no sorting."""
-        gate, up = torch.einsum("nd,nkdf->nkf", h, self.w_in[experts]).chunk(2, -1)
-        return torch.einsum("nkf,nkfd->nkd", F.silu(gate) * up, self.w_out[experts])
-
-
-def grouped_product(rows, weights, ends):
-    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out].  Expert e has ends[e-1]:ends[e]."""
-    if grouped_mm_limitation(rows.dtype, rows.device.type, weights.shape[1:]):    # one expert after the other
-        parts = rows.tensor_split(ends.tolist()[:-1])
-        return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind())])
-    return F.grouped_mm(rows, weights, offs=ends)
-
-
-def grouped_mm_limitation(dtype, device, widths):
-    """Why torch's grouped_mm does not take rows and weights of these widths, or None."""
-    if (device, dtype) not in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
-        return f"no {str(dtype)[6:]} on {device}"
-    if any(width * dtype.itemsize % 16 for width in widths):
-        return f"in {str(dtype)[6:]} widths must be multiples of {16 // dtype.itemsize}"
-
-
-# --- attention, block, loss -------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.RMSNorm):
     """In the weight's dtype (fp32) or wider, and back."""
@@ -220,22 +133,120 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None, pos=None):
         """x [B, T, D] -> [B, T, D].  mask [B, 1, T, T'] says what each query sees; None is causal.  cache:
         keys and values [B, capacity, G, head_dim], written at positions pos [B, T], and read if masked."""
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)  # [B, T, heads, hd]
+        return self.out(self.attend(self.qkv(x), cos, sin, mask, cache, pos))
+
+    def attend(self, qkv, cos, sin, mask, cache, pos):
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, -1, self.head_dim).split(self.heads, dim=2)          # [B, T, heads, hd]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
-            row = torch.arange(B, device=x.device)[:, None]
+            row = torch.arange(B, device=qkv.device)[:, None]
             cache[0][row, pos], cache[1][row, pos] = k, v
             k, v = (k, v) if mask is None else cache
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # [B, heads, T, hd]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.heads[0] != self.heads[1])
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
+
+# --- mixture of experts -----------------------------------------------------------------------------------
+
+class Permute(torch.autograd.Function):
+    """rows[order], whose gradient is gathered by the inverse permutation, not scattered."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def sort_by_expert(experts):
+    """experts [R] -> order [R], which sorts rows by their expert, and its inverse [R]."""
+    order = experts.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class MoE(nn.Module):
+    """Router and experts: dispatch, compute, combine.  No capacity: no token is ever dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = Router(config.d_model, config.n_expert, config.gate)
+        self.experts = Experts(config)
+
+    def forward(self, x, top_k, valid=None, with_stats=True):
+        """x [B, T, D], valid [N] (see Router) -> output [B, T, D], Statistics (None without with_stats)."""
+        h = x.flatten(0, 1)
+        weights, experts, rows_per_expert, statistics = self.router(h, top_k, valid, with_stats)
+        if not with_stats and experts.numel() <= len(rows_per_expert):    # generating: most experts idle
+            rows = self.experts.forward_gathered(h, experts)
+        else:
+            order, inverse = sort_by_expert(experts.flatten())
+            rows = h[:, None].expand(-1, top_k, -1).flatten(0, 1)         # [R, D]; its gradient sums over K
+            rows = self.experts(Permute.apply(rows, order, inverse), rows_per_expert)
+            rows = Permute.apply(rows, inverse, order).view(len(h), top_k, -1)              # [N, K, D]
+        out = rows * weights[..., None]                           # in fp32: K rows are rounded once
+        return (out.sum(1) if top_k > 1 else out).to(x.dtype).view_as(x), statistics
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks (arXiv 2002.05202) with stacked weights, gate and up projections side by side.
+
+    With expert parallelism a rank has some of the experts, and `exchange` (parallel.py sets it) sends each
+    row to the rank that has its expert: (rows, rows_per_expert) -> the same of this rank's experts, and a
+    function that sends results back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.exchange = None
+        self.w_in = nn.Parameter(torch.empty(config.n_expert, config.d_model, 2 * config.d_expert))
+        self.w_out = nn.Parameter(torch.empty(config.n_expert, config.d_expert, config.d_model))
+
+    def forward(self, rows, rows_per_expert):
+        """rows [R, D] sorted by expert, rows_per_expert [E] -> [R, D] in the same order."""
+        if self.exchange is None:
+            return self.compute(rows, rows_per_expert, self.w_in, self.w_out)
+        rows, rows_per_expert, send_back = self.exchange(rows, rows_per_expert)
+        return send_back(self.compute(rows, rows_per_expert, self.w_in.to_local(), self.w_out.to_local()))
+
+    @staticmethod
+    def compute(rows, rows_per_expert, w_in, w_out):
+        """The experts' own products, on the weights [e, D, 2F] and [e, F, D] that this rank has."""
+        ends = rows_per_expert.cumsum(0).to(torch.int32)
+        gate, up = grouped_product(rows, w_in, ends).chunk(2, -1)
+        return grouped_product(F.silu(gate) * up, w_out, ends)
+
+    def forward_gathered(self, h, experts):
+        """h [N, D], experts [N, K] -> [N, K, D]: gathers the weights of each row's expert, no sorting."""
+        gate, up = torch.einsum("nd,nkdf->nkf", h, self.w_in[experts]).chunk(2, -1)
+        return torch.einsum("nkf,nkfd->nkd", F.silu(gate) * up, self.w_out[experts])
+
+
+def grouped_product(rows, weights, ends):
+    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out].  Expert e has ends[e-1]:ends[e]."""
+    if grouped_mm_limitation(rows.dtype, rows.device.type, weights.shape[1:]):    # one expert after the other
+        parts = rows.tensor_split(ends.tolist()[:-1])
+        return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind())])
+    return F.grouped_mm(rows, weights, offs=ends)
+
+
+def grouped_mm_limitation(dtype, device, widths):
+    """Why torch's grouped_mm does not take rows and weights of these widths, or None."""
+    if (device, dtype) not in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
+        return f"no {str(dtype)[6:]} on {device}"
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return f"in {str(dtype)[6:]} widths must be multiples of {16 // dtype.itemsize}"
+
+
+# --- a layer, and the loss --------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that.
-    parallel.py may wrap forward(), to compile or to recompute it."""
+    """One layer.  Returns a plain tuple of tensors, x and the statistics: FSDP and checkpoint() need that."""
 
     def __init__(self, config):
         super().__init__()
@@ -244,9 +255,9 @@ class Block(nn.Module):
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x, top_k, cos, sin, mask=None, is_text=None, cache=None, pos=None):
+    def forward(self, x, top_k, cos, sin, mask=None, valid=None, cache=None, pos=None):
         x = x + self.attn(self.attn_norm(x), cos, sin, mask, cache, pos)
-        y, statistics = self.moe(self.moe_norm(x), top_k, is_text, with_stats=cache is None)
+        y, statistics = self.moe(self.moe_norm(x), top_k, valid, with_stats=cache is None)
         return x + y, *(statistics or ())
 
 
@@ -288,7 +299,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class Head(nn.Linear):
     """The output matrix [V, D].  Logits and loss both pass through forward(), where FSDP gathers it."""
 
-    chunk_loss = staticmethod(cross_entropy)
+    chunk_loss = staticmethod(cross_entropy)                      # parallel.py may compile it
 
     def forward(self, x, targets=None):
         """x [B, T, D] -> logits [B, T, V], fp32 or wider; with targets [B, T] the summed cross-entropy []."""
@@ -298,7 +309,7 @@ class Head(nn.Linear):
                                          torch.is_grad_enabled())
 
 
-# --- the model, generation, counts ------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------
 
 class Output(NamedTuple):
     """What a forward pass with targets returns: sums, over micro-batches and processes too."""
@@ -316,6 +327,8 @@ class Output(NamedTuple):
 class Model(nn.Module):
     """A sparse language model, initialised (see init_parameter)."""
 
+    recompute = False           # activation checkpointing (arXiv 1604.06174): keep the input of each block
+
     def __init__(self, config, seed=None):
         super().__init__()
         self.config = config
@@ -324,8 +337,9 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size, bias=False)
         self.tie()
-        for name, p in self.named_parameters() if not self.embed.weight.is_meta else ():
-            self.init_parameter(name, p, torch.initial_seed() if seed is None else seed)
+        for name, t in [*self.named_parameters(), *self.named_buffers()]:
+            if not t.is_meta:
+                self.init_parameter(name, t, torch.initial_seed() if seed is None else seed)
 
     def tie(self):
         """One tensor for embedding and head, if tied; again after to_empty(), which parts them."""
@@ -333,22 +347,23 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
     @torch.no_grad()
-    def init_parameter(self, name, p, seed):
-        """Fill p, the whole parameter of this name, from a generator seeded by name: the same on every grid.
-
-        norms                         1
-        routers                       uniform +-1/sqrt(D), nn.Linear's default and the authors' choice
-        attn.out, w_out               normal, std 0.5/sqrt(D) / sqrt(2L): the residual adds 2L of them
-        everything else               normal, std 0.5/sqrt(D): 0.0128 at D = 1536 (their others: 0.0125)"""
+    def init_parameter(self, name, t, seed):
+        """Fill t, the whole parameter or buffer of this name, from a generator seeded by name: the same on
+        every layout.  A constructor's values do not survive: ValueError for a name without a rule here."""
         D, L = self.config.d_model, self.config.n_layer
-        generator = torch.Generator(p.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
-        if p.dim() == 1:
-            p.fill_(1.0)
-        elif "router" in name:
-            p.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+        generator = torch.Generator(t.device).manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
+        if name.endswith("norm.weight"):
+            t.fill_(1.0)
+        elif name.endswith("router.weight"):                      # nn.Linear's default, and the authors'
+            t.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+        elif name.endswith("router.bias"):                        # of the selection, not a parameter
+            t.zero_()
+        elif name.endswith(("embed.weight", "head.weight", "qkv.weight", "w_in")):
+            t.normal_(0.0, 0.5 * D ** -0.5, generator=generator)  # 0.0128 at D = 1536 (their others: 0.0125)
+        elif name.endswith(("attn.out.weight", "w_out")):         # the residual stream adds 2L of them
+            t.normal_(0.0, 0.5 * D ** -0.5 / (2 * L) ** 0.5, generator=generator)
         else:
-            residual = name.endswith(("attn.out.weight", "w_out"))
-            p.normal_(0.0, 0.5 * D ** -0.5 / ((2 * L) ** 0.5 if residual else 1), generator=generator)
+            raise ValueError(f"{name} has no initial values: add a rule to Model.init_parameter (model.py)")
 
     def forward(self, tokens, targets=None, top_k=None, doc=None):
         """tokens [B, T] int64 -> logits [B, T, V] in fp32 or wider, or with targets Output.
@@ -363,15 +378,15 @@ class Model(nn.Module):
         if targets is None:
             return self.head(x)
         targets = targets if doc is None else targets.masked_fill(doc < 0, -1)
-        text = torch.ones_like(tokens) if doc is None else doc >= 0
-        return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), text.sum()]), statistics)
+        routed = torch.ones_like(tokens) if doc is None else doc >= 0
+        return Output(self.head(x, targets), torch.stack([(targets != -1).sum(), routed.sum()]), statistics)
 
     def features(self, tokens, top_k=None, doc=None, cache=None, pos=None):
         """-> what the head sees [B, T, D], Statistics of all layers [L, ..] (None with a cache)."""
         T, config, mask = tokens.shape[1], self.config, None
         if T > config.max_seq_len:
             raise ValueError(f"{T} tokens are longer than max_seq_len ({config.max_seq_len})")
-        x, is_text = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
+        x, valid = self.embed(tokens), None if doc is None else (doc >= 0).flatten()
         pos = torch.arange(T, device=x.device)[None] if pos is None else pos
         if doc is not None:
             mask = ((pos[:, None] <= pos[:, :, None]) & (doc[:, None] == doc[:, :, None]))[:, None]
@@ -380,68 +395,10 @@ class Model(nn.Module):
         cos, sin = rotary(pos, config.head_dim, config.rope_base, x.dtype)
         sums, caches = [], cache or [None] * len(self.blocks)
         for block, k, kv in zip(self.blocks, config.layer_top_k(top_k), caches):
-            x, *statistics = block(x, k, cos, sin, mask, is_text, kv, pos)
+            run = partial(checkpoint, block, use_reentrant=False) if self.recompute else block
+            x, *statistics = run(x, k, cos, sin, mask, valid, kv, pos)
             sums.append(statistics)
         return self.norm(x), None if cache else Statistics(*map(torch.stack, zip(*sums)))
-
-    def decode(self, tokens, pos, cache, top_k=None):
-        """tokens [B] at positions pos [B] -> logits of the next ones [B, V]; compiled, a CUDA graph."""
-        return self.head(self.features(tokens[:, None], top_k, cache=cache, pos=pos[:, None])[0])[:, 0]
-
-    def generate(self, tokens, max_new_tokens, *args, **kwargs):
-        """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
-        new = self.stream(tokens, max_new_tokens, *args, **kwargs)
-        return torch.cat([tokens, *(column[:, None] for column in new)], 1)
-
-    @torch.no_grad()
-    def stream(self, tokens, max_new_tokens, temperature=1.0, top_p=1.0, top_k=None, stop=(),
-               generator=None, lengths=None, compiled=None):
-        """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].
-
-        stop         token ids that end a sequence, padded with the first from then on; ends when all have
-        lengths      [B], of rows padded on the right
-        compiled     compile the step (default: on CUDA)"""
-        B, T = tokens.shape
-        if not T:
-            raise ValueError("a prompt needs at least one token")
-        step, compiled = self.decode, tokens.is_cuda if compiled is None else compiled
-        if compiled:
-            step = torch.compile(step, mode="reduce-overhead", dynamic=False)
-        done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
-        last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
-        cache = self.kv_cache(B, T + max_new_tokens)
-        x = self.features(tokens, top_k, cache=cache)[0]          # prefill
-        logits = self.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
-        for left in reversed(range(min(max_new_tokens, self.config.max_seq_len + 1 - T))):
-            new, last = sample(logits, temperature, top_p, generator), last + 1
-            if stop:
-                new = new.masked_fill(done, stop[0])
-                done |= torch.isin(new, ends)
-            yield new
-            if not left or stop and done.all():
-                return
-            logits = step(new, last, cache, top_k)
-
-    def kv_cache(self, batch, length):
-        """Keys and values of each layer for `length` positions, rounded up: every capacity compiles anew."""
-        capacity = min(self.config.max_seq_len, max(64, 1 << (length - 1).bit_length()))
-        shape, like = (batch, capacity, self.config.n_kv_head, self.config.head_dim), self.embed.weight
-        cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.blocks]
-        for memory in sum(cache, ()) if like.is_cuda else ():
-            torch._dynamo.mark_static_address(memory)             # lets a CUDA graph write to it
-        return cache
-
-
-def sample(logits, temperature=1.0, top_p=1.0, generator=None):
-    """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
-    if not (temperature >= 0 and top_p > 0):                      # neither is NaN
-        raise ValueError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
-    prob, token = logits.softmax(-1).sort(-1, descending=True)
-    prob = prob * (prob.cumsum(-1) - prob < top_p)
-    return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
 def count_parameters(config, top_k=None):
@@ -459,111 +416,3 @@ def flops_per_token(config, seq_len, top_k=None):
     matrices = count_parameters(config, top_k)[2] + config.vocab_size * config.d_model
     attention = config.n_layer * config.n_head * config.head_dim * seq_len    # 2 products, half masked
     return 6 * (matrices + attention)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="model.py", description="Count a preset.")
-    parser.add_argument("--preset", default="laptop", choices=PRESETS, help="which (laptop)")
-    parser.add_argument("--seq_len", type=int, metavar="T", help="for the FLOPs of attention (the longest)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="that share the state (1)")
-    args = parser.parse_args(argv)
-    config = PRESETS[args.preset]
-    T, (total, active, core) = args.seq_len or config.max_seq_len, count_parameters(config)
-    each = 18 if args.ranks == 1 else 16          # fp32 weight, gradient, two moments; alone a bf16 copy, too
-    print(f"{total:,} parameters, {active:,} active per token, {core:,} without embeddings\n"
-          f"{flops_per_token(config, T):.4g} FLOPs per token, forward and backward, at {T} tokens\n"
-          f"{each * total // args.ranks:,} bytes of training state per rank, bf16, AdamW")
-
-
-# --- Hugging Face names -----------------------------------------------------------------------------------
-
-HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-            "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "d_model": "hidden_size",
-            "n_expert": "num_experts", "d_expert": "moe_intermediate_size", "top_k": "num_experts_per_tok",
-            "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
-            "max_seq_len": "max_position_embeddings"}
-HF_FIXED = {"model_type": "qwen3_moe", "hidden_act": "silu", "attention_bias": False, "mlp_only_layers": [],
-            "decoder_sparse_step": 1, "use_sliding_window": False}
-HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-            "head.weight": "lm_head.weight", "attn_norm.weight": "input_layernorm.weight",
-            "attn.out.weight": "self_attn.o_proj.weight", "attn.q_norm.weight": "self_attn.q_norm.weight",
-            "attn.k_norm.weight": "self_attn.k_norm.weight",
-            "moe_norm.weight": "post_attention_layernorm.weight", "moe.router.weight": "mlp.gate.weight"}
-
-
-def hf_config(config, top_k=None):
-    """config.json of transformers' Qwen3MoeForCausalLM.  ValueError for what that model does not have."""
-    top_k = config.layer_top_k(top_k)
-    if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
-        raise ValueError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
-                         f"{config.gate} and {top_k}")
-    return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
-        "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
-        "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
-
-
-def from_hf_config(saved):
-    """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  ValueError lists what we do not have."""
-    saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
-    rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    plain = HF_FIXED | {"quantization_config": None}
-    wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
-    if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
-    return {ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()} | {
-        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax",
-        "rope_base": float(rope.get("rope_theta", saved.get("rope_theta", 10000.0)))}
-
-
-def hf_views(config, name, p):
-    """Our parameter p of this name -> {name in transformers' files: view of p with that tensor's layout}.
-    Their experts are separate tensors that multiply from the left: transposed slices of ours."""
-    prefix = ""
-    if name.startswith("blocks."):
-        _, layer, name = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-    if name == "attn.qkv.weight":
-        heads = p.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
-        return {f"{prefix}self_attn.{n}_proj.weight": view for n, view in zip("qkv", heads)}
-    if ".experts." in name:
-        parts = ("gate", "up") if name.endswith("w_in") else ("down",)
-        return {f"{prefix}mlp.experts.{e}.{n}_proj.weight": view for e, expert in enumerate(p.mT)
-                for n, view in zip(parts, expert.chunk(len(parts)))}
-    if name not in HF_NAMES:
-        raise ValueError(f"Qwen3-MoE has no place for the parameter {name}")
-    return {prefix + HF_NAMES[name]: p}
-
-
-def to_hf(model):
-    """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
-    lm_head when tied.  ValueError for selection biases, for which there is no place."""
-    if any(bias.any() for bias in model.buffers()):
-        raise ValueError("Qwen3-MoE has no selection biases; --init_from with another --balance zeroes them")
-    return {theirs: view.clone(memory_format=torch.contiguous_format)
-            for name, p in model.named_parameters()
-            for theirs, view in hf_views(model.config, name, p.detach()).items()}
-
-
-@torch.no_grad()
-def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
-    """Fill a model from a mapping with transformers' names -> model; put(name, p, whole) fills a parameter.
-    ValueError, before anything is changed, lists what is missing, unknown or of another shape."""
-    wanted = {theirs: tuple(view.shape) for name, p in model.named_parameters()
-              for theirs, view in hf_views(model.config, name, torch.empty(p.shape, device="meta")).items()}
-    given = {theirs: tuple(tensor.shape) for theirs, tensor in state.items()
-             if theirs != "lm_head.weight" or not model.config.tie_embeddings}
-    if given != wanted:
-        missing, unknown = (sorted(a.items() - b.items())[:9] for a, b in ((wanted, given), (given, wanted)))
-        raise ValueError(f"these weights do not fit the model, which needs {missing}, not {unknown}")
-    if len(given) < len(state) and not state["lm_head.weight"].equal(state["model.embed_tokens.weight"]):
-        raise ValueError("lm_head.weight is not the embedding, though the configuration ties them")
-    for name, p in model.named_parameters():
-        whole = torch.empty(p.shape)
-        for theirs, view in hf_views(model.config, name, whole).items():
-            view.copy_(state[theirs])
-        put(name, p, whole)
-    return model
-
-
-if __name__ == "__main__":
-    main()

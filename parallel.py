@@ -1,4 +1,4 @@
-"""Many processes, fp32 masters, optimizers and checkpoints.
+"""Many processes, fp32 master weights, optimizers and checkpoints.
 
 The processes that torchrun starts (`ranks`) form two meshes:
 
@@ -14,7 +14,6 @@ statistics are only summed, never averaged.  An expert's rank has its rows from 
 its gradient is their sum; FSDP sums over the rest.  One process makes no group, no collective.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -27,7 +26,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePath
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -37,15 +35,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
+from data import InputError, file_sha256, read_json
 from model import Experts, Model, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
-class Grid:
-    """The rank of this process and the meshes it is in; by default it is alone."""
+class Layout:
+    """The rank of this process and the meshes it is in; by default a single process."""
 
     rank: int = 0
     world: int = 1
@@ -56,85 +54,85 @@ class Grid:
     files: dist.ProcessGroup = None     # gloo with a long timeout, for objects and checkpoints
 
 
-ALONE = Grid()
+SINGLE_PROCESS = Layout()
 
 
 def init_distributed(timeout=120):
-    """Form one group of the processes that torchrun started -> Grid.
+    """Form one group of the processes that torchrun started -> Layout.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return ALONE
+        return SINGLE_PROCESS
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(rendezvous("env://", timeout=wait))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives its workers: restarted ones would read the addresses of the dead
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
-    return Grid(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
+    return Layout(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
 
 
-def from_rank_0(grid, work):
+def on_rank_0(layout, work):
     """Run work() on rank 0 while the others wait, for hours if need be -> its value on every rank.
 
     If it raises, rank 0 raises that, and the others SystemExit."""
-    if grid.world == 1:
+    if layout.world == 1:
         return work()
     answer = [None, 2]                                            # the value, an exit code
     try:
-        if grid.rank == 0:
+        if layout.rank == 0:
             answer = [work(), None]
     except SystemExit as end:                                     # --help ends with 0
         answer[1] = end.code or 0
         raise
     finally:
-        dist.broadcast_object_list(answer, src=0, group=grid.files)
+        dist.broadcast_object_list(answer, src=0, group=layout.files)
     if answer[1] is not None:
         raise SystemExit(answer[1])
     return answer[0]
 
 
 def check_layout(world, ep, replicate, n_expert, device):
-    """ValueError if so many processes cannot be laid out, or do not have a device each."""
+    """InputError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise ValueError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
+        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
     if n_expert % ep:
-        raise ValueError(f"ep ({ep}) must divide n_expert ({n_expert})")
+        raise InputError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = {"cpu": here, "cuda": torch.cuda.device_count()}.get(device, 1)
     if here > devices:
-        raise ValueError(f"--nproc-per-node ({here}) is above the number of {device} devices here, {devices}")
+        raise InputError(f"--nproc-per-node ({here}) is above the number of {device} devices here, {devices}")
 
 
-def make_meshes(grid, ep, replicate, device, timeout):
+def make_meshes(layout, ep, replicate, device, timeout):
     """Lay out the meshes.  Collectives now fail after `timeout` seconds; those of checkpoints after half an
     hour at least, since some ranks have more to write than others."""
-    if grid.world == 1:
+    if layout.world == 1:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    grid.ep, grid.replicate, n_shard = ep, replicate, grid.world // replicate
-    grid.dense = init_device_mesh(device, (replicate, n_shard), mesh_dim_names=("replicate", "shard"))
-    grid.moe = init_device_mesh(device, (replicate, n_shard // ep, ep),
+    layout.ep, layout.replicate, n_shard = ep, replicate, layout.world // replicate
+    layout.dense = init_device_mesh(device, (replicate, n_shard), mesh_dim_names=("replicate", "shard"))
+    layout.moe = init_device_mesh(device, (replicate, n_shard // ep, ep),
                                 mesh_dim_names=("replicate", "edp", "ep"))
     set_timeout = dist.distributed_c10d._set_pg_timeout           # init_device_mesh takes no timeout
-    set_timeout(timedelta(seconds=max(timeout, 1800)), grid.files)
-    for group in [dist.group.WORLD, *grid.dense.get_all_groups(), *grid.moe.get_all_groups()]:
+    set_timeout(timedelta(seconds=max(timeout, 1800)), layout.files)
+    for group in [dist.group.WORLD, *layout.dense.get_all_groups(), *layout.moe.get_all_groups()]:
         set_timeout(timedelta(seconds=timeout), group)
 
 
 def pick_device(name="auto"):
-    """cuda, mps or cpu: the first that is available, or the one named.  ValueError if that one is not."""
+    """cuda, mps or cpu: the first that is available, or the one named.  InputError if that one is not."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name != "auto" and name.split(":")[0] not in available:
-        raise ValueError(f"device {name!r} is not available; there is {', '.join(available)}")
+        raise InputError(f"device {name!r} is not available; there is {', '.join(available)}")
     return available[0] if name == "auto" else name
 
 
-def all_sum(grid, tensors):
+def all_sum(layout, tensors):
     """Sums over all ranks, without gradient: one reduction in float64, which holds counts exactly."""
     tensors = [t.detach() for t in tensors]
-    if grid.world == 1:
+    if layout.world == 1:
         return tensors
     flat = torch.cat([t.flatten().double() for t in tensors])
     dist.all_reduce(flat)
@@ -144,52 +142,53 @@ def all_sum(grid, tensors):
 
 # --- expert parallelism: tokens travel to the rank that has their expert ----------------------------------
 
-def expert_parallel(experts, mesh):
-    """Keep this rank's share of the experts, and send every row to the rank that has its expert.
+def expert_exchange(mesh):
+    """-> Experts.exchange for the ranks of an ep mesh, each of which has the same number of experts.
 
-    Replaces experts.forward(rows [R, D] sorted by expert, rows_per_expert [E]) -> rows in the same order.  A
-    rank that receives no rows computes on none: FSDP needs every rank at the same place."""
-    exchange, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
-    for name, p in list(experts.named_parameters()):
-        mine = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
-        experts.register_parameter(name, nn.Parameter(mine))
+    A rank that receives no rows computes on none: FSDP needs every rank at the same place."""
+    all_to_all, n = partial(all_to_all_single_autograd, group=mesh.get_group()), mesh.size()
 
-    def forward(rows, rows_per_expert):
-        theirs = exchange(rows_per_expert, None, None).view(n, -1)        # rows each rank has for my experts
+    def exchange(rows, rows_per_expert):
+        theirs = all_to_all(rows_per_expert, None, None).view(n, -1)      # rows each rank has for my experts
         mine = rows_per_expert.view(n, -1)
         sends, recvs = torch.stack([mine.sum(1), theirs.sum(1)]).tolist()         # the one device sync
-        rows = exchange(rows.contiguous(), recvs, sends)
+        rows = all_to_all(rows.contiguous(), recvs, sends)
         # rows arrive sorted by (rank, expert), and are computed sorted by (expert, rank)
         expert = torch.arange(theirs.shape[1], device=rows.device).repeat(n)
         expert = expert.repeat_interleave(theirs.flatten(), output_size=len(rows))
         order, inverse = sort_by_expert(expert)
-        rows = experts.compute(Permute.apply(rows, order, inverse), theirs.sum(0),
-                               experts.w_in.to_local(), experts.w_out.to_local())
-        return exchange(Permute.apply(rows, inverse, order), sends, recvs)
 
-    experts.forward = forward
+        def send_back(rows):
+            return all_to_all(Permute.apply(rows, inverse, order), sends, recvs)
+
+        return Permute.apply(rows, order, inverse), theirs.sum(0), send_back
+
+    return exchange
 
 
-# --- sharding, compilation, recomputation ------------------------------------------------------------------
+# --- sharding, compilation, recomputation -----------------------------------------------------------------
 
-def shard(model, grid, dtype):
+def shard(model, layout, dtype):
     """Shard a model that computes in `dtype`.  FSDP gathers experts and attention of a layer just before use,
     embeddings once per pass, all in `dtype`; routers and norms once per pass in fp32."""
-    if grid.world == 1:
+    if layout.world == 1:
         return
-    dense, edp = grid.dense["shard"], grid.moe["edp"]
-    if grid.replicate > 1:
-        dense, edp = grid.dense, grid.moe["replicate", "edp"]
-    n = grid.moe["edp"].size()
+    dense, edp = layout.dense["shard"], layout.moe["edp"]
+    if layout.replicate > 1:
+        dense, edp = layout.dense, layout.moe["replicate", "edp"]
+    n = layout.moe["edp"].size()
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for block in model.blocks:
-        if grid.ep > 1:
-            expert_parallel(block.moe.experts, grid.moe["ep"])
+        experts = block.moe.experts
+        if layout.ep > 1:                                         # a rank keeps E / ep whole experts
+            experts.exchange = expert_exchange(layout.moe["ep"])
+            for name, p in list(experts.named_parameters()):
+                mine = distribute_tensor(p.detach(), layout.moe["ep"], [Shard(0)], src_data_rank=None)
+                experts.register_parameter(name, nn.Parameter(mine))
         # ep has split dim 0; edp splits a dim that it divides, since FSDP shards only dim 0 unevenly
-        fully_shard(block.moe.experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
+        fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
             next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
-        matrices = [m for m in block.modules()
-                    if isinstance(m, (nn.Linear, Experts)) and m is not block.moe.experts]
+        matrices = [m for m in block.modules() if isinstance(m, (nn.Linear, Experts)) and m is not experts]
         fully_shard(matrices, mesh=dense, mp_policy=policy)
     fully_shard([model.embed, model.head], mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense)
@@ -200,55 +199,52 @@ def shard(model, grid, dtype):
 
 
 @torch.no_grad()
-def build_model(config, grid, device, dtype, seed):
-    """A sharded Model, initialised to the same values on every grid.
+def build_model(config, layout, device, dtype, seed):
+    """A sharded Model, initialised to the same values on every layout.
 
-    It begins without memory (device meta); then every rank draws one whole parameter at a time."""
+    It begins without memory (device meta); then every rank draws one whole tensor at a time."""
     with torch.device("meta"):
         model = Model(config)
-    shard(model, grid, dtype)
+    shard(model, layout, dtype)
     model.to_empty(device=device)
     model.tie()
-    for bias in model.buffers():
-        bias.zero_()
-    for name, p in model.named_parameters():
-        whole = torch.empty(p.shape, dtype=p.dtype, device=local(p).device)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        whole = torch.empty(t.shape, dtype=t.dtype, device=local(t).device)
         model.init_parameter(name, whole, seed)
-        put_part(p, whole)
+        copy_shard(t, whole)
     return model
 
 
-def put_part(p, whole):
-    """Fill a parameter, or this rank's shard of it, from the whole."""
-    if isinstance(p, DTensor):
-        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
-    local(p).copy_(whole)
+def copy_shard(t, whole):
+    """Fill a tensor, or this rank's shard of it, from the whole."""
+    if isinstance(t, DTensor):
+        whole = distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None).to_local()
+    local(t).copy_(whole)
 
 
 def local(t):
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def compile_blocks(model, masters, backend="inductor"):
-    """Compile every block, the loss of a chunk of rows and the addition of gradients; for one process, since
-    FSDP's hooks cut a block's graph.  A block compiles once for each K, shape and grad mode: above 8."""
-    torch._dynamo.config.recompile_limit = 64
-    compiled = partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
-    for block in model.blocks:
-        block.forward = compiled(block.forward)
-    model.head.chunk_loss = compiled(cross_entropy)
-    masters.add = compiled(lambda total, part: total.add_(part))  # torch's own kernel for two dtypes is slow
+def compile_and_recompute(model, masters, compiled, recomputed, backend="inductor"):
+    """How blocks run: compiled, recomputed in the backward pass, both, or neither.
+
+    The order is compile(block), then checkpoint(compiled block): both passes run the same graph.  A block
+    compiles once for each K, shape and grad mode.  FSDP's hooks inside a block would cut its graph, so that
+    only one process compiles."""
+    model.recompute = recomputed
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64                 # the default 8 is below the number of K
+        how = dict(backend=backend, dynamic=False, fullgraph=True)
+        for block in model.blocks:
+            block.compile(**how)
+        model.head.chunk_loss = torch.compile(cross_entropy, **how)
+        masters.add = torch.compile(masters.add, **how)           # torch's kernel for two dtypes is slow
 
 
-def recompute_blocks(model):
-    """Activation checkpointing (arXiv 1604.06174): keep a block's input, recompute the rest in backward."""
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+# --- precision, optimizer, clipping -----------------------------------------------------------------------
 
-
-# --- precision, optimizer, clipping ------------------------------------------------------------------------
-
-class Masters:
+class MasterWeights:
     """The fp32 parameters that the optimizer owns, by name.
 
     When the model computes in bfloat16, its matrices are copies of these, refreshed once per step: to cast
@@ -258,7 +254,7 @@ class Masters:
 
     def __init__(self, model, dtype=torch.float32):
         self.named, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())   # biases
-        self.copies, self.add = [], torch.Tensor.add_
+        self.copies = []
         for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
             if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
                 self.add_master(name, p, dtype)
@@ -277,6 +273,10 @@ class Masters:
         else:
             self.add(master.grad, copy.grad)
         copy.grad = None
+
+    @staticmethod
+    def add(total, part):                                         # compile_and_recompute may compile it
+        total.add_(part)
 
     @torch.no_grad()
     def refresh(self):
@@ -353,16 +353,16 @@ def newton_schulz(matrices):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm, optimizer, grid=ALONE):
+def clip_gradients(masters, max_norm, optimizer, layout=SINGLE_PROCESS):
     """Scale the gradients so that the norm of all together is at most max_norm -> the norm before that [].
 
     One reduction: every rank has a part of each gradient, in `replicate` copies."""
     gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    norm = (all_sum(grid, [square])[0] / grid.replicate).sqrt()
+    norm = (all_sum(layout, [square])[0] / layout.replicate).sqrt()
     excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
     fused = isinstance(optimizer, Muon) and norm.device.type in ("cpu", "cuda")
-    if fused and grid.world == 1 and norm.dtype == torch.float32:
+    if fused and layout.world == 1 and norm.dtype == torch.float32:
         optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
     else:
         torch._foreach_div_(gradients, excess)
@@ -379,14 +379,44 @@ def training_state(masters, optimizer=None):
     return state
 
 
-def differing_ranks(grid, masters):
+def differing_ranks(layout, masters):
     """Ranks whose parameters differ from the first replica's: one flipped bit changes a checksum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
     sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
-    everyone = [torch.empty_like(sums) for _ in range(grid.world)]
+    everyone = [torch.empty_like(sums) for _ in range(layout.world)]
     dist.all_gather(everyone, sums)
-    n_shard = grid.world // grid.replicate
-    return [rank for rank in range(grid.world) if not everyone[rank].equal(everyone[rank % n_shard])]
+    n_shard = layout.world // layout.replicate
+    return [rank for rank in range(layout.world) if not everyone[rank].equal(everyone[rank % n_shard])]
+
+
+def run_folder(ckpt):
+    """The run directory of itself, or of a step-N folder in it."""
+    return Path(ckpt).parent if Path(ckpt).name.startswith("step-") else Path(ckpt)
+
+
+def newest(ckpt):
+    """The newest step-N folder of a run directory; a step-N folder is itself."""
+    steps = checkpoints(ckpt)
+    if not steps and Path(ckpt) == run_folder(ckpt):
+        raise InputError(f"{ckpt} has no checkpoint")
+    return Path(ckpt) / f"step-{steps[-1]}" if steps else Path(ckpt)
+
+
+def read_settings(out):
+    """settings.json of a run directory.  InputError if it is none."""
+    return read_json(Path(out) / "settings.json", "of a directory of train.py", lambda saved: saved | {
+        "settings": dict(saved["settings"]), "model": dict(saved["model"])})
+
+
+def read_meta(path):
+    """meta.json of a step-N folder: what it was trained with."""
+    return read_json(Path(path) / "meta.json", "that of a checkpoint", lambda saved: saved | {
+        "step": int(saved["step"]), "top_k": list(map(int, saved["top_k"]))})
+
+
+def is_hf(folder):
+    """Whether a folder is a model of Hugging Face, and not a run."""
+    return (Path(folder) / "config.json").exists() and not (Path(folder) / "settings.json").exists()
 
 
 def checkpoints(out):
@@ -394,27 +424,27 @@ def checkpoints(out):
     return sorted(int(p.name[5:]) for p in Path(out).glob("step-*") if p.name[5:].isdecimal())
 
 
-def save_checkpoint(out, step, state, keep, grid=ALONE, meta=None):
+def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
     If that fails, as on a full disk, rank 0 raises OSError and the others end; older ones stay whole."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
-    path, aside, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
-    from_rank_0(grid, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
+    path, tmp, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
+    on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
     try:
-        dcp.save(state, checkpoint_id=aside, process_group=grid.files, no_dist=grid.world == 1)
-        sums = checksums(aside.glob(f"__{grid.rank}_*"))          # every rank reads its own files
+        dcp.save(state, checkpoint_id=tmp, process_group=layout.files, no_dist=layout.world == 1)
+        sums = checksums(tmp.glob(f"__{layout.rank}_*"))          # every rank reads its own files
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     except OSError as error:
         problem = error
-    parts = [(sums, problem)] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(parts, parts[0], group=grid.files)
-    from_rank_0(grid, lambda: publish(aside, path, parts, keep, meta))
+    parts = [(sums, problem)] * layout.world
+    if layout.world > 1:
+        dist.all_gather_object(parts, parts[0], group=layout.files)
+    on_rank_0(layout, lambda: publish(tmp, path, parts, keep, meta))
 
 
-def publish(aside, path, parts, keep, meta):
+def publish(tmp, path, parts, keep, meta):
     """Add meta.json and the manifest, of the ranks' (checksums, problem), rename, delete old checkpoints.
     OSError if there is a problem."""
     try:
@@ -423,30 +453,30 @@ def publish(aside, path, parts, keep, meta):
             if problem:
                 raise OSError(problem)
             manifest |= sums
-        (aside / "meta.json").write_text(json.dumps(meta))
-        manifest |= checksums([aside / "meta.json", aside / ".metadata"])
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for written in (aside / "meta.json", aside / "manifest.json", aside):    # torch has synced the rest
+        (tmp / "meta.json").write_text(json.dumps(meta))
+        manifest |= checksums([tmp / "meta.json", tmp / ".metadata"])
+        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):    # torch has synced the rest
             fsync(written)
-        os.rename(aside, path)
+        os.rename(tmp, path)
         fsync(path.parent)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
     for old in checkpoints(path.parent)[:-keep]:                  # only now
         shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
 
 
-def load_newest(out, steps, state, grid=ALONE):
+def load_newest(out, steps, state, layout=SINGLE_PROCESS):
     """Fill state from the newest whole checkpoint of these steps -> its step."""
-    step = from_rank_0(grid, lambda: newest_whole(Path(out), steps))
-    load_checkpoint(Path(out) / f"step-{step}", state, grid, resume=True)
+    step = on_rank_0(layout, lambda: newest_whole(Path(out), steps))
+    load_checkpoint(Path(out) / f"step-{step}", state, layout, resume=True)
     return step
 
 
 def newest_whole(out, steps):
-    """Step of the newest whole checkpoint, or ValueError.  Corrupt ones become step-N.corrupt."""
+    """Step of the newest whole checkpoint, or InputError.  Corrupt ones become step-N.corrupt."""
     for step in reversed(steps):
         path = out / f"step-{step}"
         problem = find_corruption(path)
@@ -457,26 +487,27 @@ def newest_whole(out, steps):
             corrupt += "+"
         os.rename(path, corrupt)
         print(f"checkpoint {path} is corrupt ({problem}); it is now {Path(corrupt).name}", file=sys.stderr)
-    raise ValueError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
+    raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
-def load_checkpoint(path, state, grid=ALONE, resume=False):
-    """Fill the tensors of state, in place, from a checkpoint that any grid wrote.  ValueError, on rank 0, if
+def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False):
+    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on rank 0, if
     it is corrupt, lacks one of them, or has a parameter more, which dcp.load would ignore; the others end.
     resume: files are checked already, and optimizer state must fit, too."""
-    problem = None if resume else from_rank_0(grid, lambda: find_corruption(Path(path)))
+    problem = None if resume else on_rank_0(layout, lambda: find_corruption(Path(path)))
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
         if not problem:
-            dcp.load(state, storage_reader=Reader(path), process_group=grid.files, no_dist=grid.world == 1)
+            dcp.load(state, storage_reader=Reader(path), process_group=layout.files,
+                     no_dist=layout.world == 1)
             unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
             unused = sorted(name for name in unused if resume or name.startswith("model."))
             problem = unused and f"it holds {unused[0]}, .., which this code's model and optimizer do not"
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     if problem:
-        error = ValueError(f"checkpoint {path} is corrupt or of another model: {problem}")
-        raise error if grid.rank == 0 else SystemExit(2)
+        error = InputError(f"checkpoint {path} is corrupt or of another model: {problem}")
+        raise error if layout.rank == 0 else SystemExit(2)
 
 
 def find_corruption(path):
@@ -495,7 +526,7 @@ def checksums(files):
     """{file name: size and sha256}, as in manifest.json."""
     files = list(files)
     with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
-        digests = threads.map(lambda file: hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest(), files)
+        digests = threads.map(file_sha256, files)
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}
 
 
@@ -523,6 +554,14 @@ class TensorDescriptions(pickle.Unpickler):
         if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
+
+
+def write_durably(path, text):
+    """Write a file so that after a crash it is the old one or the new one."""
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(text)
+    fsync(tmp)
+    os.replace(tmp, path)
 
 
 def fsync(path):

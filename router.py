@@ -15,7 +15,6 @@ divides by the count of the whole step.
 
 import math
 import random
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -71,10 +70,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_expert, d_model))
         self.register_buffer("bias", torch.zeros(n_expert))
         self.temperature = 1.0                                    # of sharp_sum; train.py sets it,
-        self.counts_margins = False                               # and this, for quantile balancing
+        self.collect_margins = False                               # and this, for quantile balancing
 
-    def forward(self, h, top_k, is_text=None, with_stats=True):
-        """h [N, D] -> Routing with K = top_k.  is_text [N] is False for padding, which is routed like text,
+    def forward(self, h, top_k, valid=None, with_stats=True):
+        """h [N, D] -> Routing with K = top_k.  valid [N] is False for padding, which is routed like text,
         so that shapes are static, but is not counted; its output reaches no loss."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits = F.linear(h.to(wide), self.weight.to(wide))                       # [N, E]
@@ -88,17 +87,17 @@ class Router(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True).detach()
         rows, statistics = count_rows(experts, prob.shape[-1]), None
         if with_stats:
-            load = rows if is_text is None else count_rows(experts, len(rows), is_text)
+            load = rows if valid is None else count_rows(experts, len(rows), valid)
             margins = rows.new_zeros(len(rows), 0)
-            if self.counts_margins:
-                margins = count_margins(score.detach(), choice, top_k, is_text)
-            statistics = self.collect(logits, prob, load, margins, is_text)
+            if self.collect_margins:
+                margins = count_margins(score.detach(), choice, top_k, valid)
+            statistics = self.compute_statistics(logits, prob, load, margins, valid)
         return Routing(weights, experts, rows, statistics)
 
-    def collect(self, logits, prob, load, margins, is_text):
-        """logits, prob [N, E], load [E], is_text [N] or None -> Statistics."""
+    def compute_statistics(self, logits, prob, load, margins, valid):
+        """logits, prob [N, E], load [E], valid [N] or None -> Statistics."""
         def total(x):                                             # over tokens, without padding
-            return x.sum(0) if is_text is None else (x * is_text.view(-1, *[1] * (x.dim() - 1))).sum(0)
+            return x.sum(0) if valid is None else (x * valid.view(-1, *[1] * (x.dim() - 1))).sum(0)
         prob_sum, top = total(prob), prob.amax(-1)
         sharp_sum, sharp_top_sum = prob_sum, total(top)
         if self.temperature != 1:
@@ -111,10 +110,10 @@ class Router(nn.Module):
                           total(top.detach()), entropy_sum, margins)
 
 
-def count_rows(experts, n_expert, is_text=None):
+def count_rows(experts, n_expert, valid=None):
     """experts [N, K] -> how often each comes [E] int64, of the tokens that are text [N] (None: all).  Never
     bincount, which waits for the device."""
-    ones = torch.ones_like(experts) if is_text is None else is_text[:, None].expand_as(experts).long()
+    ones = torch.ones_like(experts) if valid is None else valid[:, None].expand_as(experts).long()
     return experts.new_zeros(n_expert).scatter_add_(0, experts.flatten(), ones.flatten())
 
 
@@ -180,7 +179,7 @@ def update_bias(bias, load, rate):
 BINS, SCALE, LIMIT = 512, 1e-3, math.asinh(2 / 1e-3)
 
 
-def count_margins(score, choice, top_k, is_text=None):
+def count_margins(score, choice, top_k, valid=None):
     """Histograms [E, BINS] int64 of c_i - s_ij over the tokens i, for quantile_bias.
 
     c_i is the (K+1)-th largest of token i's biased scores choice [N, E], and s_ij = score [N, E]: token i has
@@ -188,7 +187,7 @@ def count_margins(score, choice, top_k, is_text=None):
     margin = choice.topk(min(top_k + 1, len(choice.T)), -1).values[:, -1:] - score
     bins = (((margin / SCALE).asinh() / LIMIT + 1) / 2 * BINS).long().clamp(0, BINS - 1)
     bins = bins + BINS * torch.arange(score.shape[1], device=score.device)
-    return count_rows(bins, score.shape[1] * BINS, is_text).view(-1, BINS)
+    return count_rows(bins, score.shape[1] * BINS, valid).view(-1, BINS)
 
 
 def quantile_bias(margins, top_k):
@@ -202,26 +201,15 @@ def quantile_bias(margins, top_k):
     return bias - bias.mean()
 
 
-# --- yardsticks, and the schedule of K --------------------------------------------------------------------
+# --- baselines, and the schedule of K ---------------------------------------------------------------------
 
-@lru_cache
 def noise_floor(n_tokens, n_expert, top_k):
-    """Largest and smallest relative deviation of the load that a UNIFORM router would show by chance.
-
-    Each expert's load is Binomial(n_tokens, K/E): the expected maximum and minimum of E of them, as if they
-    were independent, widened by sqrt(E / (E - 1)) since they must add up.  -> (max, min); 0.4 is +40 %."""
-    if top_k == n_expert:
-        return 0.0, 0.0
-    share = top_k / n_expert
-    mean, spread = n_tokens * share, (n_tokens * share * (1 - share)) ** 0.5
-    low, high = max(0, int(mean - 12 * spread)), min(n_tokens, int(mean + 12 * spread) + 30)
-    x = torch.arange(low, high + 1, dtype=torch.float64)
-    below = torch.distributions.Binomial(n_tokens, torch.tensor(share, dtype=torch.float64)).log_prob(x)
-    below = below.exp().cumsum(0).clamp(max=1)                    # P(load <= x)
-    largest = low + (1 - below ** n_expert).sum().item()
-    smallest = low + ((1 - below) ** n_expert).sum().item()
-    widen = (n_expert / (n_expert - 1)) ** 0.5
-    return widen * (largest / mean - 1), max(-1.0, widen * (smallest / mean - 1))
+    """Largest and smallest relative deviation of the load that a UNIFORM router would show by chance, with
+    loads that are nearly normal: their expected maximum is that quantile (Blom 1958).  0.4 is +40 %."""
+    spread = ((n_expert - top_k) / max(1, n_expert - 1) * n_expert / top_k / n_tokens) ** 0.5
+    quantile = torch.tensor((n_expert - 0.375) / (n_expert + 0.25), dtype=torch.float64)
+    most = spread * torch.special.ndtri(quantile).item()
+    return most, max(-1.0, -most)
 
 
 def zipf_bound(top_share, n_expert, top_k):

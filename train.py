@@ -12,9 +12,9 @@ weights, selection biases, optimizer state, the guard's window and the step, no 
 repeats the uninterrupted one.
 """
 
+import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -42,10 +42,10 @@ import data
 import eval as evaluation
 import parallel
 import router
-from model import PRESETS, ModelConfig, count_parameters, flops_per_token, from_hf, grouped_mm_limitation
+from data import InputError
+from model import PRESETS, ModelConfig, count_parameters, flops_per_token, grouped_mm_limitation
 
-# --- from the command line to the loop --------------------------------------------------------------------
-
+# --- from the command line to the report ------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Run:
@@ -54,15 +54,15 @@ class Run:
     settings: "Settings"
     config: ModelConfig
     model: torch.nn.Module
-    masters: parallel.Masters   # the fp32 parameters
+    masters: parallel.MasterWeights     # the fp32 parameters
     optimizer: torch.optim.Optimizer
     corpus: "Corpus"
     device: str
     dtype: torch.dtype          # of the matrix products
-    grid: parallel.Grid = parallel.ALONE
-    done: int = 0               # steps
+    layout: parallel.Layout = parallel.SINGLE_PROCESS
+    step: int = 0               # steps done
     validated: tuple = None     # loss and Statistics of the last validation
-    ahead: tuple = None         # the Batch of the next step
+    next_batch: tuple = None    # the Batch of the next step
     log: object = None          # log.jsonl, open and locked; rank 0's alone
     wandb: object = None
 
@@ -79,20 +79,30 @@ class Run:
 def main(argv=None):
     began, run = time.perf_counter(), None
     rank = int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    with contextlib.ExitStack() as stack:
-        shown = stack.enter_context(open(os.devnull, "w")) if rank else sys.stdout    # rank 0 speaks for all
-        stack.enter_context(contextlib.redirect_stdout(Console(shown)))
-        stack.enter_context(contextlib.redirect_stderr(Console(sys.stderr)))
-        stack.enter_context(data.one_line_errors(f"rank {rank}: " if rank else ""))
+    with data.one_line_errors(rank), contextlib.ExitStack() as stack:
         try:
-            grid = parallel.init_distributed()
-            plan = parallel.from_rank_0(grid, lambda: plan_run(argv, grid.world))
-            run = start(plan, grid)
-            with run.log or contextlib.nullcontext(), run.wandb or contextlib.nullcontext():
-                if introduce(run):
-                    train(run)
-                    report(run, time.perf_counter() - began)
-            if grid.world > 1:
+            layout = parallel.init_distributed()
+            plan = parallel.on_rank_0(layout, lambda: make_plan(argv, layout.world))
+            s, config, device = plan.settings, plan.config, plan.device
+            corpus, dtype = open_corpus(s), compute_dtype(s, config, device)
+            parallel.make_meshes(layout, s.ep, s.replicate, device, s.timeout)
+            model = parallel.build_model(config, layout, device, dtype, s.seed)
+            for block in model.blocks:
+                block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
+                block.moe.router.collect_margins = s.balance == "quantile"
+            masters = parallel.MasterWeights(model, dtype)
+            parallel.compile_and_recompute(model, masters, compiles(s, device, dtype, layout.world),
+                                           s.activation_checkpointing)
+            optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2),
+                                                s.weight_decay, s.momentum)
+            run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
+            parallel.on_rank_0(layout, lambda: open_log(run, stack))
+            load(run, plan)
+            parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
+            if introduce(run):
+                train(run)
+                report(run, time.perf_counter() - began)
+            if layout.world > 1:
                 torch.distributed.destroy_process_group()
         except (MemoryError, RuntimeError) as error:
             why = explain(error, run)
@@ -102,37 +112,37 @@ def main(argv=None):
 
 
 def train(run):
-    """The loop: steps run.done .. steps-1, with their log, validations and checkpoints."""
+    """The loop: steps run.step .. steps-1, with their log, validations and checkpoints."""
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
     eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or quarter
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
-    bar = tqdm(total=s.steps, initial=run.done, disable=True if run.grid.rank else None, dynamic_ncols=True,
+    bar = tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with Stop() as stop, bar:
-        while run.done < s.steps and not stopping:
-            result = train_step(run, run.done, stop)
-            run.done += 1
-            stopping, last = result.stop, run.done == s.steps
+        while run.step < s.steps and not stopping:
+            result = train_step(run, run.step, stop)
+            run.step += 1
+            stopping, last = result.stop, run.step == s.steps
             n_tokens += result.n_tokens
             bar.update()
             if result.skipped and run.log:
-                bar.write(f"step {run.done} changed nothing: {result.skipped}", file=sys.stderr)
-            if run.counts[2] >= s.bad_steps:
-                why = f"{s.bad_steps} steps in a row changed nothing, for {result.skipped}; lower --lr"
-                parallel.from_rank_0(run.grid, partial(data.fail, why, 1))
-            log = run.done % s.log_every == 0
-            validate = run.corpus.val is not None and (run.done % eval_every == 0 or last)
-            save = run.done % save_every == 0 or last or stopping
+                bar.write(f"step {run.step} skipped: {result.skipped}", file=sys.stderr)
+            if run.counts[2] >= s.max_nonfinite:
+                why = f"{s.max_nonfinite} steps in a row skipped: {result.skipped}; lower --lr"
+                parallel.on_rank_0(run.layout, partial(data.fail, why, 1))
+            log = run.step % s.log_every == 0
+            validate = run.corpus.val is not None and (run.step % eval_every == 0 or last)
+            save = run.step % save_every == 0 or last or stopping
             if log or validate:
                 rate = n_tokens / (time.perf_counter() - clock)
-                row = {"step": run.done, **log_row(run, result), "tokens_per_s": rate,
+                row = {"step": run.step, **log_row(run, result), "tokens_per_s": rate,
                        "mfu": utilisation(run, result.top_k, rate)}
                 most, layer = max((most, layer) for layer, most in enumerate(row["load_max"]))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * most:+.0f} % (layer {layer})")
                 if validate:
                     row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
-                    bar.write(f"step {run.done}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
+                    bar.write(f"step {run.step}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
                               file=sys.stdout)
                 write_row(run, row)
             if save:
@@ -141,32 +151,24 @@ def train(run):
                 clock, n_tokens = time.perf_counter(), 0
 
 
-class Batch(NamedTuple):
-    """This rank's part of a step, cut into micro-batches."""
-
-    step: int
-    parts: list         # of (tokens, targets) or (tokens, targets, doc) [B, T], on the device
-    counts: list        # of [targets, tokens routed] of each part, of all ranks
-
-
 def load_batch(run, step):
-    """Cut the sequences of a step -> Batch, on its way to the device, which goes on computing."""
-    s, grid = run.settings, run.grid
+    """Cut this rank's part of a step -> step, micro-batches of (tokens, targets) or (tokens, targets, doc)
+    [B, T] on their way to the device, and of each its [targets, tokens routed] on all ranks."""
+    s, layout = run.settings, run.layout
     micro = s.batch_size // s.accumulate
-    parts = [run.corpus.train.rows(step * s.batch_size + m * micro, micro, grid.rank, grid.world)
+    parts = [run.corpus.train.rows(step * s.batch_size + m * micro, micro, layout.rank, layout.world)
              for m in range(s.accumulate)]
     # a target of -1 is not learned, and a doc of -1 is padding, which is not counted
     counts = torch.tensor([[(targets != -1).sum(), (doc[0] >= 0).sum() if doc else tokens.numel()]
                            for tokens, targets, *doc in parts])
-    counts = parallel.all_sum(grid, [counts])[0].tolist()
+    counts = parallel.all_sum(layout, [counts])[0].tolist()
     if run.device.startswith("cuda"):
         parts = [[t.pin_memory() for t in part] for part in parts]
-    parts = [[t.to(run.device, non_blocking=True) for t in part] for part in parts]
-    return Batch(step, parts, counts)
+    return step, [[t.to(run.device, non_blocking=True) for t in part] for part in parts], counts
 
 
 class Step(NamedTuple):
-    """What came of one step.  The same on every rank."""
+    """Result of one step.  The same on every rank."""
 
     step: int
     top_k: list                 # [L]
@@ -189,19 +191,20 @@ def train_step(run, step, stop=None):
     The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
     while it computes.
     """
-    s, model, grid = run.settings, run.model, run.grid
+    s, model, layout = run.settings, run.model, run.layout
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
         top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
-    batch = run.ahead if run.ahead and run.ahead.step == step else load_batch(run, step)
-    n_targets, n_tokens = map(sum, zip(*batch.counts))
+    ready = run.next_batch and run.next_batch[0] == step
+    _, parts, counts = run.next_batch if ready else load_batch(run, step)
+    n_targets, n_tokens = map(sum, zip(*counts))
     loss, nonfinite, sums, tokens_so_far = 0.0, 0, None, 0        # over micro-batches and ranks
-    for (tokens, targets, *doc), (_, n) in zip(batch.parts, batch.counts):
+    for (tokens, targets, *doc), (_, n) in zip(parts, counts):
         out = model(tokens, targets, top_k, *doc)
-        bad = out.loss.new_zeros(grid.world)
-        bad[grid.rank] = ~out.loss.isfinite()
+        bad = out.loss.new_zeros(layout.world)
+        bad[layout.rank] = ~out.loss.isfinite()
         flag = out.loss.new_full((), stop is not None and stop.requested)
-        micro_loss, flag, bad, *micro = parallel.all_sum(grid, [out.loss, flag, bad, *out.statistics])
+        micro_loss, flag, bad, *micro = parallel.all_sum(layout, [out.loss, flag, bad, *out.statistics])
         sums = router.Statistics(*map(torch.add, sums, micro) if sums else micro)
         loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
         objective = out.loss / max(1, n_targets)
@@ -212,9 +215,9 @@ def train_step(run, step, stop=None):
         if s.z_coef:
             objective = objective + s.z_coef * router.router_z_loss(out.statistics.z_sum, n_tokens).sum()
         objective.backward()
-    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, grid)
+    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, layout)
     loss = loss / max(1, n_targets)
-    run.ahead = load_batch(run, step + 1) if step + 1 < s.steps else None
+    run.next_batch = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
     skipped = reason_to_skip(run, loss_now, norm_now, nonfinite)
     if not skipped:
@@ -245,30 +248,29 @@ def learning_rate(step, s):
 
 def top_k_at(step, s, config):
     """Experts activated in each layer at a step [L]."""
-    return router.active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch, config.n_layer)
+    return router.active_experts(step, s.steps, s.initial_top_k, config.top_k, s.switch_fraction,
+                                 config.n_layer)
 
 
 def reason_to_skip(run, loss, norm, nonfinite):
-    """Why a step must not change the weights, or None.  nonfinite [world]: of which ranks the loss is not."""
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    spike = finite and is_spike(run, loss, norm)
+    """Why a step must not change the weights, or None.  nonfinite [world]: of which ranks the loss is not.
+
+    A spike has a loss or norm `spike` standard deviations above the mean of the last 128 finite ones.  Those
+    that were skipped count too, so that a lasting change of level is soon the new level."""
+    finite, spike = math.isfinite(loss) and math.isfinite(norm), False
+    if finite:
+        seen, now = int(run.counts[0]), torch.tensor([loss, norm], dtype=torch.float64)
+        limit = run.recent.mean(0) + run.settings.spike * run.recent.std(0)
+        spike = bool(run.settings.spike and seen >= len(run.recent) and (now > limit).any())
+        run.recent[seen % len(run.recent)] = now
     run.counts += torch.tensor([finite, spike or not finite, 1])
     run.counts[2] *= not finite
     if spike:
         return f"its loss and gradient norm ({loss:.4g}, {norm:.4g}) are a spike"
     if not finite:
-        ranks = nonfinite.nonzero().flatten().tolist() if run.grid.world > 1 else []
+        ranks = nonfinite.nonzero().flatten().tolist() if run.layout.world > 1 else []
         of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
         return f"the {'gradient' if math.isfinite(loss) else 'loss'}{of} is not finite"
-
-
-def is_spike(run, loss, norm):
-    """Whether loss or norm lies `spike` standard deviations above the mean of the last 128 finite ones.
-    Those that were skipped count too, so that a lasting change of level is soon the new level."""
-    seen, now = int(run.counts[0]), torch.tensor([loss, norm], dtype=torch.float64)
-    limit = run.recent.mean(0) + run.settings.spike * run.recent.std(0)
-    run.recent[seen % len(run.recent)] = now
-    return bool(run.settings.spike and seen >= len(run.recent) and (now > limit).any())
 
 
 class Stop:
@@ -328,36 +330,36 @@ def utilisation(run, top_k, tokens_per_s):
     peaks = [peak for known, peak in PEAK.items() if re.search(rf"{known}(?! Ti| D| Laptop)\b", name)]
     peak = peaks[0] if peaks else None
     flops = flops_per_token(run.config, run.settings.seq_len, top_k) * tokens_per_s
-    return peak and flops / (peak * run.grid.world)
+    return peak and flops / (peak * run.layout.world)
 
 
 def write_row(run, row):
     """A line of log.jsonl, in which null stands for what is not finite."""
     if run.log:
-        print(re.sub("NaN|-?Infinity", "null", json.dumps(row)), file=run.log)
-    if run.wandb:
+        run.log.write((re.sub("NaN|-?Infinity", "null", json.dumps(row)) + "\n").encode())
+    if run.wandb and "step" in row:
         run.wandb.log(row, step=row["step"])
 
 
 def validation(run):
     """Held-out loss, with the K of the last step.  The Statistics are kept for the report."""
-    top_k = top_k_at(max(0, run.done - 1), run.settings, run.config)
+    top_k = top_k_at(max(0, run.step - 1), run.settings, run.config)
     run.validated = evaluation.validate(run.model, run.corpus.val, top_k, run.device,
-                                        run.settings.eval_tokens, grid=run.grid)[:2]
+                                        run.settings.eval_tokens, layout=run.layout)[:2]
     return run.validated[0]
 
 
 def save_checkpoint(run):
     """Write step-N, unless copies of the model differ.  meta.json in it says what it was trained with."""
-    ranks = parallel.differing_ranks(run.grid, run.masters) if run.grid.world > 1 else []
+    ranks = parallel.differing_ranks(run.layout, run.masters) if run.layout.world > 1 else []
     if ranks:
-        why = (f"the run ends at step {run.done}: the weights of rank {', '.join(map(str, ranks))} are not "
+        why = (f"the run ends at step {run.step}: the weights of rank {', '.join(map(str, ranks))} are not "
                "those of the first replica; what was saved before is whole")
-        parallel.from_rank_0(run.grid, partial(data.fail, why, 1))
+        parallel.on_rank_0(run.layout, partial(data.fail, why, 1))
     s = run.settings
-    meta = {"step": run.done, "top_k": top_k_at(run.done - 1, s, run.config), "seq_len": s.seq_len,
+    meta = {"step": run.step, "top_k": top_k_at(run.step - 1, s, run.config), "seq_len": s.seq_len,
             "rope_base": run.config.rope_base}
-    parallel.save_checkpoint(s.out, run.done, run.state(), s.keep, run.grid, meta)
+    parallel.save_checkpoint(s.out, run.step, run.state(), s.keep, run.layout, meta)
 
 
 # --- settings ---------------------------------------------------------------------------------------------
@@ -370,17 +372,16 @@ def setting(default, help):
 
 @dataclasses.dataclass
 class Settings:
-    """Everything about a run but the model's sizes."""
+    """Everything about a run but the model's sizes.  A new setting is a new line."""
 
-    preset: str = setting("", f"run: {', '.join(PRESETS)} (default: gpu on a GPU, else laptop)")
-    out: str = setting("", "run: directory of the run (default: out/PRESET; for tuning out/RUN-chat)")
-    data: str = setting("data/stdlib", "run: folder or token file of data.py (default: data/stdlib, or for "
-                        "gpu and gpu-1b data/installed, made if missing)")
-    init_from: str = setting("", "run: start from the weights of a run, of its step-N, or of a Qwen3-MoE")
+    preset: str = setting("", f"run: {', '.join(PRESETS)}")
+    out: str = setting("", "run: its directory (out/PRESET, with --init_from out/RUN-next or out/RUN-chat)")
+    data: str = setting("data/stdlib", "run: folder or token file of data.py; the default is made if missing")
+    init_from: str = setting("", "run: begin with weights and settings of a run, its step-N, or a Qwen3-MoE")
     growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
-    device: str = setting("auto", "run: cpu, cuda or mps (default: the best there is)")
-    dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products (default: bfloat16 on CUDA)")
-    compile: str = setting("auto", "run: true or false, for one process in bfloat16 (default: on CUDA)")
+    device: str = setting("auto", "run: cpu, cuda or mps; auto: the best there is")
+    dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products; auto: bfloat16 on CUDA")
+    compile: str = setting("auto", "run: true or false, for one process in bfloat16; auto: on CUDA")
     deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
@@ -407,54 +408,51 @@ class Settings:
     z_coef: float = setting(0.0, "balance: weight of each layer's router z-loss")
     initial_top_k: list = setting([], "balance: K of layer 0, 1, .. before the switch, as in 8,4,2")
     top_k_choices: list = setting([], "balance: K that each layer draws from in each step, as in 1,2,4")
-    switch: float = setting(0.9, "balance: fraction of the steps before all layers use top_k; 1: never")
+    switch_fraction: float = setting(0.9, "balance: fraction of the steps before all use top_k; 1: never")
 
-    bad_steps: int = setting(10, "guard: steps in a row with a loss or gradient not finite that end the run")
-    spike: float = setting(0.0, "guard: skip steps this many standard deviations above the last 128 (off)")
+    max_nonfinite: int = setting(10, "guard: steps in a row, with a loss or gradient not finite, that end it")
+    spike: float = setting(0.0, "guard: skip steps so many standard deviations above the last 128; 0: off")
 
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
-    eval_every: int = setting(0, "watching: steps between validations (default: a quarter, at least 100)")
+    eval_every: int = setting(0, "watching: steps between validations; 0: a quarter of the run, at least 100")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
-    save_every: int = setting(0, "watching: steps between checkpoints (default: a quarter of the run)")
+    save_every: int = setting(0, "watching: steps between checkpoints; 0: a quarter of the run")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
-    wandb: bool = setting(False, "watching: true: show the log at Weights & Biases too (extra log)")
+    wandb: bool = setting(False, "watching: true: also log to W&B (extra log)")
     sample_tokens: int = setting(120, "watching: tokens of text that one process writes at the end")
 
     ep: int = setting(1, "processes: expert parallelism: processes that share out a layer's experts")
     replicate: int = setting(1, "processes: copies of the model, each sharded over its processes")
     timeout: int = setting(600, "processes: seconds without an answer in training that make an error")
-    activation_checkpointing: bool = setting(False, "processes: true: keep only the input of each layer, and "
-                                             "compute the rest again; for memory")
+    activation_checkpointing: bool = setting(False, "processes: keep each layer's input, recompute the rest")
 
     def check(self, config):
-        """ValueError, naming the field, for what is impossible."""
+        """InputError, naming the field, for what is impossible."""
         one_of = {"dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
                   "optimizer": ("adamw", "muon"), "lbl_scope": ("global", "micro"), "balance": router.BALANCE}
-        for name, known in one_of.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch")
+        fractions = ("warmup", "decay", "momentum", "beta1", "beta2", "switch_fraction")
         may_be_0 = (*fractions[:5], "seed", "eval_every", "save_every", "sample_tokens", "weight_decay",
                     "lbl_coef", "bias_rate", "z_coef", "spike", "growth_noise")
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
-                wanted = "0 or more" if name in may_be_0 else "above 0"
-                raise ValueError(f"{name} must be {wanted}, got {value}")
+        for name, value in vars(self).items():
+            if value not in one_of.get(name, [value]):
+                raise InputError(f"{name} must be one of {', '.join(one_of[name])}, got {value!r}")
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
+                least = "0 or more" if name in may_be_0 else "above 0"
+                raise InputError(f"{name} must be {least}, got {value}")
             if name in fractions and value > 1:
-                raise ValueError(f"{name} must be at most 1, got {value}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
-        if self.seq_len > config.max_seq_len:
-            raise ValueError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
-        if self.top_k_choices and (self.initial_top_k or self.balance == "quantile"):
-            raise ValueError("top_k_choices must be without initial_top_k, another schedule, and without "
-                             "--balance quantile, whose biases are fitted to the last step's K")
-        if len(self.initial_top_k) > config.n_layer:
-            raise ValueError(f"initial_top_k {self.initial_top_k} is longer than n_layer ({config.n_layer})")
+                raise InputError(f"{name} must be at most 1, got {value}")
         for name in ("initial_top_k", "top_k_choices"):
             if not all(1 <= k <= config.n_expert for k in getattr(self, name)):
-                raise ValueError(f"{name} ({getattr(self, name)}) must be 1 to {config.n_expert} (n_expert)")
+                raise InputError(f"{name} ({getattr(self, name)}) must be 1 to {config.n_expert} (n_expert)")
+        if len(self.initial_top_k) > config.n_layer:
+            raise InputError(f"initial_top_k {self.initial_top_k} is longer than n_layer ({config.n_layer})")
+        if self.batch_size % self.accumulate:
+            raise InputError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        if self.seq_len > config.max_seq_len:
+            raise InputError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
+        if self.top_k_choices and (self.initial_top_k or self.balance == "quantile"):
+            raise InputError("top_k_choices must be without initial_top_k, another schedule, and without "
+                             "--balance quantile, whose biases are fitted to the last step's K")
 
 
 TRAINING = {                                                      # what a preset sets beside the sizes
@@ -464,114 +462,109 @@ TRAINING = {                                                      # what a prese
     "sigma-moe-tiny": dict(steps=100000, batch_size=1024, seq_len=4096, accumulate=8, lr=2.6e-4,
                            lbl_coef=1e-3, initial_top_k=[8, 8, 6, 6, 4, 4, 2, 2]),
 }
-# tuning on conversations: how long, the learning rate as a part of that of the run whose model it tunes, and
-# what else it inherits from that run
-CHAT_EPOCHS = 4
-CHAT_LR = 0.3
-INHERITED = ("preset", "dtype", "batch_size", "accumulate", "seq_len", "balance", "lbl_coef", "lbl_scope",
-             "temperature", "bias_rate", "z_coef", "optimizer", "momentum", "weight_decay", "beta1", "beta2",
-             "clip")
-# what may differ when a run is resumed; everything else must be the run's own
-MAY_CHANGE = {"out", "steps", "device", "compile", "deterministic", "log_every", "eval_every", "eval_tokens",
-              "save_every", "keep", "sample_tokens", "wandb", "spike", "bad_steps", "ep", "replicate",
-              "timeout", "activation_checkpointing"}
+SIZES = tuple(field.name for field in dataclasses.fields(ModelConfig))
+RENAMED = {"switch": "switch_fraction", "bad_steps": "max_nonfinite"}         # in older runs, and as flags
+CHAT_EPOCHS, CHAT_LR = 4, 0.3   # tuning on conversations: how long, at what part of the run's learning rate
+
+
+def preset_values(preset=None):
+    """{field: value} of a new run: that of the preset, by default laptop, or gpu on a GPU."""
+    preset = preset or ("gpu" if parallel.pick_device().startswith("cuda") else "laptop")
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    return dataclasses.asdict(Settings(preset)) | TRAINING[preset] | dataclasses.asdict(PRESETS[preset])
 
 
 def parse(argv):
-    """The settings that were typed: {field: value}."""
+    """The settings that were typed: {field: value}.  --help shows the values of the preset."""
     def truth(text):
         return ("false", "true").index(text.lower()) == 1         # ValueError if it is neither
 
     def numbers(text):
         return [int(n) for n in text.split(",")]
-    kinds = {int: (int, "N"), float: (float, "X"), str: (str, "NAME"), bool: (truth, "BOOL"),
-             list: (numbers, "K,K")}
-    parser, groups = data.Parser(prog="train.py", description=__doc__), {}
-    fields = [(f, *f.metadata["help"].split(": ", 1)) for f in dataclasses.fields(Settings)]
-    fields += [(f, "model (default: the preset's)", f.metadata["help"])
-               for f in dataclasses.fields(ModelConfig)]
-    for field, group, help in fields:
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        if any(field.name in preset for preset in TRAINING.values()) and "default" not in help:
-            help += " (default: the preset's)"
-        elif type(field.default) in (int, float) and field.default and "default" not in help + group:
-            help += f" ({field.default})"
-        read, metavar = kinds[field.type]
-        groups[group].add_argument(f"--{field.name}", type=read, metavar=metavar, help=help)
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    first = data.Parser(add_help=False)
+    first.add_argument("--preset")
+    values, groups = preset_values(first.parse_known_args(argv)[0].preset), {}
+    parser = data.Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    for field in (*dataclasses.fields(Settings), *dataclasses.fields(ModelConfig)):
+        group, help = field.metadata["help"].split(": ", 1)
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        flags = [field.name, *(old for old, new in RENAMED.items() if new == field.name)]
+        groups[group].add_argument(
+            *(f"--{flag}" for flag in flags), dest=field.name, metavar="X",
+            type={bool: truth, list: numbers}.get(field.type, field.type),
+            help=f"{help} ({values[field.name]})")
+    return vars(parser.parse_args(argv))
 
 
 def resolve(typed):
-    """Typed settings -> (Settings, ModelConfig, whether the run exists).
+    """Typed settings -> Settings, ModelConfig, whether the run in --out exists.
 
-    What was not typed comes from the run in --out if there is one, else from --init_from and the preset."""
+    What was not typed comes from that run, else from what --init_from names, else from the preset.  What a
+    run of an older version did not save has its default."""
     typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
                      if name in typed}
-    source, chats = typed.get("init_from", ""), data.holds_chats(typed.get("data", ""))
-    on_gpu = parallel.pick_device(typed.get("device", "auto")).startswith("cuda")
-    preset = typed.get("preset", "gpu" if on_gpu else "laptop")
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    name = f"{evaluation.run_folder(source).name}-chat" if chats and source else preset
+    values, source = preset_values(typed.get("preset")), typed.get("init_from", "")
+    chats, name = source and data.holds_chats(typed.get("data", "")), values["preset"]
+    if source:
+        name = parallel.run_folder(source).name + ("-chat" if chats else "-next")
     out = Path(typed.get("out", f"out/{name}"))
-    if out.name.startswith("step-"):
-        raise ValueError(f"out ({out}) must not begin with step-, which is the name of a checkpoint")
     exists = (out / "settings.json").exists()
     if exists:
-        values = saved_values(out, typed)
-    elif out.exists() and {p.name for p in out.iterdir()} - {"log.jsonl", "encoding.json", "settings.tmp"}:
-        raise ValueError(f"{out} is not empty and not a directory of train.py; choose another --out")
-    else:
-        values = default_values(preset, source, chats, typed)
+        values |= saved_values(out)
+        for name in (name for name in typed if name != "out" and typed[name] != values[name]):
+            if name in (*SIZES, "preset", "seed", "batch_size", "seq_len"):
+                raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
+                                 f"--{name} to resume it, or choose another --out")
+            print(f"changed: {name} {values[name]} -> {typed[name]}")
+    elif out.name.startswith("step-") or out.exists() and any(p.stat().st_size for p in out.iterdir()):
+        raise InputError(f"{out} is not empty and not a directory of train.py, or named like a checkpoint; "
+                         "choose another --out")
+    elif source:
+        values |= inherited_values(source, typed)
+        values["lr"] *= CHAT_LR if chats else 1
     values |= typed | {"out": str(out)}                           # a directory may have been renamed
-    s = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
-    config = ModelConfig(**{f.name: values[f.name] for f in dataclasses.fields(ModelConfig)})
+    s = Settings(**{field.name: values[field.name] for field in dataclasses.fields(Settings)})
+    try:
+        config = ModelConfig(**{name: values[name] for name in SIZES})
+    except ValueError as error:
+        raise InputError(error) from None
     if "initial_top_k" not in typed:                              # a preset's may be of more layers, experts
         schedule = [] if s.top_k_choices else s.initial_top_k[:config.n_layer]
         s.initial_top_k = [min(k, config.n_expert) for k in schedule]
     s.check(config)
     if "lbl_coef" in typed and not router.BALANCE[s.balance]:
-        raise ValueError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
+        raise InputError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
     return s, config, exists
 
 
-def saved_values(out, typed):
-    """{field: value} of a run that is resumed.  ValueError if something else was typed."""
-    saved = evaluation.read_settings(out)
-    values = saved["settings"] | saved["model"]
-    missing = {f.name for kind in (Settings, ModelConfig) for f in dataclasses.fields(kind)} - set(values)
-    if missing:
-        raise ValueError(f"{out / 'settings.json'} is of another version of train.py (no {min(missing)})")
-    for name, value in typed.items():
-        if name not in MAY_CHANGE and value != values[name]:
-            raise ValueError(f"{out} was made with {name} {values[name]}, not {value}; leave out --{name} to "
-                             "resume it, or choose another --out")
-    return values
+def saved_values(out):
+    """{field: value} of a run's settings.json.  InputError if this code lacks one of the fields."""
+    saved = parallel.read_settings(out)
+    saved = {RENAMED.get(name, name): value for name, value in (saved["settings"] | saved["model"]).items()}
+    unknown = saved.keys() - preset_values("laptop").keys()
+    if unknown:
+        raise InputError(f"{out}/settings.json has {', '.join(unknown)}, which this code lacks")
+    return saved
 
 
-def default_values(preset, source, chats, typed):
-    """{field: value} that the preset gives, and the run or the Hugging Face folder that it starts from."""
-    tuned = {}                                                    # settings of the run that is to be tuned
-    if chats and source and not evaluation.is_hf(source):
-        tuned = evaluation.read_settings(evaluation.run_folder(source))["settings"]
-        preset = typed.get("preset", tuned["preset"])
-    values = dataclasses.asdict(Settings()) | TRAINING[preset] | dataclasses.asdict(PRESETS[preset])
-    values["preset"] = preset
-    if chats:
-        values |= {name: tuned[name] for name in INHERITED if name in tuned} | {"initial_top_k": []}
-        values["lr"] = CHAT_LR * tuned.get("lr", values["lr"])
-    if source:
-        values |= dataclasses.asdict(source_config(source))
-        for name in ("n_layer", "n_expert"):
-            if name in typed and typed[name] % values[name]:
-                raise ValueError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of "
-                                 f"{source}: a model grows by copies")
-        for name in ("vocab_size", "d_model", "d_expert", "n_head", "n_kv_head", "head_dim",
-                     "tie_embeddings"):
-            if typed.get(name, values[name]) != values[name]:
-                raise ValueError(f"{name} ({typed[name]}) must be that of {source}, {values[name]}")
-        values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
+def inherited_values(source, typed):
+    """{field: value} of the run, its step-N folder or the Hugging Face model that a new run starts from."""
+    if parallel.is_hf(source):
+        values = dataclasses.asdict(evaluation.read_hf_config(source))
+    else:
+        values = saved_values(parallel.run_folder(source))
+        top_k = parallel.read_meta(parallel.newest(source))["top_k"]
+        # goes on with the K that its layers have, and not where its schedule began
+        values |= {"initial_top_k": [] if {*top_k} == {values["top_k"]} else top_k, "switch_fraction": 1.0}
+    for name in ("n_layer", "n_expert"):
+        if typed.get(name, values[name]) % values[name]:
+            raise InputError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of {source}: "
+                             "a model grows by copies")
+    for name in ("vocab_size", "d_model", "d_expert", "n_head", "n_kv_head", "head_dim", "tie_embeddings"):
+        if typed.get(name, values[name]) != values[name]:
+            raise InputError(f"{name} ({typed[name]}) must be that of {source}, {values[name]}")
+    values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
     return values
 
 
@@ -590,21 +583,33 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(s):
-    """-> Corpus.  ValueError if it does not fit the settings."""
+    """-> Corpus.  InputError if it does not fit the settings."""
     source = Path(s.data)
     file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
     if not file.exists():
-        raise ValueError(f"no data in {s.data}: python data.py --source PATH --name NAME makes data/NAME")
-    train, val = (data.make_sampler(data.load_tokens(path), path, s.seq_len, s.seed)
-                  if path.exists() else None for path in (file, folder / "val.bin"))
+        raise InputError(f"no data in {s.data}: python data.py --source PATH --name NAME makes data/NAME")
+    train, val = data.open_sampler(file, s.seq_len, s.seed), None
+    with contextlib.suppress(FileNotFoundError, data.TooShort):   # nothing is held out
+        val = data.open_sampler(folder / "val.bin", s.seq_len)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
 
-def plan_run(argv, world):
-    """Resolve settings, data and checkpoints, on rank 0 -> what all ranks need to start.
+class Plan(NamedTuple):
+    """What all ranks need to start."""
 
-    Prepares the corpus if it is missing.  ValueError for what the user has to change."""
+    settings: Settings
+    config: ModelConfig
+    device: str
+    data_sha256: str
+    exists: bool                # whether the run does
+    steps: list                 # of its checkpoints
+    source: str                 # the folder whose weights a new one starts from, or ""
+
+
+def make_plan(argv, world):
+    """Resolve settings, data and checkpoints, on rank 0 -> Plan.  Prepares the corpus if it is missing.
+    InputError for what the user has to change."""
     typed = parse(argv)
     s, config, exists = resolve(typed)
     device = parallel.pick_device(s.device)
@@ -618,87 +623,48 @@ def plan_run(argv, world):
     if (corpus.file.parent / "meta.json").exists():
         data.load_meta(corpus.file.parent)                        # does the tokenizer fit the tokens?
     sha256 = data.file_sha256(corpus.file)
-    if corpus.has_chats and not (exists or "steps" in typed):
+    if corpus.has_chats and s.init_from and not (exists or "steps" in typed):
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
         config.vocab_size = -(-corpus.vocab_size // 64) * 64
     if corpus.vocab_size > config.vocab_size:
-        raise ValueError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
+        raise InputError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
     steps = parallel.checkpoints(s.out)
-    weights = s.init_from if s.init_from and not steps else ""
-    for other in [s.out] * exists + [evaluation.run_folder(weights)] * bool(weights):
+    source = s.init_from if s.init_from and not steps else ""
+    for other in [s.out] * exists + [parallel.run_folder(source)] * bool(source):
         evaluation.same_tokenizer(other, corpus.file.parent)
-    if exists and evaluation.read_settings(s.out)["data_sha256"] != sha256:
-        raise ValueError(f"data {s.data} is not what {s.out} was made with; choose another --out")
+    if exists and parallel.read_settings(s.out)["data_sha256"] != sha256:
+        raise InputError(f"data {s.data} is not what {s.out} was made with; choose another --out")
     if not steps and any(Path(s.out).glob("step-*.corrupt*")):
-        raise ValueError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
-    if weights and evaluation.is_hf(weights) and not (Path(weights) / "tokenizer.json").exists():
-        print(f"{weights} has no tokenizer.json: are the tokens of {s.data} those of its model?")
-    elif weights and not evaluation.is_hf(weights):
-        weights = str(evaluation.newest(weights))
-    return {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(config), "data_sha256": sha256,
-            "device": device, "exists": exists, "steps": steps, "weights": weights}
-
-
-def start(plan, grid):
-    """Build the model, and load the newest checkpoint of the run, or what it starts from -> Run."""
-    s, config, device = Settings(**plan["settings"]), ModelConfig(**plan["model"]), plan["device"]
-    corpus = open_corpus(s)
-    parallel.make_meshes(grid, s.ep, s.replicate, device, s.timeout)
-    dtype = compute_dtype(s, config, device)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32
-        # attention adds up the gradient of its queries in any order, unless told otherwise
-        torch.use_deterministic_algorithms(s.deterministic)
-        torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
-    model = parallel.build_model(config, grid, device, dtype, s.seed)
-    masters = parallel.Masters(model, dtype)
-    if compiles(s, device, dtype, grid):
-        parallel.compile_blocks(model, masters)
-    if s.activation_checkpointing:
-        parallel.recompute_blocks(model)
-    for block in model.blocks:
-        block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
-        block.moe.router.counts_margins = s.balance == "quantile"
-    optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay,
-                                        s.momentum)
-    run = Run(s, config, model, masters, optimizer, corpus, device, dtype, grid)
-    parallel.from_rank_0(grid, lambda: open_log(run))             # nobody else may touch the directory now
-    if plan["steps"]:
-        run.done = parallel.load_newest(s.out, plan["steps"], run.state(), grid)
-    elif plan["weights"]:
-        load_weights(run, plan["weights"])
-    masters.refresh()
-    parallel.from_rank_0(grid, lambda: open_run(run, plan))
-    return run
+        raise InputError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
+    if source and not parallel.is_hf(source):
+        source = str(parallel.newest(source))
+    return Plan(s, config, device, sha256, exists, steps, source)
 
 
 @torch.no_grad()
-def load_weights(run, source):
-    """Fill the weights from a step-N folder of another run, or from a folder of Hugging Face; grow them if
-    that model has fewer layers or experts."""
-    s, old, model, masters = run.settings, source_config(source), run.model, run.masters
-    grows = (old.n_layer, old.n_expert) != (run.config.n_layer, run.config.n_expert)
-    if grows:                                                     # from a whole one, on the CPU of every rank
-        model = parallel.build_model(old, parallel.ALONE, "cpu", torch.float32, 0)
-        masters = parallel.Masters(model)
-    if evaluation.is_hf(source):
-        from_hf(evaluation.load_hf_weights(source), model,
-                lambda name, p, whole: parallel.put_part(masters.named[name], whole))
-    else:
-        parallel.load_checkpoint(source, parallel.training_state(masters), run.grid)
-    for name, p in run.masters.named.items() if grows else ():
-        parallel.put_part(p, grown(name, run.config, old, masters.named, s.growth_noise, s.seed))
-    if s.balance not in ("loss-free", "quantile"):                # nothing would ever move the biases again
-        for bias in run.masters.buffers.values():
-            bias.zero_()
-
-
-def source_config(source):
-    """ModelConfig of a run, a step-N folder in it, or a folder of Hugging Face."""
-    if evaluation.is_hf(source):
-        return evaluation.read_hf_config(source)
-    return ModelConfig(**evaluation.read_settings(evaluation.run_folder(source))["model"])
+def load(run, plan):
+    """Load the newest whole checkpoint of the run, or the weights that a new one starts from: of a step-N
+    folder of another run, or a Hugging Face model.  They grow if that has fewer layers or experts."""
+    s, source, model, masters = run.settings, plan.source, run.model, run.masters
+    if plan.steps:
+        run.step = parallel.load_newest(s.out, plan.steps, run.state(), run.layout)
+    elif source:
+        hf = parallel.is_hf(source)
+        old = evaluation.read_hf_config(source) if hf else ModelConfig(
+            **parallel.read_settings(parallel.run_folder(source))["model"])
+        grows = (old.n_layer, old.n_expert) != (run.config.n_layer, run.config.n_expert)
+        if grows:                                                 # from a whole one, on the CPU of every rank
+            model = parallel.build_model(old, parallel.SINGLE_PROCESS, "cpu", torch.float32, 0)
+            masters = parallel.MasterWeights(model)
+        if hf:
+            evaluation.from_hf(evaluation.load_hf_weights(source), model,
+                               lambda name, p, whole: parallel.copy_shard(masters.named[name], whole))
+        else:
+            parallel.load_checkpoint(source, parallel.training_state(masters), run.layout)
+        for name, p in run.masters.named.items() if grows else ():
+            parallel.copy_shard(p, grown(name, run.config, old, masters.named, s.growth_noise, s.seed))
+    run.masters.refresh()
 
 
 @torch.no_grad()
@@ -724,63 +690,65 @@ def grown(name, config, old, weights, noise, seed):
 def compute_dtype(s, config, device):
     """The dtype of the matrix products.  Says what the device cannot do, and what is done instead."""
     cuda, dtype = device.startswith("cuda"), torch.float32
-    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda:
-        if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = torch.bfloat16
-        else:
-            print(f"{device_name(device)} does not compute in bfloat16: float32 is used instead")
+    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False):
+        dtype = torch.bfloat16
     why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
+    if cuda:
+        torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32
+        # attention sums the gradient of its queries in no fixed order, unless told otherwise
+        torch.use_deterministic_algorithms(s.deterministic)
+        torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
     return dtype
 
 
-def compiles(s, device, dtype, grid):
-    """Whether blocks are compiled.  ValueError if they cannot be and were asked to."""
-    possible = dtype == torch.bfloat16 and grid.world == 1
+def compiles(s, device, dtype, world):
+    """Whether blocks are compiled.  InputError if they cannot be and were asked to."""
+    possible = dtype == torch.bfloat16 and world == 1
     if s.compile == "true" and not possible:
-        raise ValueError("compile (true) is for one process with --dtype bfloat16")
+        raise InputError("compile (true) is for one process with --dtype bfloat16")
     return possible and (s.compile == "true" or s.compile == "auto" and device.startswith("cuda"))
 
 
-def open_log(run):
+def open_log(run, stack):
     """Open log.jsonl, locked where the system can: two processes at once would destroy a run."""
     Path(run.settings.out).mkdir(parents=True, exist_ok=True)
-    run.log = open(Path(run.settings.out) / "log.jsonl", "a+", buffering=1, errors="replace")
+    run.log = stack.enter_context(open(Path(run.settings.out) / "log.jsonl", "a+b", buffering=0))
     try:
         import fcntl
         fcntl.flock(run.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:                                           # Windows
         pass
     except OSError:
-        raise ValueError(f"{run.settings.out} is in use by another process") from None
+        raise InputError(f"{run.settings.out} is in use by another process") from None
 
 
-def open_run(run, plan):
+def open_directory(run, plan, stack):
     """Write what a run's directory holds beside its checkpoints, and cut the log back to the checkpoint."""
     s, out = run.settings, Path(run.settings.out)
-    if run.corpus.encoding and not plan["exists"]:
+    if run.corpus.encoding and not plan.exists:
         shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
-    settings = {name: plan[name] for name in ("settings", "model", "data_sha256")}
-    text = json.dumps(settings, indent=1)
-    if not plan["exists"] or (out / "settings.json").read_text() != text:
-        (out / "settings.tmp").write_text(text)
-        parallel.fsync(out / "settings.tmp")
-        os.replace(out / "settings.tmp", out / "settings.json")
+    settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
+                "data_sha256": plan.data_sha256}
+    if not plan.exists or parallel.read_settings(out) != settings:
+        parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     run.log.seek(0)
-    header, *rows = run.log.readlines() or [""]
-    steps = [re.fullmatch(r'{"step": (\d+),.*}\n', row) for row in rows]    # None: cut short by a crash
-    kept = list(itertools.takewhile(lambda step: step and int(step[1]) <= run.done, steps))
-    if len(kept) < len(rows):
-        run.log.truncate(len(header) + sum(len(step[0]) for step in kept))
+    header, *rows = run.log.readlines() or [b""]
+    kept = len(header)
+    for row in rows:                                              # the last one may be cut short by a crash
+        found = re.match(rb'{"step": (\d+),.*}\s*\n', row)
+        if not found or int(found[1]) > run.step:
+            run.log.truncate(kept)
+            break
+        kept += len(row)
     if not header:
-        print(json.dumps(settings | {
+        write_row(run, settings | {
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
-            "device": device_name(run.device), "processes": run.grid.world, "dtype": str(run.dtype)[6:]}),
-            file=run.log)
+            "device": device_name(run.device), "processes": run.layout.world, "dtype": str(run.dtype)[6:]})
     if s.wandb:                                                   # log.jsonl stays the truth
-        run.wandb = evaluation.import_extra("wandb", "log").init(
-            project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings)
+        run.wandb = stack.enter_context(evaluation.import_extra("wandb", "log").init(
+            project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings))
 
 
 def commit():
@@ -798,89 +766,68 @@ def device_name(device):
 
 # --- what is shown ----------------------------------------------------------------------------------------
 
-class Console:
-    """stdout or stderr, without which training goes on: what a closed pipe does not take is lost."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def explain(error, run):
     """Why a run ended, if it was for memory or for another process, for which torch has no classes."""
     text = " ".join(str(error).split())
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return ("out of memory; --accumulate makes micro-batches smaller, --activation_checkpointing true "
                 "keeps less of them")
-    step = f"after step {run.done}" if run else "at the start"
+    step = f"after step {run.step}" if run else "at the start"
     if "RANK" in os.environ and re.search("gloo|nccl|timed out|connection (closed|reset)", text, re.I):
         return f"{step} another process did not answer ({text[:200]}); what was saved before is whole"
 
 
 def introduce(run):
     """Say what the steps will see -> whether there is anything left to do."""
-    s, config, corpus, grid = run.settings, run.config, run.corpus, run.grid
-    if run.done >= s.steps:
-        print(f"{s.out} is complete: {run.done} steps.  --steps {2 * run.done} goes on, --out NAME begins")
+    s, config, text, layout = run.settings, run.config, run.corpus.train, run.layout
+    if run.step >= s.steps:
+        print(f"{s.out} is complete: {run.step} steps.  --steps {2 * run.step} goes on, --out NAME begins")
         return False
     total, active, _ = count_parameters(config)
-    layout = f"; {grid.world} processes: ep {grid.ep}, replicate {grid.replicate}" if grid.world > 1 else ""
+    many = f"; {layout.world} processes: ep {layout.ep}, replicate {layout.replicate}" * (layout.world > 1)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
-          f"{device_name(run.device)}, {str(run.dtype)[6:]}{layout}")
-    if run.done:
-        print(f"from step {run.done}")
-        meta = json.loads((Path(s.out) / f"step-{run.done}/meta.json").read_text())
-        before, now = meta["top_k"], top_k_at(run.done, s, config)
-        if before != now:                                         # the switch, which --steps may move
-            print(f"experts activated per layer: {before} so far, {now} from here on")
-        return True
-    print(f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
-          f"{corpus.train.n_windows / s.batch_size:,.2f} steps")
-    if corpus.has_chats:
-        text = corpus.train
+          f"{device_name(run.device)}, {str(run.dtype)[6:]}{many}\n"
+          f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
+          f"{text.n_windows / s.batch_size:,.2f} steps; Ctrl-C saves and ends, the same command resumes")
+    if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
-    print("Ctrl-C saves and ends; the same command resumes")
-    if corpus.val is not None:
+    if run.step:
+        print(f"resuming from step {run.step}")
+        before = parallel.read_meta(Path(s.out) / f"step-{run.step}")["top_k"]
+        now = top_k_at(run.step, s, config)
+        if before != now:                                         # the switch, which --steps may move
+            print(f"experts activated per layer: {before} so far, {now} from here on")
+    elif run.corpus.val is not None:
         print(f"step 0: held out {validation(run):.4f}")
     return True
 
 
 def report(run, seconds):
     """What there is to see at the end of a run."""
-    s, corpus = run.settings, run.corpus
-    if run.done < s.steps:
-        print(f"stopped and saved after step {run.done}; the same command resumes")
+    s, corpus, chats = run.settings, run.corpus, run.corpus.has_chats
+    if run.step < s.steps:
+        print(f"stopped and saved after step {run.step}; the same command resumes")
         return
     if corpus.val is not None:
         loss, statistics = run.validated
         guess = math.log(run.config.vocab_size)
         print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
         if run.config.n_expert > 1:
-            print("load of each expert on held-out text; half height is the uniform share:")
-            print(evaluation.draw_load(statistics.load))
-    if corpus.encoding and s.sample_tokens and run.grid.world == 1 and not corpus.has_chats:
+            print("load of each expert on held-out text; half height is the uniform share:\n"
+                  + evaluation.draw_load(statistics.load))
+    if corpus.encoding and s.sample_tokens and run.layout.world == 1 and not chats:
         torch.use_deterministic_algorithms(False)                 # sampling cannot be
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
             texts = evaluation.generate_text(run.model, corpus.encoding, [prompt], s.sample_tokens,
-                                             top_k_at(run.done - 1, s, run.config))
-            print("\nit writes:\n" + "".join(piece for piece, in texts))
-    print(f"\n{run.done} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.done}; try next\n"
+                                             top_k_at(run.step - 1, s, run.config))
+            print("\nsample:\n" + "".join(piece for piece, in texts))
+    print(f"\n{run.step} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.step}; try next\n"
           f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"
-          f"  python eval.py {'chat' if corpus.has_chats else 'sample'} --ckpt {s.out}")
-    if not corpus.has_chats:                                      # conversations, and to tune on them
+          f"  python eval.py {'chat' if chats else 'sample'} --ckpt {s.out}")
+    if not chats:                                                 # conversations, and to tune on them
         print(f"  python data.py --chats --tokenizer {s.out}\n"
               f"  python train.py --init_from {s.out} --data data/functions")
 

@@ -34,7 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent.parent))             # also without an install
 import parallel
 import train
-from model import PRESETS, Model, ModelConfig, count_parameters, flops_per_token, hf_config, to_hf
+from eval import generate, hf_config, to_hf
+from model import PRESETS, Model, ModelConfig, count_parameters, flops_per_token
 
 # sizes, sequences per step and tokens per sequence
 SIZES = {
@@ -105,10 +106,10 @@ def our_run(config, batch, seq_len, dtype, device, **changes):
     """A train.Run on made-up tokens; on a GPU in bf16 compiled, as train.py has it."""
     s = train.Settings(steps=10 ** 6, batch_size=batch, seq_len=seq_len, dtype=str(dtype)[6:], lr=1e-4,
                        warmup=0, decay=0, **changes)
-    model = parallel.build_model(config, parallel.ALONE, device, dtype, 0)
-    masters = parallel.Masters(model, dtype)
-    if train.compiles(s, device, dtype, parallel.ALONE):
-        parallel.compile_blocks(model, masters)
+    model = parallel.build_model(config, parallel.SINGLE_PROCESS, device, dtype, 0)
+    masters = parallel.MasterWeights(model, dtype)
+    parallel.compile_and_recompute(model, masters, train.compiles(s, device, dtype, 1),
+                                   s.activation_checkpointing)
     optimizer = parallel.make_optimizer(
         masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))
@@ -133,8 +134,8 @@ def transformers_model(config, device):
     return model
 
 
-class AllCopied(parallel.Masters):
-    """Masters for transformers in bf16: routers and norms have copies too, as its code wants them."""
+class AllCopied(parallel.MasterWeights):
+    """MasterWeights for transformers in bf16: routers and norms have copies too, as its code wants them."""
 
     def __init__(self, model, dtype):
         self.named, self.copies, self.buffers = dict(model.named_parameters()), [], {}
@@ -241,7 +242,7 @@ def bench_gpu(args):
     model = Model(config, 0).to(args.device, torch.bfloat16)
     for rows in 1, 32:
         prompt = torch.randint(0, 2000, (rows, 32), device=args.device)
-        times = interleave({"": partial(model.generate, prompt, 128, temperature=0)}, args)[""]
+        times = interleave({"": partial(generate, model, prompt, 128, temperature=0)}, args)[""]
         print(f"\ngenerate, 32 tokens + 128, {rows} sequences: {rows * 128 / median(times):,.0f} tokens/s")
     what = config, batch, seq_len, torch.bfloat16, args.device
     times = interleave({"ours": our_step(our_run(*what)), "transformers": their_step(*what)}, args)

@@ -103,13 +103,25 @@ def train_with(argv, step):
 def train_until(argv, last, number=signal.SIGTERM):
     """train.main, in which rank 1 alone (or the only one) is asked to stop during step `last`."""
     def told(real, run, step, stop):
-        if step + 1 == last and run.grid.rank == min(1, run.grid.world - 1):
+        if step + 1 == last and run.layout.rank == min(1, run.layout.world - 1):
             os.kill(os.getpid(), number)
             end = time.monotonic() + 60
             while not stop.requested and time.monotonic() < end:  # a thread reads it
                 time.sleep(0.01)
         return real(run, step, stop)
     train_with(argv, told)
+
+
+def prepared(*argv):
+    """-> Run: all that train.main makes before the first step."""
+    found, real = [], train.introduce
+    try:
+        train.introduce = lambda run: found.append(run)
+        train.main(list(argv))
+    finally:
+        train.introduce = real
+    found[0].log = None                                           # is closed
+    return found[0]
 
 
 def rows(out):
@@ -160,7 +172,7 @@ class Ranks:
     def __call__(self, world, function, *args, layout=None, limit=120):
         """function(*args) on `world` processes, with torchrun's variables -> [Answer of each rank].
 
-        layout (ep, replicate): function(grid, *args), with a grid on the CPU."""
+        layout (ep, replicate): function(grid, *args), with a parallel.Layout on the CPU."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train"])
         for rank in range(0 if self.workers else 4):

@@ -17,6 +17,7 @@ from conftest import rows, small
 
 import data
 import eval as evaluation
+import parallel
 import train
 from model import Model
 
@@ -99,14 +100,14 @@ def test_the_assistants_words_alone_are_targets_to_the_token(tmp_path):
              USER, c["e"], END, ASSISTANT, c["f"], END]
     second = [EOT, USER, c["g"], END, ASSISTANT, *"é".encode(), END]
     assert tokens.tolist() == first + second
-    sampler = data.make_sampler(tokens, path, 26)
+    sampler = data.open_sampler(path, 26)
     x, y, doc = sampler.batch([0])
     no = [-1]
     assert x[0].tolist() == first[:-1] + second[:-1] + [0, 0]
     assert y[0].tolist() == no * 8 + [c["c"], c["d"], END] + no * 4 + [c["f"], END] \
         + no * 4 + [*"é".encode(), END] + no * 2
     assert doc[0].tolist() == [0] * 17 + [1] * 7 + no * 2
-    assert tokens[sampler.places([0])].tolist() == [t for t in y[0].tolist() if t != -1]
+    assert tokens[sampler.target_positions([0])].tolist() == [t for t in y[0].tolist() if t != -1]
 
 
 def test_long_conversations_are_cut_at_a_border_and_counted(tmp_path):
@@ -115,19 +116,19 @@ def test_long_conversations_are_cut_at_a_border_and_counted(tmp_path):
              ("assistant", "f"), ("user", "g")]                   # answers end behind 10, 19, 25 tokens
     tokens, path = token_file(tmp_path, [turns, turns[:2], [("user", "a" * 40), ("assistant", "b")]])
     for seq_len, ends, n_cut in ((24, [25, 38], 0), (23, [19, 38], 1), (17, [10, 38], 1), (9, [10, 38], 1)):
-        sampler = data.make_sampler(tokens, path, seq_len)
+        sampler = data.open_sampler(path, seq_len)
         assert sampler.spans == [(0, ends[0]), (28, ends[1])]
         assert (sampler.n_cut, sampler.n_left_out) == (n_cut, 1)
     with pytest.raises(ValueError, match=r"seq_len \(8\) is too short: none of 3 conversations"):
-        data.make_sampler(tokens, path, 8)
+        data.open_sampler(path, 8)
 
 
 def test_special_tokens_in_a_text_stay_text(tmp_path):
     """Neither a role nor a target nor an end comes of them, and they are read back as they were."""
     tokens, path = token_file(tmp_path, [[(role, INJECTED) for role in ("system", "user", "assistant")]])
     assert [t for t in tokens.tolist() if t >= EOT] == [EOT, SYSTEM, END, USER, END, ASSISTANT, END]
-    sampler = data.make_sampler(tokens, path, 400)
-    assert BYTES.decode(tokens[sampler.places([0])].tolist()) == INJECTED + "<|end|>"
+    sampler = data.open_sampler(path, 400)
+    assert BYTES.decode(tokens[sampler.target_positions([0])].tolist()) == INJECTED + "<|end|>"
 
 
 # --- packing ----------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_special_tokens_in_a_text_stay_text(tmp_path):
 def test_every_conversation_comes_once_per_epoch_on_any_number_of_processes(tmp_path):
     chats = list(map(data.read_chat, made_up(40)))
     tokens, path = token_file(tmp_path, chats)
-    sampler = data.make_sampler(tokens, path, 300, seed=3)
+    sampler = data.open_sampler(path, 300, seed=3)
     n = sampler.n_windows
     assert len(sampler.spans) == 40 and len(tokens) - 40 > 0.9 * 300 * n         # best fit: little padding
     for first in (0, n):                                          # two epochs
@@ -155,7 +156,7 @@ def test_packed_equals_one_by_one(tmp_path, K, tied):
     tokens, path = token_file(tmp_path, map(data.read_chat, made_up(12)))
     config = small(vocab_size=BYTES.n_vocab, max_seq_len=512, top_k=K, tie_embeddings=tied)
     model = Model(config).double()
-    sampler = data.make_sampler(tokens, path, 400)
+    sampler = data.open_sampler(path, 400)
     x, y, doc = sampler.batch(range(sampler.n_windows))
     assert (doc < 0).any() and doc.max() > 0
     got = model(x, y, doc=doc)
@@ -195,11 +196,12 @@ def test_all_forms_are_read():
 
 BAD = {
     '{"a": ': "Expecting value",
-    "[1]": "neither",
-    '{"text": "a"}': 'neither "messages" (of role and content), "conversations" (of from and value) nor',
+    "[1]": "it is not one of messages, [",
+    '{"text": "a"}': 'it is not one of messages, [{"role", "content"}]; conversations',
     '{"messages": [{"role": "user"}]}': "message 1 (user) is no text, or empty",
-    '{"messages": []}': "neither",
-    '{"messages": [{"role": "user", "content": "a"}], "instruction": "a"}': "an instruction or output beside",
+    '{"messages": []}': "it is not one of",
+    '{"messages": [{"role": "user", "content": "a"}], "instruction": "a"}': "it is not one of",
+    '{"messages": ["a"]}': "it is not one of",
     **{json.dumps(ALPACA | {"history": turns}): "history is not a list of"
        for turns in ([["a"]], ["ab", "cd"])},
     '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
@@ -249,15 +251,15 @@ def test_a_json_list_and_a_gz_file_are_the_same_set(in_folder):
 
 
 def test_about_a_twentieth_of_the_conversations_is_held_out(in_folder):
-    """Also if all begin with the same question; equal ones are on one side, and of few one is held out."""
-    for n, repeats in ((400, 1), (30, 10), (12, 1), (2, 1)):
+    """Also if all begin with the same question; equal ones are on one side; of few perhaps none is."""
+    for n, repeats in ((400, 1), (150, 4), (2, 1)):
         folder = Path(f"data/{n}")
         prepare(folder, [messages(("user", "Hello"), ("assistant", f"Hello, number {i}."))
                          for i in range(n)] * repeats)
         answers = [BYTES.decode(data.load_tokens(folder / f"{split}.bin").tolist()).split("<|endoftext|>")[1:]
                    for split in ("train", "val")]
         assert not set(answers[0]) & set(answers[1]) and len(answers[0] + answers[1]) == n * repeats
-        assert 0.025 < len(answers[1]) / (n * repeats) < 0.085 if n > 2 else len(answers[1]) == 1
+        assert n == 2 or 0.025 < len(answers[1]) / (n * repeats) < 0.085
 
 
 MODULE = '''
@@ -299,25 +301,23 @@ def test_functions_and_their_docstrings_are_the_default(in_folder, monkeypatch):
 def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, chats, corpus):
     """And by itself gets a directory of its own, a lower learning rate, and four epochs."""
     argv = ["--init_from", str(finished), "--data", str(chats), "--seq_len", "64"]
-    plan = train.plan_run(list(argv), 1)
-    n = train.open_corpus(train.Settings(**plan["settings"])).train.n_windows
-    assert 4 * n <= 8 * plan["settings"]["steps"] < 4 * n + 8
-    assert train.plan_run([*argv, "--steps", "5"], 1)["settings"]["steps"] == 5
+    plan = train.make_plan(list(argv), 1)
+    n = train.open_corpus(plan.settings).train.n_windows
+    assert 4 * n <= 8 * plan.settings.steps < 4 * n + 8
+    assert train.make_plan([*argv, "--steps", "5"], 1).settings.steps == 5
     shutil.copytree(finished, "base")
     saved = json.loads(Path("base/settings.json").read_text())
     other = dict(preset="sigma-moe-tiny", dtype="bfloat16", batch_size=4, accumulate=2, seq_len=32,
                  balance="top1", lbl_coef=0.5, lbl_scope="micro", temperature=0.7, bias_rate=0.01,
                  z_coef=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9, clip=0.4,
                  optimizer="muon", momentum=0.5)
-    assert set(other) == set(train.INHERITED)
     saved["settings"] |= other
     Path("base/settings.json").write_text(json.dumps(saved))
     settings, _, exists = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))
     assert {name: getattr(settings, name) for name in other} == other and not exists
     assert settings.out == "out/base-chat" and settings.lr == pytest.approx(0.3 * saved["settings"]["lr"])
-    assert settings.initial_top_k == []                           # which that preset sets
     again = train.resolve(train.parse(["--init_from", "base", "--data", str(corpus), "--seq_len", "16"]))[0]
-    assert again.out == "out/laptop" and again.lr == train.TRAINING["laptop"]["lr"]      # text: as ever
+    assert again.out == "out/base-next" and again.lr == saved["settings"]["lr"]     # text: as it was
 
 
 def test_a_tuned_run_goes_on_without_the_one_it_began_with(tuned, chats, in_folder, capsys):
@@ -338,9 +338,9 @@ def test_the_log_is_of_the_answers(tuned, finished, chats):
     last = rows(tuned)[-1]
     table, n, _ = evaluation.compare_losses([str(tuned), str(finished)])
     assert table[-2][1] == pytest.approx(last["val_loss"], rel=1e-6) and table[-2][1] < 0.8 * table[-1][1]
-    sampler = data.make_sampler(data.load_tokens(chats / "val.bin"), chats / "val.bin", 64)
+    sampler = data.open_sampler(chats / "val.bin", 64)
     tokens, targets, doc = sampler.batch(range(sampler.n_windows))
-    assert n == int((targets >= 0).sum()) > 50
+    assert n == int((targets >= 0).sum()) > 20
     model, _, top_k = evaluation.load_run(str(tuned))
     logits = model(tokens, top_k=top_k, doc=doc)
     slow = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -350,7 +350,7 @@ def test_the_log_is_of_the_answers(tuned, finished, chats):
         written += len(encoding.decode_single_token_bytes(t)) if t < encoding.n_vocab - 5 else 0
     assert table[-2][3] == pytest.approx(slow.item() * n / written / np.log(2), rel=1e-5)
     assert all(row["tokens"] < 8 * 64 for row in rows(tuned))
-    look = evaluation.snapshot(str(tuned))
+    look = evaluation.route_held_out(str(tuned))
     assert look.tokens.tolist() == tokens[doc >= 0].tolist()
     assert look.experts.shape[1] == len(look.tokens) == int(look.statistics.load[0].sum())
 
@@ -364,10 +364,10 @@ def test_a_step_is_the_mean_over_the_answers_and_padding_is_no_speed(finished, c
         return real(*args)
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    saved, file = evaluation.newest(finished), chats / "train.bin"
+    saved, file = parallel.newest(finished), chats / "train.bin"
     train.main(tune(saved, chats, "run", "--steps", "1", "--lbl_coef", "0", "--sample_tokens", "0"))
     row, = rows("run")
-    x, y, doc = data.make_sampler(data.load_tokens(file), file, 64).rows(0, 8)
+    x, y, doc = data.open_sampler(file, 64).rows(0, 8)
     model, _, top_k = evaluation.load_run(str(finished))
     out = model.requires_grad_(True)(x, y, top_k, doc)
     (out.loss / out.n_targets).backward()
@@ -432,13 +432,13 @@ def test_answers_are_what_the_model_continues_the_conversation_with(tuned, monke
 
     def ask(*said):
         tokens = torch.tensor([data.encode_chat(encoding, said, answer=True)])
-        new = model.generate(tokens, 12, 0, top_k=top_k)[0, tokens.shape[1]:].tolist()
+        new = evaluation.generate(model, tokens, 12, 0, k_per_layer=top_k)[0, tokens.shape[1]:].tolist()
         new = new[:next((i for i, t in enumerate(new) if t in end), len(new))]
         answers.append(encoding.decode([t for t in new if t < encoding.n_vocab - 5]))
         return [*said, ("assistant", answers[-1])]
     ask(*ask(system, ("user", "red sea?")), ("user", "of the"))
     ask(system, ("user", "of the"))
-    assert shown.out.split("\n") == [*answers, ""] and "/reset starts anew" in shown.err
+    assert shown.out.split("\n") == [*answers, ""] and "/reset starts over" in shown.err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys):
@@ -461,7 +461,7 @@ def test_a_conversation_that_is_full_begins_anew(tuned, finished, monkeypatch, c
     talk(tuned, monkeypatch, ["x " * 100, *["red sea of the trees"] * 4])
     out, err = capsys.readouterr()
     assert err.count("leave no room in 64 for an answer") == 1 and out.count("\n") == 4
-    assert "it begins anew with this question" in err
+    assert "it starts over with this question" in err
     talk(finished, monkeypatch, ["red"], "--tokens", "4")
     assert "was not tuned on conversations" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:

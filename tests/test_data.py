@@ -145,7 +145,7 @@ def test_nothing_is_read_twice_and_what_is_left_out_is_said(tmp_path, capsys):
     save(folder / "more/table.json", "[]")
     meta = prepare(tmp_path, folder, folder / "../text", next(folder.glob("*.txt")))
     assert meta["files"] == 10 and meta["train"]["documents"] + meta["val"]["documents"] == 9
-    assert "not read: 2 .json" in capsys.readouterr().out         # of the folder, and of the same one again
+    assert "not read: 1 .json" in capsys.readouterr().out
 
 
 GOOD = lines_of(f"number {i} of many" for i in range(150)).encode()
@@ -207,7 +207,6 @@ HOLDOUTS = {
     "thirty files": {f"{i}.txt": text * 9 for i, text in enumerate(MANY[:30])},
     "equal files": {f"{i}.txt": MANY[i % 40] for i in range(120)},
     "a file and its lines": {"a.txt": MANY[0], "a.jsonl": MANY * 2},
-    "one of all": {"a.jsonl": ["the same thing again"] * 900 + MANY[:10]},
     "few lines": {"a.jsonl": [text * 5 for text in MANY[:3]]}, "hundred lines": {"a.jsonl": MANY},
     "one long line of many": {"a.jsonl": [SENTENCE * 900, *MANY]}}
 
@@ -228,12 +227,12 @@ def test_about_a_twentieth_of_the_bytes_is_held_out(name, tmp_path):
 
 
 def test_documents_are_held_out_whole_and_tokens_have_a_checksum(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 3000)                      # many blocks, still one document
-    folder = write_corpus(tmp_path / "text", files=60)
+    monkeypatch.setattr(data, "BLOCK", 300)                       # many blocks, still one document
+    folder = write_corpus(tmp_path / "text", files=400)
     meta = prepare(tmp_path, folder, vocab_size=300, tokenizer="bpe")
     train, val = both(tmp_path / "out")
     assert Counter(train + val) == Counter(f.read_text(encoding="utf-8") for f in folder.iterdir())
-    assert (meta["files"], meta["val"]["documents"]) == (60, len(val))
+    assert (meta["files"], meta["val"]["documents"]) == (400, len(val)) and 10 < len(val) < 35
     assert meta["train"]["bytes"] == sum(len(t.encode()) for t in train)
     for name in ("encoding.json", "train.bin", "val.bin"):
         raw = (tmp_path / "out" / name).read_bytes()
@@ -247,13 +246,13 @@ def test_documents_are_held_out_whole_and_tokens_have_a_checksum(tmp_path, monke
 def test_too_little_text_and_a_vocabulary_for_no_bpe_are_refused(tmp_path):
     with pytest.raises(ValueError, match="vocab_size is for the tokenizer bpe"):
         data.prepare(tmp_path / "out", [str(tmp_path)], "bytes", 777)
-    save(tmp_path / "a.jsonl", lines_of(["the same"] * 9))
-    with pytest.raises(ValueError, match="too small: .*.bin would have 0 tokens"):
+    save(tmp_path / "a.jsonl", "\n")
+    with pytest.raises(ValueError, match="a.jsonl is empty, or too small"):
         prepare(tmp_path, tmp_path / "a.jsonl")
     save(tmp_path / "b.txt", "a b c\n" * 100)
     prepare(tmp_path, tmp_path / "b.txt")
-    with pytest.raises(ValueError, match=r"val.bin: seq_len \(99\) is too long for the 31 tokens"):
-        data.make_sampler(data.load_tokens(tmp_path / "out/val.bin"), tmp_path / "out/val.bin", 99)
+    with pytest.raises(ValueError, match=r"seq_len \(99\) is too long for 31 tokens"):
+        data.open_sampler(tmp_path / "out/val.bin", 99)
 
 
 @pytest.mark.parametrize("chats", [False, True])
@@ -274,35 +273,20 @@ def test_held_out_text_trains_no_tokenizer(tmp_path, monkeypatch, chats):
     of_training, held_out = (Counter(regex.findall(r"number \d+ of many", " ".join(texts)))
                              for texts in (seen[0], both(tmp_path / "out")[1]))
     assert not of_training & held_out and len(of_training + held_out) == 400
-    monkeypatch.setattr(data, "BPE_CHARS", sum(map(len, seen[0])) // 4)
+    monkeypatch.setattr(data, "BPE_CHARS", (tmp_path / "a.jsonl").stat().st_size // 4)
     prepare(tmp_path, tmp_path / "a.jsonl", name="again", **settings)
-    assert len(seen[1]) == pytest.approx(380 / 5, abs=5)
+    assert len(seen[1]) == pytest.approx(380 / 4, abs=5)
 
 
 def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
-    """.. and those of installed packages, whose files are held out together."""
-    parts = {part for f, _ in data.python_files("stdlib") for part in f.relative_to(data.LIBRARY).parts[:-1]}
+    parts = {part for f in data.python_files("stdlib") for part in f.relative_to(data.LIBRARY).parts[:-1]}
     assert "json" in parts and not parts & {"test", "encodings", "site-packages"}
-    for name in ("lib/os.py", "site-packages/one/tests/b.py", "elsewhere/c.py",
-                 *(f"site-packages/package{i % 20}/{i}.py" for i in range(200))):
+    for name in ("lib/os.py", "site-packages/one/tests/b.py", "site-packages/one/c.py", "elsewhere/c.py"):
         save(tmp_path / name, f"# {name}\n" * 9)
     monkeypatch.setattr(data, "LIBRARY", tmp_path / "lib")
     monkeypatch.setattr(data.sys, "path", ["", str(tmp_path / "elsewhere"), str(tmp_path / "site-packages")])
-    assert [f.name for f, _ in data.python_files("stdlib")] == ["os.py"]
-    files = data.find_files(["installed"], False)
-    assert len(files) == 201 and files[0][0].name == "os.py" and files[1][1] == "package0"
-    held_out = data.hold_out(files, False)[0]
-    sides = [(package, bool(held_out[bucket])) for (_, package), (bucket, _, _) in zip(
-        files, data.read_documents(files, False, []))]
-    assert len(set(sides)) == 21 and 0 < sum(side for _, side in sides) <= 20
-
-
-def test_sources_that_changed_are_noticed(tmp_path, capsys):
-    save(tmp_path / "text/a.txt", "some words " * 900)
-    for words in ("", "have changed since"):
-        data.prepare(tmp_path / "out", [str(tmp_path / "text")], "bytes")
-        assert words in capsys.readouterr().out
-        save(tmp_path / "text/b.txt", "a third file")
+    assert [f.name for f in data.python_files("stdlib")] == ["os.py"]
+    assert [f.name for f in data.find_files(["installed"], False)] == ["os.py", "c.py"]
 
 
 def test_a_small_vocabulary_is_said(tmp_path, capsys):
@@ -386,8 +370,7 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"),
     (lambda raw: raw[:500], "corrupt"), (lambda raw: b"", "not a token file"),
     (lambda raw: b"X" + raw[1:], "not a token file"),
-    (lambda raw: raw[:8] + b"\x02" + raw[9:], "not a token file"),
-    (lambda raw: raw[:32] + bytes(8) + raw[40:1024], "corrupt")])             # no token at all
+    (lambda raw: raw[:8] + b"\x02" + raw[9:], "not a token file")])
 def test_damaged_token_files_are_refused(tmp_path, harm, message):
     writer = data.TokenWriter(tmp_path / "t.bin", 300)
     writer.write(range(300))

@@ -56,11 +56,11 @@ def test_trigram_equals_its_definition():
     rng = np.random.default_rng(1)
     tokens = (rng.integers(0, 6, 400) * rng.integers(0, 2, 400)).tolist()
     asked = rng.integers(0, 9, 300)                               # tokens that were never seen, too
-    trigram, slow = evaluation.Trigram(np.array(tokens, np.uint16), 9), slow_kneser_ney(tokens, 9)
+    train, slow = np.array(tokens, np.uint16), slow_kneser_ney(tokens, 9)
     want = [slow(*asked[i:i + 3].tolist()) for i in range(298)]
-    np.testing.assert_allclose(trigram.prob(asked), want, rtol=1e-12)
+    np.testing.assert_allclose(evaluation.trigram(train, asked, 9), want, rtol=1e-12)
     for context in ([0, 0], [3, 5], [8, 8]):
-        total = sum(trigram.prob(np.array([*context, c]))[0] for c in range(9))
+        total = sum(evaluation.trigram(train, np.array([*context, c]), 9)[0] for c in range(9))
         assert total == pytest.approx(1.0, rel=1e-12)
 
 
@@ -99,19 +99,17 @@ def test_sample_command_writes_the_prompt_and_more(finished, capsys):
 
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|end|>"])
-def test_a_text_ends_where_the_model_ends_it(end):
+def test_a_text_ends_where_the_model_ends_it(end, monkeypatch):
     """In a batch, too: rows after their end are empty; other special tokens and unused ids are no text."""
     encoding = data.build_encoding("bytes", 0, ())
     model, text = Model(small(vocab_size=264)), [*b"ab", 257, 263, 0xC3, 0xA9]
     text.append(encoding.encode_single_token(end))
 
-    class Scripted(Model):
+    def scripted(model, tokens, at, cache, top_k):
         """Continues by the script, a row per prompt; the second never ends."""
-
-        def decode(self, tokens, at, cache, top_k=None):
-            step = int(at[0]) - 1
-            return F.one_hot(torch.tensor([(text + [99] * 9)[step], 120]), 264)[:len(tokens)].float()
-    model.__class__ = Scripted
+        step = int(at[0]) - 1
+        return F.one_hot(torch.tensor([(text + [99] * 9)[step], 120]), 264)[:len(tokens)].float()
+    monkeypatch.setattr(evaluation, "decode", scripted)
     model.head = torch.nn.Identity()
     model.features = lambda tokens, *args, **kwargs: (F.one_hot(
         torch.tensor([[[text[0]]], [[120]]])[:len(tokens)].expand(-1, tokens.shape[1], 1).squeeze(-1),
@@ -141,9 +139,9 @@ def switched(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", ["step-6", "step-12"])
-def test_a_snapshot_equals_routing_one_window_at_a_time(switched, corpus, step):
+def test_held_out_routing_equals_routing_one_window_at_a_time(switched, corpus, step):
     """Every token of the held-out text, its expert in every layer, the sums; K is 3, then 1, in layer 0."""
-    run = evaluation.snapshot(switched / step)
+    run = evaluation.route_held_out(switched / step)
     assert run.top_k == ([3, 1] if step == "step-6" else [1, 1])
     assert run.rows[-1]["step"] == int(step[5:])
     model, _, _ = evaluation.load_run(switched / step)
@@ -167,7 +165,7 @@ def test_a_snapshot_equals_routing_one_window_at_a_time(switched, corpus, step):
 
 def test_the_report_counts_tokens_and_context(switched):
     """Of ids seen more than once, the share that is not with most of its id."""
-    run = evaluation.snapshot(switched)
+    run = evaluation.route_held_out(switched)
     run.tokens = torch.tensor([97, 97, 97, 97, 98, 98, 99, 100])
     run.experts = torch.tensor([[5, 5, 5, 3, 3, 3, 1, 0], [2] * 8])
     lines = evaluation.describe_routing(run).splitlines()
@@ -188,14 +186,14 @@ def test_routing_command_reports_and_draws_every_run(switched, finished, corpus,
     for part in ("/switched: held-out", "/finished: held-out", "layer 1, its three", "max    +0% min   +0%"):
         assert part in out
     pictures = sorted((tmp_path / "pictures").iterdir())
-    assert [p.name for p in pictures] == ["deviation.png", "gate.png", "load.png", "switch.png"]
+    assert [p.name for p in pictures] == ["deviation.png", "gate.png", "load.png"]
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in pictures)
 
 
 def test_pictures_show_what_was_logged(switched, finished):
     """The lines of the deviation and of the loss are the numbers of the log; f and p those of the text."""
     Figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot").Figure
-    runs = [evaluation.snapshot(switched), evaluation.snapshot(finished)]
+    runs = [evaluation.route_held_out(switched), evaluation.route_held_out(finished)]
     log = evaluation.read_log(switched)[1:]
     left = evaluation.draw_deviation(Figure, runs).axes[0]
     for line, name in zip(left.lines, ("load_max", "load_min")):
@@ -207,6 +205,4 @@ def test_pictures_show_what_was_logged(switched, finished):
     f, p = (line.get_ydata() for line in gate.lines[:2])
     assert sum(f) == pytest.approx(1) and sum(p) == pytest.approx(1, rel=1e-5)
     assert 6 * sum(f * p) == pytest.approx(float(gate.get_title().split()[-1]), abs=0.01)
-    switch = evaluation.draw_switch(Figure, runs).axes[0]
-    assert list(switch.lines[0].get_ydata()) == [row["val_loss"] for row in log if "val_loss" in row]
-    assert [x for part in switch.collections for (x, _), _ in part.get_segments()] == [6]
+

@@ -23,7 +23,8 @@ CASES = {
     "sigmoid": dict(gate="sigmoid", lbl_coef=0.5, clip=0.05),
     "normalized": dict(gate="normalized", top_k=3, tie_embeddings=True),
     "top-1 loss": dict(balance="top1", lbl_coef=0.5, z_coef=0.1, top_k=3),
-    "loss-free": dict(balance="loss-free", bias_rate=0.01, initial_top_k=[3], switch=0.1, batch_size=10),
+    "loss-free": dict(balance="loss-free", bias_rate=0.01, initial_top_k=[3], switch_fraction=0.1,
+                      batch_size=10),
     "muon": dict(optimizer="muon", clip=0.05, accumulate=2),
     "quantile": dict(balance="quantile", initial_top_k=[3], accumulate=2),
     "accumulate": dict(accumulate=3, balance="top1", lbl_coef=0.5),
@@ -83,11 +84,11 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, shared=F
         torch.set_default_dtype(torch.float32)
         model_module.MoE = MoE
     if recomputed:
-        parallel.recompute_blocks(model)
-    masters = parallel.Masters(model, dtype)
+        model.recompute = True
+    masters = parallel.MasterWeights(model, dtype)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature
-        block.moe.router.counts_margins = s.balance == "quantile"
+        block.moe.router.collect_margins = s.balance == "quantile"
         block.moe.router.bias[list(chosen)] = 100.0
     optimizer = parallel.make_optimizer(
         masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
@@ -109,7 +110,7 @@ def two_steps(grid, dtype, case):
 
 @cache
 def one_process(dtype, case):
-    return two_steps(parallel.ALONE, dtype, case)
+    return two_steps(parallel.SINGLE_PROCESS, dtype, case)
 
 
 def whole(p):

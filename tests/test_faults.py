@@ -17,7 +17,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, curve, rows, small_run, train_until, train_with
+from conftest import ENV, curve, prepared, rows, small_run, train_until, train_with
 from test_exact import make_run, whole
 
 import eval as evaluation
@@ -71,7 +71,7 @@ def test_killed_workers_come_back_on_the_same_curve_until_ctrl_c(ranks, corpus, 
         watch.cancel()
     last, step = parallel.checkpoints(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").glob("step-*")} == {f"step-{last}", f"step-{step}"}
-    assert "from step 7\n" in shown and f"stopped and saved after step {step}" in out, err
+    assert "resuming from step 7\n" in shown and f"stopped and saved after step {step}" in out, err
     _, again = re.findall(r"new keys in the store: (\d+)", shown)
     assert int(again) > 0                                         # else they read the addresses of the dead
     ranks(2, train_until, whole_run, step)
@@ -81,7 +81,7 @@ def test_killed_workers_come_back_on_the_same_curve_until_ctrl_c(ranks, corpus, 
 def stopped(argv, pid):
     """train.main, in which rank 1 is stopped after 5 steps, until rank 0 has ended."""
     def hang(real, run, step, *rest):
-        if step == 5 and run.grid.rank == 1:
+        if step == 5 and run.layout.rank == 1:
             pid.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
         return real(run, step, *rest)
@@ -133,7 +133,7 @@ def test_a_corrupt_checkpoint_is_set_aside(three_checkpoints, tmp_path, capsys, 
     broken = {p.name: p.read_bytes() for p in (out / "step-6").iterdir()}
     train.main(["--out", str(out), "--keep", "2"])
     shown = capsys.readouterr()
-    assert "corrupt" in shown.err and "step-6.corrupt" in shown.err and "from step 4" in shown.out
+    assert "corrupt" in shown.err and "step-6.corrupt" in shown.err and "resuming from step 4" in shown.out
     assert parallel.checkpoints(out) == [4, 6] and curve(out) == curve(three_checkpoints)
     assert {p.name: p.read_bytes() for p in (out / "step-6.corrupt").iterdir()} == broken
 
@@ -249,7 +249,7 @@ def steps_with_nan(grid, bad, what):
 
 @pytest.mark.parametrize("what, of", [("loss", " of rank 1"), ("gradient", "")])
 def test_what_is_not_finite_changes_nothing_on_any_rank(ranks, what, of):
-    alone, counts, sequences = steps_with_nan(parallel.ALONE, 0, what)
+    alone, counts, sequences = steps_with_nan(parallel.SINGLE_PROCESS, 0, what)
     assert [changed for _, changed in alone] == [True, True, False, True]
     assert alone[2][0] == f"the {what} is not finite" and counts == [3, 1, 0]
     assert sequences == list(range(0, 60, 4))                     # the data advances, one batch ahead
@@ -261,7 +261,7 @@ def test_what_is_not_finite_changes_nothing_on_any_rank(ranks, what, of):
 def nan_from(argv, first):
     """train.main, in which the loss of the last rank is NaN from step `first` on."""
     def with_nan(real, run, step, *rest):
-        if step == first and run.grid.rank == run.grid.world - 1:
+        if step == first and run.layout.rank == run.layout.world - 1:
             run.model.forward = spoil(run.model.forward, "loss")
         return real(run, step, *rest)
     train_with(argv, with_nan)
@@ -269,18 +269,19 @@ def nan_from(argv, first):
 
 def test_many_losses_that_are_not_finite_end_the_run(ranks, corpus, tmp_path):
     out = tmp_path / "run"
-    first, second = ranks(2, nan_from, small_run(corpus, out, "--steps 40 --save_every 4 --bad_steps 3"), 9)
+    argv = small_run(corpus, out, "--steps 40 --save_every 4 --bad_steps 3")       # the flag's old name
+    first, second = ranks(2, nan_from, argv, 9)
     assert first.code == second.code == 1 and second.err == ""
     for step in (10, 11, 12):
-        assert f"step {step} changed nothing: the loss of rank 1 is not finite" in first.err
-    assert "3 steps in a row changed nothing" in first.err
+        assert f"step {step} skipped: the loss of rank 1 is not finite" in first.err
+    assert "3 steps in a row skipped" in first.err
     assert parallel.checkpoints(out) == [4, 8] and not parallel.find_corruption(out / "step-8")
     assert [row["skipped"] for row in rows(out)] == [0] * 9 + [1, 2]     # it ends before the last line
 
 
 def spikes(losses, spike=6.0, since=0):
     """Which of a sequence of losses are skipped; norms are noise around 1.  since: when it is asked for."""
-    run, rng, skipped = make_run(parallel.ALONE, torch.float32), np.random.default_rng(0), []
+    run, rng, skipped = make_run(parallel.SINGLE_PROCESS, torch.float32), np.random.default_rng(0), []
     for i, loss in enumerate(losses):
         run.settings.spike = spike if i >= since else 0.0
         skipped += [i] * bool(train.reason_to_skip(run, loss, rng.normal(1, 0.1), None))
@@ -302,32 +303,30 @@ def test_a_spike_changes_nothing_and_the_guard_is_in_the_checkpoint(corpus, tmp_
     """A quiet past is written into a checkpoint, beside which real steps are spikes."""
     argv = small_run(corpus, tmp_path, "--steps 6 --spike 6")
     train.main(argv)
-    run = train.start(train.plan_run(argv, 1), parallel.ALONE)
-    with run.log:
-        losses = torch.tensor([row["loss"] for row in rows(tmp_path)])
-        assert run.counts.tolist() == [6, 0, 0] and torch.equal(run.recent[:6, 0].float(), losses)
-        run.recent.fill_(0.5)
-        run.counts[0] = 128
-        before = everything(run)
-        assert "are a spike" in train_step(run, 6).skipped and equal(everything(run), before)
+    run, losses = prepared(*argv), torch.tensor([row["loss"] for row in rows(tmp_path)])
+    assert run.counts.tolist() == [6, 0, 0] and torch.equal(run.recent[:6, 0].float(), losses)
+    run.recent.fill_(0.5)
+    run.counts[0] = 128
+    before = everything(run)
+    assert "are a spike" in train_step(run, 6).skipped and equal(everything(run), before)
 
 
-def flipped_bit(argv, what):
+def flipped_bit(argv, what, bit):
     """train.main, in which one bit of a weight or a selection bias of rank 3 changes after step 7."""
     def flipped(real, run, step, *rest):
         did = real(run, step, *rest)
-        if step == 6 and run.grid.rank == 3:
+        if step == 6 and run.layout.rank == 3:
             p = parallel.local(next(iter(getattr(run.masters, what).values())))
-            p.view(torch.int32).view(-1)[3] ^= 1
+            p.view(torch.int32).view(-1)[3] ^= bit
         return did
     train_with(argv, flipped)
 
 
-@pytest.mark.parametrize("what", ["named", "buffers"])
-def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, what):
+@pytest.mark.parametrize("what, bit", [("named", 1), ("buffers", 1 << 30)])     # no update rounds it away
+def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, what, bit):
     """.. before the next save: no checkpoint has the flipped bit."""
     argv = small_run(corpus, tmp_path, "--steps 12 --replicate 2 --save_every 4 --balance loss-free")
-    first, *others = ranks(4, flipped_bit, argv, what)
+    first, *others = ranks(4, flipped_bit, argv, what, bit)
     assert [a.code for a in (first, *others)] == [1] * 4
     assert not any(a.err for a in others) and parallel.checkpoints(tmp_path) == [4]
     assert "step 8: the weights of rank 3 are not those of the first" in first.err

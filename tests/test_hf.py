@@ -1,20 +1,26 @@
 """Weights and tokenizers out to transformers and in from it (extra hf)."""
 
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import SIZES, curve, rows, small, write_corpus
+from conftest import ROOT, SIZES, curve, rows, small, write_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
 import eval as evaluation
+import parallel
 import train
-from model import from_hf_config, hf_config
+from eval import from_hf_config, hf_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("safetensors", reason="needs the extra hf")
@@ -47,7 +53,7 @@ def test_transformers_computes_the_same_logits_and_text(exported):
     assert theirs.generation_config.eos_token_id == [
         data.load_encoding(run).encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")]
     text = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)
-    assert torch.equal(text, ours.generate(prompt, 40, temperature=0, top_k=top_k))
+    assert torch.equal(text, evaluation.generate(ours, prompt, 40, temperature=0, k_per_layer=top_k))
 
 
 def test_weights_in_many_files_are_the_same(exported, tmp_path):
@@ -132,11 +138,11 @@ SHORT = ["--seq_len", "16", "--batch_size", "8", "--log_every", "1", "--sample_t
 def test_a_run_goes_on_from_its_own_export(ranks, exported, corpus, tmp_path):
     """Bit by bit as from the run itself; on two processes, too; and later without the folder."""
     run, folder = exported
-    argv = ["--data", str(corpus), *SHORT, "--steps", "4"]
+    argv = ["--data", str(corpus), *SHORT, "--steps", "4", "--lr", "0.01", "--optimizer", "adamw"]
     for source in (run, folder):
         train.main([*argv, "--out", str(tmp_path / source.name), "--init_from", str(source)])
     assert curve(tmp_path / "run") == curve(tmp_path / "hf")
-    models = [evaluation.read_settings(tmp_path / name)["model"] for name in ("run", "hf")]
+    models = [parallel.read_settings(tmp_path / name)["model"] for name in ("run", "hf")]
     assert models[0] == models[1]
     ep = "1" if models[0]["n_expert"] == 1 else "2"
     shutil.copytree(folder, tmp_path / "copy")
@@ -164,13 +170,13 @@ def cut(folder):
     (change(model_type="llama"), "only a plain Qwen3-MoE can be read, not one with model_type 'llama'"),
     (change(rope_scaling={"type": "yarn"}), "yarn"),
     (change(hidden_size=None), "d_model must be a whole number"),
-    (change(rms_norm_eps="1e-6"), "config.json cannot be read"),
+    (change(rms_norm_eps="1e-6"), "config.json is not that of a plain Qwen3-MoE"),
     (change(num_hidden_layers=3), "needs [('model.layers.2."),
     (change(num_hidden_layers=1), "not [('model.layers.1."),
     (change(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))"),
     (cut, "model.safetensors is missing or corrupt"),
     (lambda folder: evaluation.save_tokenizer(data.build_encoding("bytes"), folder, 64), "is not that of"),
-    (lambda folder: (folder / "config.json").unlink(), "is not a directory of train.py")])
+    (lambda folder: (folder / "config.json").unlink(), "is not of a directory of train.py")])
 def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, message):
     folder = tmp_path / "hf"
     evaluation.main(["export", "--ckpt", str(finished), "--to", str(folder)])
@@ -222,7 +228,7 @@ def test_a_tokenizer_without_a_byte_is_refused(tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("first", [0, 200, 999])
-def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_path, first):
+def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_path, first, monkeypatch):
     """Three special tokens of theirs from some number on; ours come last; what is saved reads back."""
     evaluation.save_tokenizer(tokenizers["trained"][0], tmp_path, 64)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -244,5 +250,48 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
             assert found.decode(found.encode_ordinary(text)) == text
         assert found.encode_single_token("<|endoftext|>") == max(len(plain) + 3 * (first < len(plain)), first)
         numbers = torch.arange(found.n_vocab)[:, None]            # a model writes any, used or not
-        model = SimpleNamespace(embed=torch.nn.Embedding(1, 1), stream=lambda *args, numbers=numbers: numbers)
+        monkeypatch.setattr(evaluation, "stream", lambda *args, numbers=numbers: numbers)
+        model = SimpleNamespace(embed=torch.nn.Embedding(1, 1))
         assert " a" in "".join(piece for piece, in evaluation.generate_text(model, found, [[0]], 1, None))
+
+
+# --- lm-evaluation-harness --------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/parity.md").read_text()
+
+
+def test_the_harness_scores_an_exported_folder(finished, tmp_path):
+    """The command of docs/parity.md, offline; its accuracies are those of the model's own probabilities."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    evaluation.main(["export", "--ckpt", str(finished), "--to", str(tmp_path / "exported")])
+    blocks = re.findall(r"```(?:yaml|json|)\n([^`]*?)```", PAGE.split("## Questions of")[1])
+    task, question, command = blocks
+    rng = random.Random(0)
+    words = "red sea of the trees 42 walk so".split()
+    rows = [{"question": " ".join(rng.choices(words, k=rng.randint(1, 4))), "answer": rng.randint(0, 2),
+             "choices": [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(3)]}
+            for _ in range(12)]
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks/my_questions.yaml").write_text(task)
+    (tmp_path / "my_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert json.loads(question).keys() == rows[0].keys()
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                        "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-m", *command.split(), "--device", "cpu", "--output_path", "results"],
+                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["results"]["my_questions"]
+    model, _, top_k = evaluation.load_run(finished)
+    encoding, right = data.load_encoding(finished), []
+    for row in rows:
+        scores, context = [], f"Question: {row['question']}\nAnswer:"
+        for choice in row["choices"]:
+            tokens = encoding.encode_ordinary(f"{context} {choice}")
+            n = len(encoding.encode_ordinary(context))            # what the choice is behind
+            log_prob = model(torch.tensor([tokens[:-1]]), top_k=top_k)[0].log_softmax(-1)
+            scores.append(sum(log_prob[i - 1, tokens[i]].item() for i in range(n, len(tokens))))
+        norm = [score / len(choice) for score, choice in zip(scores, row["choices"])]
+        right.append([np.argmax(scores) == row["answer"], np.argmax(norm) == row["answer"]])
+    want = np.mean(right, 0)
+    assert [found["acc,none"], found["acc_norm,none"]] == pytest.approx(want.tolist())
+    assert 0 < want.min() < 1

@@ -1,4 +1,4 @@
-"""Masters and copies, clipping, checkpoints; what many processes do beside computing the same."""
+"""MasterWeights and copies, clipping, checkpoints; what many processes do beside computing the same."""
 
 import errno
 import os
@@ -18,12 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import parallel
 import train
 from model import Model
-from parallel import ALONE, checkpoints, clip_gradients, load_checkpoint, save_checkpoint, training_state
+from parallel import (
+    SINGLE_PROCESS,
+    checkpoints,
+    clip_gradients,
+    load_checkpoint,
+    save_checkpoint,
+    training_state,
+)
 
 
 def build(dtype=torch.float32, seed=0, kind="adamw", **changes):
     model = Model(small(**changes), seed=seed)
-    masters = parallel.Masters(model, dtype)
+    masters = parallel.MasterWeights(model, dtype)
     return model, masters, parallel.make_optimizer(masters, kind, 1e-2, (0.9, 0.95), 0.1)
 
 
@@ -188,7 +195,7 @@ def test_an_impossible_layout_is_refused(monkeypatch, changes, named):
 def slow_work_of_rank_0(timeout):
     """It takes twice as long as the processes would wait for anything else."""
     grid = parallel.init_distributed(timeout)
-    return parallel.from_rank_0(grid, lambda: time.sleep(2 * timeout) or {"rank": grid.rank})
+    return parallel.on_rank_0(grid, lambda: time.sleep(2 * timeout) or {"rank": grid.rank})
 
 
 def test_the_others_wait_for_rank_0(ranks):
@@ -199,7 +206,7 @@ def test_the_others_wait_for_rank_0(ranks):
 def failing_work(error):
     def work():
         raise error
-    return parallel.from_rank_0(parallel.init_distributed(), work)
+    return parallel.on_rank_0(parallel.init_distributed(), work)
 
 
 @pytest.mark.parametrize("end", [0, 2])
@@ -261,7 +268,7 @@ def count_syncs(grid):
 
 def test_one_device_synchronisation_per_layer(ranks):
     assert [a.value for a in ranks(2, count_syncs, layout=(2, 1))] == [["tolist"] * 2] * 2
-    assert count_syncs(ALONE) == []
+    assert count_syncs(SINGLE_PROCESS) == []
 
 
 # --- starting without memory ------------------------------------------------------------------------------
@@ -312,7 +319,7 @@ def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
     want = ranks(world, save_after, tmp_path, layout=layout)[0].value
     assert checkpoints(tmp_path) == [2] and any(t.any() for n, t in want.items() if n.endswith("bias"))
     assert len(list((tmp_path / "step-2").glob("*.distcp"))) == world
-    loaded = [load_into(ALONE, tmp_path)]
+    loaded = [load_into(SINGLE_PROCESS, tmp_path)]
     for world, *layout in ((2, 2, 1), (3, 3, 1), (4, 4, 1), (4, 1, 2)):
         loaded += [a.value for a in ranks(world, load_into, tmp_path, layout=layout)]
     for found in loaded:

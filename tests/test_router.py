@@ -133,19 +133,21 @@ def test_bias_moves_towards_the_starved_and_never_into_the_weights():
     assert not router.bias.requires_grad and "bias" not in dict(router.named_parameters())
 
 
-@pytest.mark.parametrize("n_tokens, E, K", [(4096, 96, 1), (4096, 96, 8), (300, 96, 1), (1000, 2, 1),
-                                            (64, 6, 5)])
-def test_noise_floor_equals_a_simulation(n_tokens, E, K):
+@pytest.mark.parametrize("n_tokens, E, K, error", [
+    (8192, 96, 1, 0.07), (4096, 96, 1, 0.08), (4096, 96, 8, 0.07), (300, 96, 1, 0.17), (1000, 2, 1, 0.05),
+    (64, 6, 5, 0.06)])
+def test_noise_floor_is_near_a_simulation(n_tokens, E, K, error):
+    """A load is nearly normal only where experts get many tokens: three each are too few."""
     generator, high, low, draws = torch.Generator().manual_seed(1), 0.0, 0.0, 60 if E == 96 else 2000
     for _ in range(draws):
         chosen = torch.rand(n_tokens, E, generator=generator).topk(K).indices
         load = chosen.flatten().bincount(minlength=E) * E / (n_tokens * K) - 1
         high, low = high + load.max().item() / draws, low + load.min().item() / draws
     got = noise_floor(n_tokens, E, K)
-    assert got == pytest.approx((high, low), rel=0.07, abs=2e-3)
+    assert got == pytest.approx((high, low), rel=error)
 
 
-def test_corner_cases_of_the_yardsticks():
+def test_corner_cases_of_the_baselines():
     assert noise_floor(100, 1, 1) == noise_floor(100, 6, 6) == (0.0, 0.0)
     high, low = noise_floor(1 << 22, 96, 1)                       # sqrt(E/N) = 0.0048
     assert 0.01 < high < 0.014 and -0.014 < low < -0.01 and noise_floor(3, 96, 1)[1] == -1.0
@@ -176,7 +178,7 @@ def test_quantile_biases_are_quantiles(K, gate):
     router = Router(16, 12, gate)
     torch.nn.init.normal_(router.weight)
     router.bias.copy_(torch.linspace(-0.01, 0.01, 12))
-    router.counts_margins = True
+    router.collect_margins = True
     h, mask = torch.randn(4000, 16), torch.rand(4000) < 0.9
     margins = router(h, K, mask).statistics.margins
     assert torch.equal(margins, sum(router(*part).statistics.margins for part in zip(
