@@ -694,10 +694,11 @@ def one_line_errors(rank=0):
     with redirect_stdout(Console(out)), redirect_stderr(Console(sys.stderr)):
         try:
             yield
-        except (InputError, OSError) as error:
-            if os.environ.get("NANOSIGMA_TRACEBACK"):
+        except (InputError, OSError) as error:             # OSError: of a file, not one that a fork raises
+            theirs = isinstance(error, InputError) or error.errno and not isinstance(error, ConnectionError)
+            if os.environ.get("NANOSIGMA_TRACEBACK") or not theirs:
                 raise
-            fail(who + " ".join(str(error).split()))
+            fail(f"{who}{' '.join(str(error).split())} (NANOSIGMA_TRACEBACK=1 shows where)")
         except KeyboardInterrupt:
             fail(f"{who}interrupted", 1)
 

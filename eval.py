@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import parallel
 from data import InputError
-from model import Model, ModelConfig
+from model import ModelConfig
 from parallel import newest, read_settings, run_folder
 from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 
@@ -41,10 +41,7 @@ def load_run(ckpt, device="cpu", folder=None):
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
-    with torch.device("meta"):
-        model = Model(ModelConfig(**saved["model"]))
-    model = model.to_empty(device=device)
-    model.tie()
+    model = parallel.build_model(saved["config"], parallel.SINGLE_PROCESS, device, torch.float32, 0).eval()
     parallel.load_checkpoint(path, parallel.training_state(parallel.MasterWeights(model)))
     top_k = parallel.read_meta(path)["top_k"]                     # as trained: --steps may move the switch
     return model.requires_grad_(False), saved, top_k
@@ -83,17 +80,19 @@ def open_data(ckpt, source=None):
 def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, layout=parallel.SINGLE_PROCESS):
     """Cross-entropy over a sampler's windows, evenly spread if there are more than `limit` tokens; `rows` of
     them at a time on each rank -> nats per target, Statistics of all layers, indices of the windows."""
-    n, sums, statistics = sampler.n_windows, 0, None
+    n, sums, statistics, was_training = sampler.n_windows, 0, None, model.training
     many = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
     if rows < many < n:
         many -= many % rows                                       # full batches: another shape compiles again
     windows = np.unique(np.linspace(0, n - 1, many).astype(int))
+    model.eval()                                                  # a fork may have dropout
     for a in range(0, len(windows), rows * layout.world):
         mine = np.array_split(windows[a:a + rows * layout.world], layout.world)[layout.rank]
         tokens, targets, *doc = (t.to(device) for t in sampler.batch(mine))
         out = model(tokens, targets, top_k, *doc)
         sums = sums + torch.stack([out.loss.double(), out.counts[0].double()])
         statistics = Statistics(*map(torch.add, statistics, out.statistics)) if statistics else out.statistics
+    model.train(was_training)
     (loss, n_targets), *statistics = parallel.all_sum(layout, [sums, *statistics])
     return (loss / n_targets.clamp(min=1)).item(), Statistics(*statistics), windows
 
@@ -157,6 +156,8 @@ def lookup(keys, values, asked):
 
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, *args, **kwargs):
     """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
+    if "top_k" in kwargs:
+        raise TypeError("top_k is the likeliest tokens elsewhere; experts per token are k_per_layer here")
     new = stream(model, tokens, max_new_tokens, temperature, top_p, *args, **kwargs)
     return torch.cat([tokens, *(column[:, None] for column in new)], 1)
 

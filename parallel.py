@@ -18,10 +18,11 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePath
@@ -37,7 +38,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data import InputError, file_sha256, read_json
-from model import Experts, Model, Permute, cross_entropy, sort_by_expert
+from model import Experts, Model, ModelConfig, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
 
@@ -319,7 +320,10 @@ class Muon(torch.optim.AdamW):
             for p in (p for p in group["params"] if p.grad is not None):      # None: frozen
                 gradient = p.grad.div_(getattr(self, "grad_scale", 1.0))
                 momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
-                update = orthogonalize(gradient.lerp(momentum, beta), parts)
+                # an expert without tokens has no gradient, but its momentum, of whatever size, would become a
+                # full step in an old direction, in every step
+                active = gradient.abs().amax((-2, -1), keepdim=True) > 0
+                update = orthogonalize(gradient.lerp(momentum, beta) * active, parts)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2], p.shape[-1] // parts) ** 0.5)
                 p.grad = None                                     # so that AdamW leaves it alone
@@ -334,7 +338,8 @@ def orthogonalize(t, parts=1):
     whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
              for each in t.placements]
     update = orthogonalize(t.redistribute(placements=whole).to_local(), parts)
-    return DTensor.from_local(update, t.device_mesh, whole).redistribute(placements=t.placements)
+    update = DTensor.from_local(update, t.device_mesh, whole, shape=t.shape, stride=t.stride())
+    return update.redistribute(placements=t.placements)
 
 
 def newton_schulz(matrices):
@@ -404,8 +409,8 @@ def newest(ckpt):
 
 def read_settings(out):
     """settings.json of a run directory.  InputError if it is none."""
-    return read_json(Path(out) / "settings.json", "of a directory of train.py", lambda saved: saved | {
-        "settings": dict(saved["settings"]), "model": dict(saved["model"])})
+    return read_json(Path(out) / "settings.json", "of a directory of this train.py", lambda saved: saved | {
+        "settings": dict(saved["settings"]), "config": ModelConfig(**saved["model"])})
 
 
 def read_meta(path):
@@ -427,7 +432,7 @@ def checkpoints(out):
 def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
-    If that fails, as on a full disk, rank 0 raises OSError and the others end; older ones stay whole."""
+    If that fails, as on a full disk, rank 0 raises InputError and the others end; older ones stay whole."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     path, tmp, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
     on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
@@ -446,7 +451,7 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
 
 def publish(tmp, path, parts, keep, meta):
     """Add meta.json and the manifest, of the ranks' (checksums, problem), rename, delete old checkpoints.
-    OSError if there is a problem."""
+    InputError if there is a problem."""
     try:
         manifest = {}
         for sums, problem in parts:
@@ -463,7 +468,7 @@ def publish(tmp, path, parts, keep, meta):
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
+        raise InputError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
     for old in checkpoints(path.parent)[:-keep]:                  # only now
         shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
 
@@ -490,19 +495,26 @@ def newest_whole(out, steps):
     raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
-def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False):
-    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on rank 0, if
-    it is corrupt, lacks one of them, or has a parameter more, which dcp.load would ignore; the others end.
-    resume: files are checked already, and optimizer state must fit, too."""
+def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=False):
+    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on rank 0, if it is
+    corrupt, has extra parameters, which dcp.load would ignore, or lacks one of them; the others end.
+    resume: files are checked already, and optimizer state must fit, too.  may_lack: what it lacks stays."""
     problem = None if resume else on_rank_0(layout, lambda: find_corruption(Path(path)))
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
+        saved = {} if problem else Reader(path).read_metadata().state_dict_metadata
+    except Exception as error:                                    # somebody made the descriptions up
+        problem = error
+    if not problem:
+        extra = sorted(name for name in saved.keys() - state.keys() if resume or name.startswith("model."))
+        new = sorted(state.keys() - saved.keys()) if may_lack else []
+        if new:
+            print(f"{path} lacks {', '.join(new)}: they keep their initial values")
+        problem = extra and f"it holds {extra[0]}, .., which this code's model and optimizer do not"
+    try:
         if not problem:
-            dcp.load(state, storage_reader=Reader(path), process_group=layout.files,
-                     no_dist=layout.world == 1)
-            unused = Reader(path).read_metadata().state_dict_metadata.keys() - state.keys()
-            unused = sorted(name for name in unused if resume or name.startswith("model."))
-            problem = unused and f"it holds {unused[0]}, .., which this code's model and optimizer do not"
+            dcp.load({name: t for name, t in state.items() if name not in new}, storage_reader=Reader(path),
+                     process_group=layout.files, no_dist=layout.world == 1)
     except dcp.CheckpointException as error:
         problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
     if problem:
@@ -511,14 +523,19 @@ def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False):
 
 
 def find_corruption(path):
-    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now."""
+    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now.  Files that its
+    manifest does not name do not count."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        found = checksums(file for file in path.iterdir() if file.name != "manifest.json")
-        wrong = [name for name in sorted(found | manifest) if found.get(name) != manifest.get(name)]
-        if wrong:
-            return f"{', '.join(wrong)} does not match manifest.json"
-    except (FileNotFoundError, ValueError, TypeError) as error:
+        manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
+        for name, expected in {".metadata": None, "meta.json": None, **manifest}.items():
+            if name != os.path.basename(name) or not stat.S_ISREG(os.lstat(path / name).st_mode):
+                return f"{name} is not a file in it"
+            if not expected or expected["bytes"] != os.path.getsize(path / name):
+                return f"{name} does not match manifest.json"
+        found = checksums(path / name for name in manifest)
+        wrong = [name for name in manifest if found[name] != manifest[name]]
+        return f"{', '.join(wrong)} does not match manifest.json" if wrong else None
+    except (InputError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -531,15 +548,26 @@ def checksums(files):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, but it unpickles only descriptions of tensors."""
+    """torch's reader, but it unpickles only descriptions of tensors, which must be whole, in files of the
+    manifest."""
 
     def read_metadata(self, *args, **kwargs):
+        files = read_json(Path(self.path) / "manifest.json", "that of a checkpoint", dict)
         with open(Path(self.path) / ".metadata", "rb") as file:
-            return TensorDescriptions(file).load()
+            metadata = TensorDescriptions(file).load()
+        for name, tensor in metadata.state_dict_metadata.items():
+            chunks = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in tensor.chunks}
+            if sum(chunks.values()) != tensor.size.numel():
+                raise ValueError(f"its parts of {name} do not cover it")
+        for part in metadata.storage_data.values():
+            if part.relative_path not in files:
+                raise ValueError(f"manifest.json does not name {part.relative_path}")
+        return metadata
 
 
-class TensorDescriptions(pickle.Unpickler):
-    """An unpickler that calls only what describes shapes, dtypes, offsets and paths, and runs no code."""
+class TensorDescriptions(pickle._Unpickler):
+    """An unpickler that calls only what describes shapes, dtypes, offsets and paths, and changes only such
+    descriptions: BUILD would also set attributes of a class or a function, and so run code."""
 
     ALLOWED = {"torch.Size", "torch.serialization._get_layout",
                "torch.distributed.checkpoint.filesystem._StorageInfo"} | {
@@ -554,6 +582,13 @@ class TensorDescriptions(pickle.Unpickler):
         if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata asks for {module}.{name}")
+
+    def load_build(self):
+        if isinstance(self.stack[-2], type) or not is_dataclass(self.stack[-2]):
+            raise pickle.UnpicklingError(f".metadata changes {self.stack[-2]!r}")
+        super().load_build()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 def write_durably(path, text):

@@ -192,6 +192,7 @@ def train_step(run, step, stop=None):
     while it computes.
     """
     s, model, layout = run.settings, run.model, run.layout
+    torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))  # if a fork draws
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
         top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
@@ -651,8 +652,8 @@ def load(run, plan):
         run.step = parallel.load_newest(s.out, plan.steps, run.state(), run.layout)
     elif source:
         hf = parallel.is_hf(source)
-        old = evaluation.read_hf_config(source) if hf else ModelConfig(
-            **parallel.read_settings(parallel.run_folder(source))["model"])
+        old = (evaluation.read_hf_config(source) if hf
+               else parallel.read_settings(parallel.run_folder(source))["config"])
         grows = (old.n_layer, old.n_expert) != (run.config.n_layer, run.config.n_expert)
         if grows:                                                 # from a whole one, on the CPU of every rank
             model = parallel.build_model(old, parallel.SINGLE_PROCESS, "cpu", torch.float32, 0)
@@ -661,7 +662,7 @@ def load(run, plan):
             evaluation.from_hf(evaluation.load_hf_weights(source), model,
                                lambda name, p, whole: parallel.copy_shard(masters.named[name], whole))
         else:
-            parallel.load_checkpoint(source, parallel.training_state(masters), run.layout)
+            parallel.load_checkpoint(source, parallel.training_state(masters), run.layout, may_lack=True)
         for name, p in run.masters.named.items() if grows else ():
             parallel.copy_shard(p, grown(name, run.config, old, masters.named, s.growth_noise, s.seed))
     run.masters.refresh()
@@ -731,7 +732,7 @@ def open_directory(run, plan, stack):
         shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
                 "data_sha256": plan.data_sha256}
-    if not plan.exists or parallel.read_settings(out) != settings:
+    if not plan.exists or json.loads((out / "settings.json").read_text()) != settings:
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     run.log.seek(0)
     header, *rows = run.log.readlines() or [b""]
@@ -773,7 +774,8 @@ def explain(error, run):
         return ("out of memory; --accumulate makes micro-batches smaller, --activation_checkpointing true "
                 "keeps less of them")
     step = f"after step {run.step}" if run else "at the start"
-    if "RANK" in os.environ and re.search("gloo|nccl|timed out|connection (closed|reset)", text, re.I):
+    lost = "gloo/transport|Connection (closed|reset) by peer|Timed out waiting"
+    if isinstance(error, torch.distributed.DistError) or "RANK" in os.environ and re.search(lost, text):
         return f"{step} another process did not answer ({text[:200]}); what was saved before is whole"
 
 
@@ -818,6 +820,7 @@ def report(run, seconds):
             print("load of each expert on held-out text; half height is the uniform share:\n"
                   + evaluation.draw_load(statistics.load))
     if corpus.encoding and s.sample_tokens and run.layout.world == 1 and not chats:
+        run.model.eval()
         torch.use_deterministic_algorithms(False)                 # sampling cannot be
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample

@@ -70,9 +70,9 @@ CASES = [
     ("truth value", None, T("--tie_embeddings", "perhaps"), "--tie_embeddings"),
     ("settings of another version", lambda: (T()(), Path("run/settings.json").write_text(
         '{"settings": {"colour": 1}, "model": {}}')), lambda: train.main(["--out", "run"]),
-     "has colour, which this code lacks"),
+     "settings.json is not of a directory of this train.py"),
     ("settings that are none", lambda: (T()(), Path("run/settings.json").write_text("[]")),
-     E("sample", "--ckpt", "run"), "settings.json is not of a directory of train.py"),
+     E("sample", "--ckpt", "run"), "settings.json is not of a directory of this train.py"),
     ("directory that looks like a checkpoint", None, T("--out", "step-1"), "step-1"),
     ("impossible sampling", lambda: T()(), E("sample", "--ckpt", "run", "--top_p", "0"), "top_p"),
     ("missing source", None, D("--source", "nowhere"), "nowhere"),

@@ -33,7 +33,10 @@ CASES = {
     "documents": dict(documents=True, z_coef=0.1, lbl_coef=0.5, accumulate=2),
     "one expert chosen": dict(chosen=[1]),                        # the others, and ranks, get nothing
     "few experts chosen": dict(chosen=[2, 3, 11], top_k=3, batch_size=3),
-    "shared expert": dict(shared=True, accumulate=2),             # the README's fork
+    "shared expert": dict(shared=True, accumulate=2, optimizer="muon"),       # the README's fork
+    "muon, idle experts": dict(chosen=[1], optimizer="muon"),
+    "muon, odd": dict(optimizer="muon", d_model=15, d_expert=15, n_expert=10),
+    "muon, dense": dict(optimizer="muon", n_expert=1),
     "recomputed": dict(recomputed=True, accumulate=2, balance="top1", tie_embeddings=True),
     "odd widths and number": dict(d_model=15, d_expert=15, n_expert=10),          # shards of unequal size
 }

@@ -204,10 +204,68 @@ def test_what_is_no_tensor_is_not_read(tmp_path):
     """torch would unpickle a checkpoint's entry that says it is bytes."""
     torch.distributed.checkpoint.save({"model.norm.weight": Malicious(tmp_path / "planted")},
                                       checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+    (tmp_path / "step-1/meta.json").write_text("{}")
     write_manifest(tmp_path / "step-1")
     with pytest.raises(ValueError, match="BytesStorageMetadata"):
         parallel.load_checkpoint(tmp_path / "step-1", {"model.norm.weight": torch.zeros(4)})
     assert not (tmp_path / "planted").exists()
+
+
+def harm_description(path, change):
+    """change() the descriptions of tensors in .metadata, as somebody may who also writes the manifest."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(path)
+
+
+def move_storage(to):
+    def change(metadata):
+        for part in metadata.storage_data.values():
+            part.relative_path = to
+    return change
+
+
+def drop_chunk(metadata):
+    metadata.state_dict_metadata["model.norm.weight"].chunks.clear()
+
+
+SET = pickle.dumps({"cache": {"x": 1}}, 2)[2:-1]                  # the state that BUILD sets
+CLASSES = "torch.distributed.checkpoint.metadata\n"
+BUILDS = {
+    "function": b"ctorch.serialization\n_get_layout\n" + SET + b"b.",
+    "class": f"c{CLASSES}Metadata\n".encode() + SET + b"b.", "path": b"cpathlib\nPosixPath\n" + SET + b"b.",
+    "member of an enum": f"c{CLASSES}_MEM_FORMAT_ENCODING\nK\x00\x85R".encode("latin-1") + SET + b"b."}
+
+
+@pytest.mark.parametrize("harm, words", [
+    *((lambda path, raw=raw: ((path / ".metadata").write_bytes(b"\x80\x02" + raw), write_manifest(path)),
+       ".metadata changes") for raw in BUILDS.values()),
+    (lambda path: harm_description(path, move_storage("../secret")), "manifest.json does not name ../secret"),
+    (lambda path: harm_description(path, move_storage("/etc/passwd")), "manifest.json does not name /etc"),
+    (lambda path: harm_description(path, drop_chunk), "its parts of model.norm.weight do not cover it"),
+    (lambda path: (path / "manifest.json").write_text(json.dumps(
+        json.loads((path / "manifest.json").read_text()) | {"../../secret": {"bytes": 1, "sha256": ""}})),
+     "../../secret is not a file in it"),
+    (lambda path: (os.remove(path / "meta.json"), os.mkfifo(path / "meta.json")), "meta.json is not a file"),
+    (lambda path: (path / "manifest.json").write_text("[" * 9999), "RecursionError"),
+    (lambda path: (path / "manifest.json").write_text('{".metadata": 7}'), "TypeError")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_a_checkpoint_of_somebody_else_is_refused(three_checkpoints, tmp_path, harm, words):
+    """Nothing is called or changed, no path leaves the folder, nothing stays without a value."""
+    path = shutil.copytree(three_checkpoints, tmp_path / "run") / "step-6"
+    harm(path)
+    with pytest.raises(ValueError) as error:
+        evaluation.load_run(path)
+    assert "is corrupt or of another model" in str(error.value) and words in str(error.value)
+
+
+def test_files_that_the_manifest_does_not_name_do_not_count(three_checkpoints, tmp_path):
+    out = shutil.copytree(three_checkpoints, tmp_path / "run")
+    (out / "step-6/.DS_Store").write_bytes(b"x")
+    (out / "step-6/.ipynb_checkpoints").mkdir()
+    train.main(["--out", str(out), "--steps", "7"])
+    assert parallel.checkpoints(out)[-1] == 7 and not list(out.glob("*corrupt"))
 
 
 # --- bad numbers ------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def cut(folder):
     (change(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))"),
     (cut, "model.safetensors is missing or corrupt"),
     (lambda folder: evaluation.save_tokenizer(data.build_encoding("bytes"), folder, 64), "is not that of"),
-    (lambda folder: (folder / "config.json").unlink(), "is not of a directory of train.py")])
+    (lambda folder: (folder / "config.json").unlink(), "is not of a directory of this train.py")])
 def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, message):
     folder = tmp_path / "hf"
     evaluation.main(["export", "--ckpt", str(finished), "--to", str(folder)])
@@ -277,8 +277,8 @@ def test_the_harness_scores_an_exported_folder(finished, tmp_path):
     assert json.loads(question).keys() == rows[0].keys()
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                         "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", *command.split(), "--device", "cpu", "--output_path", "results"],
-                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    argv = [sys.executable, "-m", *command.split(), "--device", "cpu", "--output_path", "results"]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["results"]["my_questions"]
     model, _, top_k = evaluation.load_run(finished)

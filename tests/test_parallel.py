@@ -134,6 +134,21 @@ def test_muon_is_what_its_paper_says():
     muon.step()                                                   # nothing has a gradient: frozen by a fork
 
 
+def test_an_expert_without_tokens_does_not_move_under_muon():
+    """Its momentum, however small, would be a full step; decay alone changes it."""
+    model, masters, optimizer = build(kind="muon")
+    step(model, masters, optimizer)                               # all have a momentum now
+    for block in model.blocks:
+        block.moe.router.bias[2] = 100.0
+    experts = model.blocks[0].moe.experts
+    before = [p.detach().clone() for p in (experts.w_in, experts.w_out)]
+    step(model, masters, optimizer, 1)
+    for old, new in zip(before, (experts.w_in, experts.w_out)):
+        idle = torch.arange(6) != 2
+        torch.testing.assert_close(new[idle], old[idle] * (1 - 1e-2 * 0.1))
+        assert (new[2] - old[2]).abs().mean() > 1e-3
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 def test_a_checkpoint_is_read_by_torch_and_not_by_another_model(tmp_path):
@@ -333,7 +348,7 @@ def failing_save(grid, out, name, rank):
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((OSError, SystemExit)) as raised:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((ValueError, SystemExit)) as raised:
         if grid.rank == rank:
             patch.setattr(name, fail)
         save_checkpoint(out, 2, state, 2, grid)
