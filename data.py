@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -240,17 +241,16 @@ def find_files(sources, chats):
 
 
 def walk(source):
-    """Yield a file, or those of a folder but hidden ones.  Links are followed, each folder is read once."""
-    if not os.path.isdir(source):
-        yield Path(source)
-    seen = set()
-    for folder, folders, names in os.walk(source, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
+    """Yield a file, or those of a folder but hidden ones and devices.  Links are followed, each folder is
+    read once."""
+    stack, seen = [Path(source)], set()
+    while stack:
+        path = stack.pop()
+        if path.is_dir() and path.resolve() not in seen:
+            seen.add(path.resolve())
+            stack += sorted((child for child in path.iterdir() if child.name[0] != "."), reverse=True)
+        elif path.is_file() or path.is_symlink() and not path.exists():       # a broken link is named later
+            yield path
 
 
 FUNCTIONS = Path("functions")      # the word for Python's documented functions, in place of a file
@@ -295,7 +295,11 @@ def make_encoding(name, pattern, ranks):
     if len(set(ranks.values())) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("it lacks one of the 256 bytes, or gives two tokens one number")
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    hard = "a B\t\r\n  '9\u00e9 \u65e5\u672c\U0001f642_#<|end|>\0\u2028\ufeff"
+    if encoding.decode(encoding.encode_ordinary(hard)) != hard:
+        raise ValueError("its pattern leaves text out")
+    return encoding
 
 
 def train_bpe(texts, n_ranks):
@@ -385,6 +389,9 @@ def read_hf_tokenizer(saved):
     added = {token["content"] for token in saved.get("added_tokens", [])}
     if not all(map(str.strip, added)) or model.get("end_of_word_suffix") or model.get("dropout"):
         raise ValueError("it adds tokens of spaces, a suffix to words, or dropout")
+    words = [token["content"] for token in saved.get("added_tokens", []) if not token.get("special", True)]
+    if words:
+        print(f"note: what it adds, {' '.join(words[:9])}, is read as text here", file=sys.stderr)
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
     if made != sorted(made) or len(set(made)) != len(vocab) - 256:
@@ -690,7 +697,9 @@ class Console:
 def one_line_errors(rank=0):
     """Turn what is wrong with the user's input or files (InputError, OSError) into one line, exit code 2.  Of
     many processes rank 0 alone speaks, the others of errors only."""
-    out, who = (None, f"rank {rank}: ") if rank else (sys.stdout, "")
+    out, who, old = (None, f"rank {rank}: ", None) if rank else (sys.stdout, "", None)
+    with suppress(ValueError):                             # not the main thread
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)       # it cleans up, as Ctrl-C
     with redirect_stdout(Console(out)), redirect_stderr(Console(sys.stderr)):
         try:
             yield
@@ -701,6 +710,9 @@ def one_line_errors(rank=0):
             fail(f"{who}{' '.join(str(error).split())} (NANOSIGMA_TRACEBACK=1 shows where)")
         except KeyboardInterrupt:
             fail(f"{who}interrupted", 1)
+        finally:
+            if old is not None:
+                signal.signal(signal.SIGTERM, old)
 
 
 def main(argv=None):

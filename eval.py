@@ -15,7 +15,9 @@ import json
 import math
 import os
 import sys
+import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import parallel
 from data import InputError
-from model import ModelConfig
+from model import Model, ModelConfig
 from parallel import newest, read_settings, run_folder
 from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 
@@ -41,8 +43,14 @@ def load_run(ckpt, device="cpu", folder=None):
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
-    model = parallel.build_model(saved["config"], parallel.SINGLE_PROCESS, device, torch.float32, 0).eval()
-    parallel.load_checkpoint(path, parallel.training_state(parallel.MasterWeights(model)))
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32        # as training computes
+    with torch.device("meta"):
+        model = Model(saved["config"]).eval()
+    model = model.to_empty(device=device)
+    model.tie()
+    masters = parallel.MasterWeights(model, dtype)
+    parallel.load_checkpoint(path, parallel.training_state(masters))
+    masters.refresh()
     top_k = parallel.read_meta(path)["top_k"]                     # as trained: --steps may move the switch
     return model.requires_grad_(False), saved, top_k
 
@@ -50,7 +58,8 @@ def load_run(ckpt, device="cpu", folder=None):
 def read_log(out):
     """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
     lines = (run_folder(out) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]         # a crash may cut the last one
+    found = [json.loads(line) for line in lines if line.endswith("}")]        # a crash may cut the last one
+    return [row for row in found if "step" not in row or "loss" in row]       # not where it was resumed
 
 
 def same_tokenizer(out, folder):
@@ -79,21 +88,22 @@ def open_data(ckpt, source=None):
 @torch.no_grad()
 def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, layout=parallel.SINGLE_PROCESS):
     """Cross-entropy over a sampler's windows, evenly spread if there are more than `limit` tokens; `rows` of
-    them at a time on each rank -> nats per target, Statistics of all layers, indices of the windows."""
+    them at a time on all ranks -> nats per target, Statistics of all layers, indices of the windows."""
     n, sums, statistics, was_training = sampler.n_windows, 0, None, model.training
     many = min(n, max(1, (limit or n * sampler.seq_len) // sampler.seq_len))
     if rows < many < n:
         many -= many % rows                                       # full batches: another shape compiles again
     windows = np.unique(np.linspace(0, n - 1, many).astype(int))
     model.eval()                                                  # a fork may have dropout
-    for a in range(0, len(windows), rows * layout.world):
-        mine = np.array_split(windows[a:a + rows * layout.world], layout.world)[layout.rank]
+    for a in range(0, len(windows), rows):
+        mine = np.array_split(windows[a:a + rows], layout.world)[layout.rank]
         tokens, targets, *doc = (t.to(device) for t in sampler.batch(mine))
         out = model(tokens, targets, top_k, *doc)
-        sums = sums + torch.stack([out.loss.double(), out.counts[0].double()])
+        sums = sums + torch.stack([out.loss, out.counts[0].to(out.loss.dtype)]).cpu().double()
         statistics = Statistics(*map(torch.add, statistics, out.statistics)) if statistics else out.statistics
     model.train(was_training)
-    (loss, n_targets), *statistics = parallel.all_sum(layout, [sums, *statistics])
+    (loss, n_targets), = parallel.all_sum(layout, [sums])         # on the CPU: MPS has no float64
+    statistics = parallel.all_sum(layout, statistics)
     return (loss / n_targets.clamp(min=1)).item(), Statistics(*statistics), windows
 
 
@@ -104,6 +114,8 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     for ckpt in ckpts:
         model, _, top_k = load_run(ckpt, device, folder)
         for k in top_ks or [top_k]:
+            if max(np.atleast_1d(k)) > model.config.n_expert or min(np.atleast_1d(k)) < 1:
+                raise InputError(f"top_k must be from 1 to {model.config.n_expert}, got {k}")
             loss, _, windows = validate(model, val, k, device)
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
     positions = val.target_positions(windows)
@@ -181,6 +193,8 @@ def stream(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, k_per_laye
     cache = kv_cache(model, B, T + max_new_tokens)
     x = model.features(tokens, k_per_layer, cache=cache)[0]       # prefill
     logits = model.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
+    if not logits.isfinite().all():
+        raise InputError("the model's probabilities are not finite: its weights are broken")
     for left in reversed(range(min(max_new_tokens, model.config.max_seq_len + 1 - T))):
         new, last = sample(logits, temperature, top_p, generator), last + 1
         if stop:
@@ -211,7 +225,7 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     """logits [B, V] -> a token for each row [B], among the most probable that together reach top_p."""
     if not (temperature >= 0 and top_p > 0):                      # neither is NaN
         raise InputError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
-    if temperature == 0:
+    if temperature < 1e-6:                                        # whose division would overflow
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
     prob, token = logits.softmax(-1).sort(-1, descending=True)
@@ -236,12 +250,15 @@ def generate_text(model, encoding, rows, max_new_tokens, k_per_layer, temperatur
 
 def sample_command(args):
     """Continue a prompt, from the beginning of a document."""
-    model, _, top_k = load_run(args.ckpt, args.device)
-    encoding = data.load_encoding(run_folder(args.ckpt))
+    model, saved, top_k = load_run(args.ckpt, args.device)
+    encoding, window = data.load_encoding(run_folder(args.ckpt)), saved["settings"]["seq_len"]
     tokens = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(args.prompt)]
+    if len(tokens) > window:
+        raise InputError(f"the prompt has {len(tokens)} tokens; the model was trained on {window} at a time")
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    n = min(args.tokens, window + 1 - len(tokens))
     print(args.prompt, *(piece for piece, in generate_text(
-        model, encoding, [tokens], args.tokens, top_k, args.temperature, args.top_p, generator)), sep="")
+        model, encoding, [tokens], n, top_k, args.temperature, args.top_p, generator)), sep="")
 
 
 def chat_command(args):
@@ -256,7 +273,7 @@ def chat_command(args):
     if Path(saved["settings"]["data"]).exists() and not data.holds_chats(saved["settings"]["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
     with suppress(EOFError, KeyboardInterrupt):
-        while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
+        while sys.stdin and (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
             if line == "/reset":
                 messages = system
             if line in ("", "/reset"):
@@ -418,17 +435,26 @@ def import_extra(module, extra):
 def export_command(args):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
     hub, to = import_extra("huggingface_hub", "hf"), Path(args.to)
-    model, _, top_k = load_run(args.ckpt)
-    encoding, config = data.load_encoding(run_folder(args.ckpt)), hf_config(model.config, top_k)
+    model, saved, top_k = load_run(args.ckpt)
+    window = saved["settings"]["seq_len"]                         # what was trained: max_seq_len may be more
+    encoding = data.load_encoding(run_folder(args.ckpt))
+    config = hf_config(replace(model.config, max_seq_len=window), top_k)
     end, turn = (encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
     if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
         raise InputError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
-    to.mkdir(parents=True)                                        # FileExistsError: nothing is overwritten
-    hub.save_torch_state_dict(weights, to)
-    save_tokenizer(encoding, to, model.config.max_seq_len)
-    (to / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
-    (to / "generation_config.json").write_text(json.dumps(special | {"eos_token_id": [end, turn]}, indent=2))
+    if to.exists():
+        raise InputError(f"{to} exists already: choose another --to")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as tmp:
+        made = Path(tmp) / to.name
+        made.mkdir()
+        hub.save_torch_state_dict(weights, made)
+        save_tokenizer(encoding, made, window)
+        (made / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
+        (made / "generation_config.json").write_text(json.dumps(
+            special | {"eos_token_id": [end, turn]}, indent=2))
+        os.rename(made, to)
     print(f"{to}: {sum(t.numel() for t in weights.values()):,} parameters")
 
 
@@ -525,8 +551,9 @@ def hf_views(config, name, p):
 def to_hf(model):
     """-> state dict with the names of transformers' Qwen3MoeForCausalLM on disk: one tensor per expert, no
     lm_head when tied.  InputError for selection biases, for which there is no place."""
-    if any(bias.any() for bias in model.buffers()):
-        raise InputError("Qwen3-MoE has no selection biases; --init_from with another --balance zeroes them")
+    buffers = {name: b for name, b in model.named_buffers() if not name.endswith("router.bias") or b.any()}
+    if buffers:
+        raise InputError(f"Qwen3-MoE has no place for {next(iter(buffers))}: it has no selection biases")
     return {theirs: view.clone(memory_format=torch.contiguous_format)
             for name, p in model.named_parameters()
             for theirs, view in hf_views(model.config, name, p.detach()).items()}
@@ -582,6 +609,8 @@ def main(argv=None):
     command("export", export_command, required=True)("--to", required=True, help="folder, which is made")
     args = parser.parse_args(argv)
     with data.one_line_errors():
+        if getattr(args, "tokens", 1) < 1:
+            raise InputError(f"tokens must be above 0, got {args.tokens}")
         args.device = parallel.pick_device(args.device)
         args.function(args)
 

@@ -14,9 +14,11 @@ statistics are only summed, never averaged.  An expert's rank has its rows from 
 its gradient is their sum; FSDP sums over the rest.  One process makes no group, no collective.
 """
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import sys
@@ -58,10 +60,19 @@ class Layout:
 SINGLE_PROCESS = Layout()
 
 
+def rank_of_start():
+    """This process's rank as torchrun tells it, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
+
 def init_distributed(timeout=120):
     """Form one group of the processes that torchrun started -> Layout.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, 1)) > 1 and "RANK" not in os.environ:
+            raise InputError(f"{name} is {os.environ[name]}, but nothing tells this process its rank: start "
+                             f"it with torchrun (docs/scaling.md), or unset {name}")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return SINGLE_PROCESS
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -125,7 +136,7 @@ def make_meshes(layout, ep, replicate, device, timeout):
 def pick_device(name="auto"):
     """cuda, mps or cpu: the first that is available, or the one named.  InputError if that one is not."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name != "auto" and name.split(":")[0] not in available:
+    if name != "auto" and not re.fullmatch(rf"({'|'.join(available)})(:\d+)?", name):
         raise InputError(f"device {name!r} is not available; there is {', '.join(available)}")
     return available[0] if name == "auto" else name
 
@@ -600,8 +611,14 @@ def write_durably(path, text):
 
 
 def fsync(path):
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk, if the file system can."""
     if os.name == "posix":                                        # elsewhere folders cannot be opened
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+            warnings.warn(f"{path} cannot be flushed: a power cut may lose a checkpoint", stacklevel=1)
+        finally:
+            os.close(descriptor)

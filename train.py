@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import zlib
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,7 @@ class Run:
 
 def main(argv=None):
     began, run = time.perf_counter(), None
-    rank = int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    with data.one_line_errors(rank), contextlib.ExitStack() as stack:
+    with data.one_line_errors(parallel.rank_of_start()), contextlib.ExitStack() as stack:
         try:
             layout = parallel.init_distributed()
             plan = parallel.on_rank_0(layout, lambda: make_plan(argv, layout.world))
@@ -96,29 +96,30 @@ def main(argv=None):
             optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2),
                                                 s.weight_decay, s.momentum)
             run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
-            parallel.on_rank_0(layout, lambda: open_log(run, stack))
+            parallel.on_rank_0(layout, lambda: open_log(run, plan, stack))
             load(run, plan)
             parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
-            if introduce(run):
-                train(run)
-                report(run, time.perf_counter() - began)
+            with Stop() as stop:
+                if introduce(run):
+                    train(run, stop)
+                    report(run, time.perf_counter() - began)
             if layout.world > 1:
                 torch.distributed.destroy_process_group()
         except (MemoryError, RuntimeError) as error:
             why = explain(error, run)
             if not why:
                 raise
-            data.fail(f"rank {rank}: {why}", 1)
+            data.fail(f"rank {parallel.rank_of_start()}: {why}", 1)
 
 
-def train(run):
+def train(run, stop):
     """The loop: steps run.step .. steps-1, with their log, validations and checkpoints."""
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
     eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or quarter
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
     bar = tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
-    with Stop() as stop, bar:
+    with bar:
         while run.step < s.steps and not stopping:
             result = train_step(run, run.step, stop)
             run.step += 1
@@ -338,15 +339,16 @@ def write_row(run, row):
     """A line of log.jsonl, in which null stands for what is not finite."""
     if run.log:
         run.log.write((re.sub("NaN|-?Infinity", "null", json.dumps(row)) + "\n").encode())
-    if run.wandb and "step" in row:
+    if run.wandb and "loss" in row:
         run.wandb.log(row, step=row["step"])
 
 
 def validation(run):
     """Held-out loss, with the K of the last step.  The Statistics are kept for the report."""
     top_k = top_k_at(max(0, run.step - 1), run.settings, run.config)
-    run.validated = evaluation.validate(run.model, run.corpus.val, top_k, run.device,
-                                        run.settings.eval_tokens, layout=run.layout)[:2]
+    s = run.settings
+    run.validated = evaluation.validate(run.model, run.corpus.val, top_k, run.device, s.eval_tokens,
+                                        s.batch_size // s.accumulate, run.layout)[:2]
     return run.validated[0]
 
 
@@ -358,6 +360,8 @@ def save_checkpoint(run):
                "those of the first replica; what was saved before is whole")
         parallel.on_rank_0(run.layout, partial(data.fail, why, 1))
     s = run.settings
+    if not (Path(s.out) / "settings.json").exists():
+        raise InputError(f"{s.out} was moved or deleted: step {run.step} is not saved")
     meta = {"step": run.step, "top_k": top_k_at(run.step - 1, s, run.config), "seq_len": s.seq_len,
             "rope_base": run.config.rope_base}
     parallel.save_checkpoint(s.out, run.step, run.state(), s.keep, run.layout, meta)
@@ -437,7 +441,7 @@ class Settings:
         for name, value in vars(self).items():
             if value not in one_of.get(name, [value]):
                 raise InputError(f"{name} must be one of {', '.join(one_of[name])}, got {value!r}")
-            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_0):
+            if type(value) in (int, float) and not (0 < value < 2 ** 63 or value == 0 and name in may_be_0):
                 least = "0 or more" if name in may_be_0 else "above 0"
                 raise InputError(f"{name} must be {least}, got {value}")
             if name in fractions and value > 1:
@@ -506,7 +510,7 @@ def resolve(typed):
     typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
                      if name in typed}
     values, source = preset_values(typed.get("preset")), typed.get("init_from", "")
-    chats, name = source and data.holds_chats(typed.get("data", "")), values["preset"]
+    chats, name = source and "data" in typed and data.holds_chats(typed["data"]), values["preset"]
     if source:
         name = parallel.run_folder(source).name + ("-chat" if chats else "-next")
     out = Path(typed.get("out", f"out/{name}"))
@@ -518,7 +522,8 @@ def resolve(typed):
                 raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
                                  f"--{name} to resume it, or choose another --out")
             print(f"changed: {name} {values[name]} -> {typed[name]}")
-    elif out.name.startswith("step-") or out.exists() and any(p.stat().st_size for p in out.iterdir()):
+    elif out.name.startswith("step-") or out.exists() and any(
+            path.stat().st_size for path in out.iterdir() if path.name != "settings.tmp"):
         raise InputError(f"{out} is not empty and not a directory of train.py, or named like a checkpoint; "
                          "choose another --out")
     elif source:
@@ -603,6 +608,7 @@ class Plan(NamedTuple):
     config: ModelConfig
     device: str
     data_sha256: str
+    val_sha256: str             # None if nothing is held out
     exists: bool                # whether the run does
     steps: list                 # of its checkpoints
     source: str                 # the folder whose weights a new one starts from, or ""
@@ -623,24 +629,28 @@ def make_plan(argv, world):
     corpus = open_corpus(s)
     if (corpus.file.parent / "meta.json").exists():
         data.load_meta(corpus.file.parent)                        # does the tokenizer fit the tokens?
-    sha256 = data.file_sha256(corpus.file)
+    val_file = corpus.file.parent / "val.bin"
+    sha256, val_sha256 = data.file_sha256(corpus.file), corpus.val and data.file_sha256(val_file)
     if corpus.has_chats and s.init_from and not (exists or "steps" in typed):
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
         config.vocab_size = -(-corpus.vocab_size // 64) * 64
-    if corpus.vocab_size > config.vocab_size:
-        raise InputError(f"vocab_size ({config.vocab_size}) is below the {corpus.vocab_size} of {s.data}")
+    largest = max(int(each.tokens.max()) for each in (corpus.train, corpus.val) if each)
+    needed = max(corpus.vocab_size, largest + 1)
+    if needed > config.vocab_size:
+        raise InputError(f"vocab_size ({config.vocab_size}) is below the {needed} of {s.data}")
     steps = parallel.checkpoints(s.out)
     source = s.init_from if s.init_from and not steps else ""
     for other in [s.out] * exists + [parallel.run_folder(source)] * bool(source):
         evaluation.same_tokenizer(other, corpus.file.parent)
-    if exists and parallel.read_settings(s.out)["data_sha256"] != sha256:
+    saved = parallel.read_settings(s.out) if exists else {}
+    if exists and (saved["data_sha256"], saved.get("val_sha256", val_sha256)) != (sha256, val_sha256):
         raise InputError(f"data {s.data} is not what {s.out} was made with; choose another --out")
     if not steps and any(Path(s.out).glob("step-*.corrupt*")):
         raise InputError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
     if source and not parallel.is_hf(source):
         source = str(parallel.newest(source))
-    return Plan(s, config, device, sha256, exists, steps, source)
+    return Plan(s, config, device, sha256, val_sha256, exists, steps, source)
 
 
 @torch.no_grad()
@@ -712,51 +722,62 @@ def compiles(s, device, dtype, world):
     return possible and (s.compile == "true" or s.compile == "auto" and device.startswith("cuda"))
 
 
-def open_log(run, stack):
+def open_log(run, plan, stack):
     """Open log.jsonl, locked where the system can: two processes at once would destroy a run."""
-    Path(run.settings.out).mkdir(parents=True, exist_ok=True)
-    run.log = stack.enter_context(open(Path(run.settings.out) / "log.jsonl", "a+b", buffering=0))
+    out = Path(run.settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run.log = stack.enter_context(open(out / "log.jsonl", "a+b", buffering=0))
     try:
         import fcntl
         fcntl.flock(run.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                           # Windows
-        pass
-    except OSError:
-        raise InputError(f"{run.settings.out} is in use by another process") from None
+    except (ImportError, OSError) as error:                       # Windows has no fcntl, Lustre no flock
+        if isinstance(error, BlockingIOError):
+            raise InputError(f"{out} is in use by another process") from None
+        print(f"no lock protects {out} here: let no other process train it", file=sys.stderr)
+    if (plan.exists, plan.steps) != ((out / "settings.json").exists(), parallel.checkpoints(out)):
+        raise InputError(f"another process has changed {out} meanwhile; start again")
 
 
 def open_directory(run, plan, stack):
     """Write what a run's directory holds beside its checkpoints, and cut the log back to the checkpoint."""
     s, out = run.settings, Path(run.settings.out)
-    if run.corpus.encoding and not plan.exists:
-        shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
+    before = parallel.read_settings(out) if plan.exists else {}
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
-                "data_sha256": plan.data_sha256}
-    if not plan.exists or json.loads((out / "settings.json").read_text()) != settings:
+                "data_sha256": plan.data_sha256, "val_sha256": plan.val_sha256,
+                "wandb_id": before.get("wandb_id") or uuid.uuid4().hex}
+    if any(before.get(name) != value for name, value in settings.items()):
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
+    if run.corpus.encoding and not (out / "encoding.json").exists():
+        shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
     run.log.seek(0)
     header, *rows = run.log.readlines() or [b""]
     kept = len(header)
     for row in rows:                                              # the last one may be cut short by a crash
         found = re.match(rb'{"step": (\d+),.*}\s*\n', row)
-        if not found or int(found[1]) > run.step:
+        if row.strip() and (not found or int(found[1]) > run.step):
+            if not plan.steps:                                    # its checkpoints are gone: keep its lines
+                shutil.copy(out / "log.jsonl", out / f"log-{time.time_ns()}.jsonl")
             run.log.truncate(kept)
             break
         kept += len(row)
-    if not header:
-        write_row(run, settings | {
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit(),
-            "device": device_name(run.device), "processes": run.layout.world, "dtype": str(run.dtype)[6:]})
+    about = {"versions": {"python": platform.python_version(), "torch": torch.__version__},
+             "commit": commit(), "device": device_name(run.device), "processes": run.layout.world,
+             "dtype": str(run.dtype)[6:]}
+    if not header or run.step < s.steps:
+        write_row(run, {"step": run.step, "resumed": about} if header else settings | about)
     if s.wandb:                                                   # log.jsonl stays the truth
         run.wandb = stack.enter_context(evaluation.import_extra("wandb", "log").init(
-            project="nanosigma", name=s.out, id=re.sub(r"\W+", "-", s.out), resume="allow", config=settings))
+            project="nanosigma", name=s.out, id=settings["wandb_id"], resume="allow", config=settings))
 
 
 def commit():
-    """The commit of this code, or None outside a git checkout."""
-    if shutil.which("git"):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    """The commit of this code, "+ changes" if it was changed; None if git does not track this file."""
+    def git(*args):
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True)
+    if shutil.which("git") and not git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout
+        return git("rev-parse", "HEAD").stdout.strip() + (" + changes" if changed else "")
 
 
 def device_name(device):
@@ -824,8 +845,9 @@ def report(run, seconds):
         torch.use_deterministic_algorithms(False)                 # sampling cannot be
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
-            texts = evaluation.generate_text(run.model, corpus.encoding, [prompt], s.sample_tokens,
-                                             top_k_at(run.step - 1, s, run.config))
+            texts = evaluation.generate_text(
+                run.model, corpus.encoding, [prompt], min(s.sample_tokens, s.seq_len),
+                top_k_at(run.step - 1, s, run.config))
             print("\nsample:\n" + "".join(piece for piece, in texts))
     print(f"\n{run.step} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.step}; try next\n"
           f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIZES, curve, rows, small, write_corpus
+from conftest import ROOT, SIZES, curve, rows, small, small_run, write_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -120,7 +120,7 @@ def test_the_chat_template(tokenizers):
 
 @pytest.mark.parametrize("more, message", [
     (["--gate", "sigmoid"], "not sigmoid and [1, 1]"), (["--balance", "loss-free"], "no selection biases"),
-    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "File exists")])
+    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "exists already")])
 def test_what_cannot_be_exported_is_said(corpus, tmp_path, refused, more, message):
     """Before anything is written; nothing is overwritten."""
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])
@@ -143,6 +143,7 @@ def test_a_run_goes_on_from_its_own_export(ranks, exported, corpus, tmp_path):
         train.main([*argv, "--out", str(tmp_path / source.name), "--init_from", str(source)])
     assert curve(tmp_path / "run") == curve(tmp_path / "hf")
     models = [parallel.read_settings(tmp_path / name)["model"] for name in ("run", "hf")]
+    assert (models[0].pop("max_seq_len"), models[1].pop("max_seq_len")) == (64, 16)    # possible, trained
     assert models[0] == models[1]
     ep = "1" if models[0]["n_expert"] == 1 else "2"
     shutil.copytree(folder, tmp_path / "copy")
@@ -260,10 +261,12 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
 PAGE = (ROOT / "docs/parity.md").read_text()
 
 
-def test_the_harness_scores_an_exported_folder(finished, tmp_path):
+def test_the_harness_scores_an_exported_folder(corpus, tmp_path):
     """The command of docs/parity.md, offline; its accuracies are those of the model's own probabilities."""
     pytest.importorskip("lm_eval", reason="needs the extra eval")
-    evaluation.main(["export", "--ckpt", str(finished), "--to", str(tmp_path / "exported")])
+    run = tmp_path / "run"
+    train.main(small_run(corpus, run, "--steps 4 --seq_len 64"))
+    evaluation.main(["export", "--ckpt", str(run), "--to", str(tmp_path / "exported")])
     blocks = re.findall(r"```(?:yaml|json|)\n([^`]*?)```", PAGE.split("## Questions of")[1])
     task, question, command = blocks
     rng = random.Random(0)
@@ -281,8 +284,8 @@ def test_the_harness_scores_an_exported_folder(finished, tmp_path):
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "results").rglob("*.json")).read_text())["results"]["my_questions"]
-    model, _, top_k = evaluation.load_run(finished)
-    encoding, right = data.load_encoding(finished), []
+    model, _, top_k = evaluation.load_run(run)
+    encoding, right = data.load_encoding(run), []
     for row in rows:
         scores, context = [], f"Question: {row['question']}\nAnswer:"
         for choice in row["choices"]:
