@@ -229,13 +229,13 @@ def find_files(sources, chats):
         else:
             there = list(walk(source))
             files = [path for path in there if path.name.lower().endswith(suffixes)]
-            others |= {path.resolve() for path in there} - {path.resolve() for path in files}
+            others |= set(map(os.path.realpath, there)) - set(map(os.path.realpath, files))
         if not files:
             raise InputError(f"source {source} is empty, or missing: no file ends in one of "
                              + ", ".join(suffixes))
-        found |= {path.resolve(): path for path in files if path.resolve() not in found}
+        found = {os.path.realpath(path): path for path in files} | found
     if others:
-        kinds = Counter(path.suffix or "without a suffix" for path in others).most_common(9)
+        kinds = Counter(Path(path).suffix or "without a suffix" for path in others).most_common(9)
         print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
     return list(found.values())
 
@@ -246,8 +246,9 @@ def walk(source):
     stack, seen = [Path(source)], set()
     while stack:
         path = stack.pop()
-        if path.is_dir() and path.resolve() not in seen:
-            seen.add(path.resolve())
+        real = os.path.realpath(path)
+        if path.is_dir() and real not in seen:
+            seen.add(real)
             stack += sorted((child for child in path.iterdir() if child.name[0] != "."), reverse=True)
         elif path.is_file() or path.is_symlink() and not path.exists():       # a broken link is named later
             yield path

@@ -53,8 +53,8 @@ class ModelConfig:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{f.name} must be a whole number of at least 1, got {value!r}")
+            if f.type is int and (type(value) is not int or not 1 <= value < 1 << 31):
+                raise ValueError(f"{f.name} must be a whole number from 1 to 2^31, got {value!r}")
             if f.type is float and not value > 0:
                 raise ValueError(f"{f.name} must be above 0, got {value!r}")
         if self.head_dim % 2 or self.n_head % self.n_kv_head:

@@ -317,7 +317,8 @@ def stable_ranks(masters):
     """Of each layer's attn.out, sum of squared singular values / the largest squared [L].  It falls before a
     run fails (arXiv 2602.01734)."""
     matrices = [p.detach() for name, p in masters.named.items() if name.endswith("attn.out.weight")]
-    singular = [torch.linalg.svdvals(p.full_tensor() if isinstance(p, DTensor) else p) for p in matrices]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in matrices]
+    singular = [torch.linalg.svdvals(p) if p.isfinite().all() else p * math.nan for p in whole]
     return [(values.square().sum() / values.max().square()).item() for values in singular]
 
 
@@ -824,6 +825,8 @@ def introduce(run):
             print(f"experts activated per layer: {before} so far, {now} from here on")
     elif run.corpus.val is not None:
         print(f"step 0: held out {validation(run):.4f}")
+    if run.corpus.val is None:
+        print("nothing is held out: no loss but that of training is known")
     return True
 
 
