@@ -233,7 +233,8 @@ def find_files(sources, chats):
         if not files:
             raise InputError(f"source {source} is empty, or missing: no file ends in one of "
                              + ", ".join(suffixes))
-        found = {os.path.realpath(path): path for path in files} | found
+        for path in files:
+            found.setdefault(os.path.realpath(path), path)
     if others:
         kinds = Counter(Path(path).suffix or "without a suffix" for path in others).most_common(9)
         print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
@@ -441,7 +442,8 @@ def load_tokens(path):
 
 @functools.lru_cache(2)                                    # a batch can lie across two epochs
 def permutation(n, seed, epoch):
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+    return order.astype(np.int32) if n < 1 << 31 else order
 
 
 class Sampler:

@@ -15,7 +15,7 @@ Qwen3-MoE's architecture (the weights load into transformers) at the sizes of Si
 
 import zlib
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ def size(help, **default):
     return field(**default, metadata={"help": f"model: {help}"})
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """Sizes of a model.  Raises ValueError, naming the field, for impossible values."""
 
@@ -401,10 +401,15 @@ class Model(nn.Module):
         return self.norm(x), None if cache else Statistics(*map(torch.stack, zip(*sums)))
 
 
+@lru_cache
+def parameter_sizes(config):
+    with torch.device("meta"):                                    # takes no memory
+        return {name: p.numel() for name, p in Model(config).named_parameters()}
+
+
 def count_parameters(config, top_k=None):
     """-> parameters: all, those that a token makes use of, and of these all but embedding and output head."""
-    with torch.device("meta"):                                    # takes no memory
-        sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
+    sizes = parameter_sizes(config)
     total, experts = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
     embeddings = sum(n for name, n in sizes.items() if name in ("embed.weight", "head.weight"))
     active = total - experts + experts // (config.n_layer * config.n_expert) * sum(config.layer_top_k(top_k))

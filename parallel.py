@@ -22,6 +22,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -102,6 +103,34 @@ def on_rank_0(layout, work):
     if answer[1] is not None:
         raise SystemExit(answer[1])
     return answer[0]
+
+
+def on_all_ranks(layout, work):
+    """Run work() on every rank -> its value there.  If it raises InputError or OSError on one, all end."""
+    value, problem, problems = None, None, [None] * layout.world
+    try:
+        value = work()
+    except (InputError, OSError) as error:
+        problem = error
+    if layout.world > 1:
+        dist.all_gather_object(problems, problem and str(problem), group=layout.files)
+    if problem:
+        raise problem
+    if any(problems):
+        raise SystemExit(2)
+    return value
+
+
+def check_shared(layout, out):
+    """InputError, on all ranks, if one does not see what rank 0 writes into a run directory."""
+    if layout.world > 1:
+        token = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
+        seen = [None] * layout.world
+        dist.all_gather_object(seen, os.path.isdir(token), group=layout.files)
+        on_rank_0(layout, lambda: os.rmdir(token))
+        if not all(seen):
+            error = InputError(f"not all nodes see {out}: --out must lie on a file system that they share")
+            raise error if layout.rank == 0 else SystemExit(2)
 
 
 def check_layout(world, ep, replicate, n_expert, device):
@@ -241,17 +270,31 @@ def local(t):
 def compile_and_recompute(model, masters, compiled, recomputed, backend="inductor"):
     """How blocks run: compiled, recomputed in the backward pass, both, or neither.
 
-    The order is compile(block), then checkpoint(compiled block): both passes run the same graph.  A block
-    compiles once for each K, shape and grad mode.  FSDP's hooks inside a block would cut its graph, so that
-    only one process compiles."""
+    The order is compile, then checkpoint(): both passes run the same graphs, one for each K, shape and grad
+    mode.  One process compiles whole blocks.  FSDP's hooks (on qkv and out, and on the experts) would cut
+    that graph: many processes compile what lies between them."""
     model.recompute = recomputed
     if compiled:
         torch._dynamo.config.recompile_limit = 64                 # the default 8 is below the number of K
         how = dict(backend=backend, dynamic=False, fullgraph=True)
         for block in model.blocks:
-            block.compile(**how)
+            if isinstance(model, FSDPModule):
+                block.attn.attend = torch.compile(block.attn.attend, **how)
+                block.moe.router.compile(**how)
+                rows_vary = how | {"dynamic": True}
+                block.moe.experts.compute = torch.compile(block.moe.experts.compute, **rows_vary)
+            else:
+                block.compile(**how)
         model.head.chunk_loss = torch.compile(cross_entropy, **how)
         masters.add = torch.compile(masters.add, **how)           # torch's kernel for two dtypes is slow
+
+
+def reduce_between_copies(model, now):
+    """Whether the next backward pass sums gradients over `replicate`: once a step, in its last micro-batch,
+    is enough.  Over `shard` every one does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
 
 
 # --- precision, optimizer, clipping -----------------------------------------------------------------------

@@ -84,19 +84,21 @@ def main(argv=None):
             layout = parallel.init_distributed()
             plan = parallel.on_rank_0(layout, lambda: make_plan(argv, layout.world))
             s, config, device = plan.settings, plan.config, plan.device
-            corpus, dtype = open_corpus(s), compute_dtype(s, config, device)
+            corpus = parallel.on_all_ranks(layout, lambda: open_same_corpus(s, plan))
+            dtype = compute_dtype(s, config, device)
             parallel.make_meshes(layout, s.ep, s.replicate, device, s.timeout)
             model = parallel.build_model(config, layout, device, dtype, s.seed)
             for block in model.blocks:
                 block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
                 block.moe.router.collect_margins = s.balance == "quantile"
             masters = parallel.MasterWeights(model, dtype)
-            parallel.compile_and_recompute(model, masters, compiles(s, device, dtype, layout.world),
+            parallel.compile_and_recompute(model, masters, compiles(s, device, dtype),
                                            s.activation_checkpointing)
             optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2),
                                                 s.weight_decay, s.momentum)
             run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
             parallel.on_rank_0(layout, lambda: open_log(run, plan, stack))
+            parallel.check_shared(layout, s.out)
             load(run, plan)
             parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
             with Stop() as stop:
@@ -115,7 +117,7 @@ def main(argv=None):
 def train(run, stop):
     """The loop: steps run.step .. steps-1, with their log, validations and checkpoints."""
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
-    eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or quarter
+    eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or min(1000, quarter)
     clock, n_tokens = time.perf_counter(), 0                      # since the last pause
     bar = tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
@@ -201,7 +203,7 @@ def train_step(run, step, stop=None):
     _, parts, counts = run.next_batch if ready else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*counts))
     loss, nonfinite, sums, tokens_so_far = 0.0, 0, None, 0        # over micro-batches and ranks
-    for (tokens, targets, *doc), (_, n) in zip(parts, counts):
+    for m, ((tokens, targets, *doc), (_, n)) in enumerate(zip(parts, counts)):
         out = model(tokens, targets, top_k, *doc)
         bad = out.loss.new_zeros(layout.world)
         bad[layout.rank] = ~out.loss.isfinite()
@@ -216,6 +218,7 @@ def train_step(run, step, stop=None):
             objective = objective + s.lbl_coef * n / n_tokens * balance
         if s.z_coef:
             objective = objective + s.z_coef * router.router_z_loss(out.statistics.z_sum, n_tokens).sum()
+        parallel.reduce_between_copies(model, now=m == len(parts) - 1)
         objective.backward()
     norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, layout)
     loss = loss / max(1, n_targets)
@@ -387,7 +390,7 @@ class Settings:
     growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
     device: str = setting("auto", "run: cpu, cuda or mps; auto: the best there is")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products; auto: bfloat16 on CUDA")
-    compile: str = setting("auto", "run: true or false, for one process in bfloat16; auto: on CUDA")
+    compile: str = setting("auto", "run: true or false, in bfloat16; auto: on CUDA")
     deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
@@ -422,7 +425,7 @@ class Settings:
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
     eval_every: int = setting(0, "watching: steps between validations; 0: a quarter of the run, at least 100")
     eval_tokens: int = setting(1 << 17, "watching: held-out tokens of a validation, at most")
-    save_every: int = setting(0, "watching: steps between checkpoints; 0: a quarter of the run")
+    save_every: int = setting(0, "watching: steps between checkpoints; 0: a quarter of the run, at most 1000")
     keep: int = setting(2, "watching: checkpoints kept, the newest ones")
     wandb: bool = setting(False, "watching: true: also log to W&B (extra log)")
     sample_tokens: int = setting(120, "watching: tokens of text that one process writes at the end")
@@ -602,6 +605,25 @@ def open_corpus(s):
     return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
 
+def open_same_corpus(s, plan):
+    """.. on any rank; one of each node compares the data with those of rank 0."""
+    corpus = open_corpus(s)
+    first = os.environ.get("GROUP_RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0"
+    if first and data_checksums(corpus) != (plan.data_sha256, plan.val_sha256):
+        raise InputError(f"{s.data} on this node, {platform.node()}, is not that of rank 0's node")
+    return corpus
+
+
+def data_checksums(corpus):
+    """sha256 of the training and of the held-out tokens, if there are some.  InputError if they, or the
+    tokenizer, are not what meta.json beside them says."""
+    file, val = corpus.file, corpus.file.with_name("val.bin")
+    if file.name == "train.bin" and file.with_name("meta.json").exists():
+        meta = data.load_meta(file.parent)
+        return meta["train"]["sha256"], corpus.val and meta["val"]["sha256"]
+    return data.file_sha256(file), corpus.val and data.file_sha256(val)
+
+
 class Plan(NamedTuple):
     """What all ranks need to start."""
 
@@ -628,10 +650,7 @@ def make_plan(argv, world):
         print("preparing the corpus, once:")
         data.prepare(s.data, [Path(s.data).name])
     corpus = open_corpus(s)
-    if (corpus.file.parent / "meta.json").exists():
-        data.load_meta(corpus.file.parent)                        # does the tokenizer fit the tokens?
-    val_file = corpus.file.parent / "val.bin"
-    sha256, val_sha256 = data.file_sha256(corpus.file), corpus.val and data.file_sha256(val_file)
+    sha256, val_sha256 = data_checksums(corpus)
     if corpus.has_chats and s.init_from and not (exists or "steps" in typed):
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
@@ -715,12 +734,12 @@ def compute_dtype(s, config, device):
     return dtype
 
 
-def compiles(s, device, dtype, world):
-    """Whether blocks are compiled.  InputError if they cannot be and were asked to."""
-    possible = dtype == torch.bfloat16 and world == 1
-    if s.compile == "true" and not possible:
-        raise InputError("compile (true) is for one process with --dtype bfloat16")
-    return possible and (s.compile == "true" or s.compile == "auto" and device.startswith("cuda"))
+def compiles(s, device, dtype):
+    """Whether the model is compiled.  InputError if it cannot be and was asked to."""
+    if s.compile == "true" and dtype != torch.bfloat16:
+        raise InputError("compile (true) needs --dtype bfloat16")
+    auto = s.compile == "auto" and device.startswith("cuda") and dtype == torch.bfloat16
+    return auto or s.compile == "true"
 
 
 def open_log(run, plan, stack):

@@ -108,7 +108,7 @@ def our_run(config, batch, seq_len, dtype, device, **changes):
                        warmup=0, decay=0, **changes)
     model = parallel.build_model(config, parallel.SINGLE_PROCESS, device, dtype, 0)
     masters = parallel.MasterWeights(model, dtype)
-    parallel.compile_and_recompute(model, masters, train.compiles(s, device, dtype, 1),
+    parallel.compile_and_recompute(model, masters, train.compiles(s, device, dtype),
                                    s.activation_checkpointing)
     optimizer = parallel.make_optimizer(
         masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
@@ -299,7 +299,7 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
             "loads": (2 if recomputed else 1) * micro * L * E * 8 * away(ep),
             "weights": micro * gathered,
             "gradients": micro * reduced,
-            "copies": micro * 2 * away(replicate) * 4 * total / shard,
+            "copies": 2 * away(replicate) * 4 * total / shard,
             "sums": 2 * away(world) * 8 * counted}
 
 

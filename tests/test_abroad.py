@@ -228,7 +228,8 @@ def test_closed_streams_end_nothing(corpus, tmp_path, streams):
     for command in ("data.py --source text --tokenizer bytes", f"train.py {argv}",
                     f"eval.py chat --ckpt {tmp_path / 'run'}"):
         line = f"{sys.executable} {ROOT}/{command} {streams}"
-        assert not subprocess.run(line, shell=True, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL).returncode
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
