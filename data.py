@@ -5,7 +5,7 @@
     python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
     python data.py --chats --source chats.jsonl --tokenizer out/laptop --name chats       conversations
 
-A prepared folder holds train.bin and val.bin (a header, then the tokens of all documents, each behind
+A prepared folder holds train.bin and val.bin (a header, then the tokens of all documents, each preceded by
 <|endoftext|>), encoding.json (the tokenizer) and meta.json (what went in, and checksums).
 """
 
@@ -17,7 +17,6 @@ import functools
 import gzip
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import os
@@ -40,8 +39,8 @@ from tqdm import tqdm
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
 TEXT_SUFFIXES, CHAT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz"), (".jsonl", ".jsonl.gz", ".json")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, less the size of the vocabulary
-BLOCK = 1 << 18                    # characters in memory at a time; tiktoken overflows at 2 ** 19 spaces
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, as offsets from the vocabulary's size
+BLOCK = 1 << 18                    # characters encoded at a time; tiktoken overflows at 2 ** 19 spaces
 BPE_CHARS = 16 << 20               # characters that a tokenizer is trained on
 HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
 
@@ -81,27 +80,28 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
 
 
 def write_folder(folder, request):
-    """Write encoding.json, train.bin, val.bin if anything is held out, and meta.json."""
+    """Write encoding.json, train.bin, val.bin and meta.json."""
     chats, tokenizer = request["chats"], (request["tokenizer"], request["vocab_size"])
-    encoding = build_encoding(*tokenizer)                  # a wrong one is told before the text is read
-    files, problems, before = find_files(request["sources"], chats), [], False
-    if request["tokenizer"] == "bpe":
-        texts = (text for _, held_out, text, _ in read_documents(files, chats, []) if not held_out)
+    encoding = build_encoding(*tokenizer)                  # fail early
+    sources = request["sources"]
+    if chats and "functions" in sources:
+        write_functions(folder / "functions.jsonl")
+        sources = [folder / "functions.jsonl" if source == "functions" else source for source in sources]
+    files, problems = find_files(sources, chats), []
+    if request["tokenizer"] == "bpe":                      # on every n-th document, some 16M characters
+        texts = (text for held_out, _, text, _ in read_documents(files, chats, []) if not held_out)
         stride = max(1, n_bytes(files) // BPE_CHARS)
         encoding = build_encoding(*tokenizer, itertools.islice(texts, 0, None, stride))
     save_encoding(encoding, folder / "encoding.json")
     count = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
     documents = read_documents(files, chats, problems)
-    for at, held_out, text, chat in tqdm(documents, "writing", leave=False, disable=None):
-        if chats:
-            tokens = encode_chat(encoding, chat)
-        else:                                              # the end that is held out is a document, too
-            begins = at == 0 or held_out and not before
-            tokens = [encoding.n_vocab + END_OF_TEXT] * begins + encoding.encode_ordinary(text)
-        split, before = "val" if held_out else "train", held_out
+    for held_out, is_new, text, chat in tqdm(documents, "writing", leave=False, disable=None):
+        end_of_text = [encoding.n_vocab + END_OF_TEXT]
+        tokens = encode_chat(encoding, chat) if chats else end_of_text + encode(encoding, text)
+        split = "val" if held_out else "train"
         writers[split].write(tokens)
-        count[split].update(documents=int(at == 0), bytes=len(text.encode()), tokens=len(tokens))
+        count[split].update(documents=int(is_new), bytes=len(text.encode()), tokens=len(tokens))
     n, examples = sum(c["documents"] for c in count.values()) + len(problems), "; ".join(problems[:5])
     if len(problems) > 0.01 * n:
         raise InputError(f"{len(problems):,} of {n:,} documents cannot be read, more than 1 %: {examples}")
@@ -119,13 +119,14 @@ def write_folder(folder, request):
 
 def load_meta(folder):
     """meta.json of a prepared folder.  InputError if there is none, or its checksums do not fit."""
-    def check(meta):
-        checksums = meta["encoding_sha256"], meta["train"]["sha256"], meta["val"]["sha256"]
-        for name, checksum in zip(("encoding.json", "train.bin", "val.bin"), checksums):
-            if file_sha256(Path(folder) / name) != checksum:
-                raise ValueError(f"{name} does not fit it (its sha256 is another)")
-        return meta
-    return read_json(Path(folder) / "meta.json", "that of a prepared folder", check)
+    meta, checksums = read_json(
+        Path(folder) / "meta.json", "that of a prepared folder", lambda meta: (meta, {
+            "encoding.json": meta["encoding_sha256"], "train.bin": meta["train"]["sha256"],
+            "val.bin": meta["val"]["sha256"]}))
+    for name, checksum in checksums.items():
+        if file_sha256(Path(folder) / name) != checksum:
+            raise InputError(f"{folder}/{name} does not fit its meta.json: the sha256 is another")
+    return meta
 
 
 def file_sha256(path):
@@ -135,67 +136,47 @@ def file_sha256(path):
 # --- reading ----------------------------------------------------------------------------------------------
 
 def read_documents(files, chats, problems):
-    """Yield (at, held out?, text, chat) of every block of text, which begins at byte `at` of its document, or
-    of every conversation, chat = [(role, content)].  `problems` collects what cannot be read.
+    """Yield (held out?, not the rest of another?, text, chat) of every document, or of every conversation,
+    chat = [(role, content)].  `problems` collects what cannot be read.
 
-    One document in twenty is held out, by a hash of its beginning, so that equal ones fall on one side.  Of
-    one with more than a 300th of all bytes the last twentieth is; conversations are never cut."""
+    One in twenty is held out, by a hash of its text: equal ones fall on one side.  A document with more than
+    a 300th of all bytes is parted: its last twentieth is held out."""
     large = n_bytes(files) / 300
     for where, source in read_records(files):
         try:
-            if chats:
-                chat = read_chat(json.loads(source.decode("utf-8-sig")))
-                yield 0, is_held_out(json.dumps(chat)), "".join(content for _, content in chat), chat
-                continue
-            size, file = open_text(source)
-        except (ValueError, RecursionError) as error:      # RecursionError: [[[[..
+            chat = read_chat(json.loads(source.decode("utf-8-sig"))) if chats else None
+            text = "".join(content for _, content in chat) if chats else read_text(source)
+            raw = (json.dumps(chat) if chats else text).encode()
+        except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
             problems.append(f"{where}: {error}")
             continue
-        with file:
-            at = 0
-            while text := file.read(BLOCK):
-                if at == 0:                                # the byte where what is held out begins
-                    cut = size - size // 20 if size > large else 0 if is_held_out(text) else size
-                    if text.isspace():
-                        break
-                n = len(text.encode()[:max(0, cut - at)].decode(errors="ignore"))
-                for held_out, part in (False, text[:n]), (True, text[n:]):
-                    if part:
-                        yield at, held_out, part, None
-                        at += len(part.encode())
+        if len(raw) > large and not chats:
+            n = len(text) - len(text) // 20
+            yield False, True, text[:n], None
+            if n < len(text):
+                yield True, False, text[n:], None
+        elif not text.isspace():
+            yield hashlib.sha256(raw).digest() < b"\x0d", True, text, chat     # 13 of 256
 
 
-def is_held_out(text):
-    return hashlib.sha256(text.encode()).digest() < b"\x0d"                   # 13 of 256
-
-
-def open_text(source):
-    """A text file (its path) or a line of JSON -> its bytes, a file of its characters.  ValueError if it has
-    no text, or is not UTF-8."""
+def read_text(source):
+    """The text of a file (its path) or a line of JSON.  ValueError if it has none, or is not UTF-8."""
     if isinstance(source, Path):
-        size, file = source.stat().st_size, open(source, encoding="utf-8-sig", newline="")
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            text = file.read() or " "
     else:
         record = json.loads(source.decode("utf-8-sig"))
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError('no "text" in it (conversations are read with --chats)')
-        size, file = len(record["text"].encode()), io.StringIO(record["text"])
-    if "\0" in file.read(1000):
+        text = record["text"] or " "
+    if "\0" in text[:1000]:
         raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
-    while file.read(BLOCK):                                # UnicodeDecodeError before a part of it is written
-        pass
-    file.seek(0)
-    return size, file
+    return text
 
 
 def n_bytes(files):
-    """Bytes of all files together, those of gzip unpacked, as their last four bytes say (modulo 2^32)."""
-    total = 0
-    for path in files:
-        if path.suffix.lower() == ".gz":
-            total += int.from_bytes(path.read_bytes()[-4:], "little")
-        elif path != FUNCTIONS:
-            total += path.stat().st_size
-    return total
+    """Bytes of all files together; gzip unpacks to about four times as many."""
+    return sum(path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in files)
 
 
 def read_records(files):
@@ -205,8 +186,8 @@ def read_records(files):
         try:
             if path.suffix.lower() in (".txt", ".md", ".py"):
                 yield path, path
-            elif path == FUNCTIONS or path.suffix.lower() == ".json":
-                items = documented_functions() if path == FUNCTIONS else json.loads(path.read_bytes())
+            elif path.suffix.lower() == ".json":
+                items = json.loads(path.read_bytes())
                 if not isinstance(items, list):
                     raise ValueError("a .json file must be a list")
                 for i, item in enumerate(items, 1):
@@ -222,9 +203,7 @@ def find_files(sources, chats):
     """The files of all sources, none twice.  InputError if a source has none."""
     found, others, suffixes = {}, set(), CHAT_SUFFIXES if chats else TEXT_SUFFIXES
     for source in sources:
-        if chats and source == "functions":
-            files = [FUNCTIONS]
-        elif not chats and source in ("stdlib", "installed"):
+        if not chats and source in ("stdlib", "installed"):
             files = python_files(source)
         else:
             there = list(walk(source))
@@ -255,7 +234,6 @@ def walk(source):
             yield path
 
 
-FUNCTIONS = Path("functions")      # the word for Python's documented functions, in place of a file
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # folders that are left out: tests, packages inside of packages, tables
 LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "vendor", "vendored",
@@ -570,16 +548,18 @@ UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "image", "im
                "train_detail", "loss", "loss_mask", "mask", "masked", "label", "kto_tag")
 
 
+def encode(encoding, text):
+    """Text -> tokens, a block at a time.  What looks like a special token stays text."""
+    return [token for at in range(0, len(text), BLOCK)
+            for token in encoding.encode_ordinary(text[at:at + BLOCK])]
+
+
 def encode_chat(encoding, chat, answer=False):
-    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them; with answer=True the beginning of one follows.
-    Text that looks like a special token stays text."""
+    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them, and with answer=True the beginning of one."""
     special = encoding.encode_single_token
     tokens = [special("<|endoftext|>")]
     for role, content in chat:
-        tokens.append(special(f"<|{role}|>"))
-        for at in range(0, len(content), BLOCK):
-            tokens += encoding.encode_ordinary(content[at:at + BLOCK])
-        tokens.append(special("<|end|>"))
+        tokens += [special(f"<|{role}|>"), *encode(encoding, content), special("<|end|>")]
     return tokens + [special("<|assistant|>")] * answer
 
 
@@ -623,9 +603,8 @@ def read_chat(record):
     return chat
 
 
-@functools.lru_cache(1)
-def documented_functions():
-    """This Python's documented functions as records of a chat: the question is the signature, the answer the
+def write_functions(path):
+    """Write this Python's documented functions as a chat file: the question is the signature, the answer the
     first paragraph of the docstring.  No answer comes twice."""
     found = {}
 
@@ -636,10 +615,11 @@ def documented_functions():
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 answer = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 found.setdefault(answer, f"What does {name}.{node.name}({ast.unparse(node.args)}) do?")
-    for path in python_files("stdlib"):
-        module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
-        visit(ast.parse(path.read_bytes()).body, module)
-    return [{"instruction": question, "output": answer} for answer, question in found.items() if answer]
+    for file in python_files("stdlib"):
+        module = ".".join(file.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
+        visit(ast.parse(file.read_bytes()).body, module)
+    path.write_text("".join(json.dumps({"instruction": question, "output": answer}) + "\n"
+                            for answer, question in found.items() if answer))
 
 
 # --- what all programs share ------------------------------------------------------------------------------
@@ -738,10 +718,7 @@ def main(argv=None):
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
             raise InputError(f"data/{name} cannot be the folder's name; give another --name")
-        out = Path("data") / name
-        if out.exists():
-            print(f"{out} is there already; to prepare it again, delete it or choose another --name")
-        prepare(out, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)
+        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Run:
     layout: parallel.Layout = parallel.SINGLE_PROCESS
     step: int = 0               # steps done
     validated: tuple = None     # loss and Statistics of the last validation
-    next_batch: tuple = None    # the Batch of the next step
+    next_batch: tuple = None    # load_batch() of the next step
     log: object = None          # log.jsonl, open and locked; rank 0's alone
     wandb: object = None
 
@@ -118,7 +118,7 @@ def train(run, stop):
     """The loop: steps run.step .. steps-1, with their log, validations and checkpoints."""
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
     eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or min(1000, quarter)
-    clock, n_tokens = time.perf_counter(), 0                      # since the last pause
+    clock, n_tokens = time.perf_counter(), 0                      # since the last log, validation or save
     bar = tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
     with bar:
@@ -155,8 +155,10 @@ def train(run, stop):
 
 
 def load_batch(run, step):
-    """Cut this rank's part of a step -> step, micro-batches of (tokens, targets) or (tokens, targets, doc)
-    [B, T] on their way to the device, and of each its [targets, tokens routed] on all ranks."""
+    """Cut this rank's part of a step -> step, micro-batches, counts.
+
+    A micro-batch is (tokens, targets) or, of conversations, (tokens, targets, doc), all [B, T], on its way to
+    the device.  Its counts are [targets, tokens routed] of all ranks."""
     s, layout = run.settings, run.layout
     micro = s.batch_size // s.accumulate
     parts = [run.corpus.train.rows(step * s.batch_size + m * micro, micro, layout.rank, layout.world)
@@ -187,15 +189,14 @@ def train_step(run, step, stop=None):
     """One update of the weights -> Step.
 
     Every loss is a sum over this rank's micro-batch divided by a count of the whole step, so that ranks and
-    micro-batches only ever add up.  A balance loss is that of the step's tokens so far, of all ranks: with
-    several micro-batches the first ones see few of them, and its gradient is that of the whole step's loss
-    only if there is one.
+    micro-batches only ever add up.  The balance loss of a micro-batch sees those before it in the step, of all
+    ranks, so that its gradient is that of the whole step's loss if accumulate is 1.
 
     The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
     while it computes.
     """
     s, model, layout = run.settings, run.model, run.layout
-    torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))  # if a fork draws
+    torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))  # of dropout
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
         top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
@@ -213,9 +214,11 @@ def train_step(run, step, stop=None):
         loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
         objective = out.loss / max(1, n_targets)
         if router.BALANCE[s.balance] and s.lbl_coef:
-            seen, n = (sums, tokens_so_far) if s.lbl_scope == "global" else (router.Statistics(*micro), n)
-            balance = router.balance_objective(s.balance, seen, n, out.statistics)
-            objective = objective + s.lbl_coef * n / n_tokens * balance
+            seen, n_seen = sums, tokens_so_far
+            if s.lbl_scope == "micro":
+                seen, n_seen = router.Statistics(*micro), n
+            balance = router.balance_objective(s.balance, seen, n_seen, out.statistics)
+            objective = objective + s.lbl_coef * n_seen / n_tokens * balance      # all tokens weigh the same
         if s.z_coef:
             objective = objective + s.z_coef * router.router_z_loss(out.statistics.z_sum, n_tokens).sum()
         parallel.reduce_between_copies(model, now=m == len(parts) - 1)
@@ -258,7 +261,7 @@ def top_k_at(step, s, config):
 
 
 def reason_to_skip(run, loss, norm, nonfinite):
-    """Why a step must not change the weights, or None.  nonfinite [world]: of which ranks the loss is not.
+    """Why a step must not change the weights, or None.  nonfinite [world]: 1 where a rank's loss is not.
 
     A spike has a loss or norm `spike` standard deviations above the mean of the last 128 finite ones.  Those
     that were skipped count too, so that a lasting change of level is soon the new level."""
@@ -279,8 +282,8 @@ def reason_to_skip(run, loss, norm, nonfinite):
 
 
 class Stop:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills.  What is
-    ignored, as by nohup, stays so."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills.  Signals that
+    are ignored already, as by nohup, stay ignored."""
 
     def __enter__(self):
         self.requested, self.old = False, {}
@@ -387,18 +390,18 @@ class Settings:
     out: str = setting("", "run: its directory (out/PRESET, with --init_from out/RUN-next or out/RUN-chat)")
     data: str = setting("data/stdlib", "run: folder or token file of data.py; the default is made if missing")
     init_from: str = setting("", "run: begin with weights and settings of a run, its step-N, or a Qwen3-MoE")
-    growth_noise: float = setting(0.01, "run: on copies, where --n_layer or --n_expert makes it grow")
+    growth_noise: float = setting(0.01, "run: std of the noise on grown copies, relative to the weight's")
     device: str = setting("auto", "run: cpu, cuda or mps; auto: the best there is")
     dtype: str = setting("auto", "run: float32 or bfloat16, of matrix products; auto: bfloat16 on CUDA")
     compile: str = setting("auto", "run: true or false, in bfloat16; auto: on CUDA")
     deterministic: bool = setting(False, "run: true: a GPU repeats a run bit for bit, and is slower")
     seed: int = setting(0, "run: of the initial weights and the order of the data")
 
-    steps: int = setting(1000, "schedule: updates of the weights; for tuning four epochs")
+    steps: int = setting(1000, "schedule: updates of the weights; for tuning on chats four epochs")
     batch_size: int = setting(32, "schedule: sequences per step, of all processes")
     accumulate: int = setting(1, "schedule: micro-batches that a step is cut into")
     seq_len: int = setting(128, "schedule: tokens per sequence")
-    lr: float = setting(6e-3, "schedule: learning rate after warm-up; for tuning 0.3 of that of the run")
+    lr: float = setting(6e-3, "schedule: learning rate after warm-up; for tuning on chats 0.3 of it")
     warmup: float = setting(0.03, "schedule: fraction of the steps in which it rises from 0")
     decay: float = setting(0.4, "schedule: fraction of the steps, the last ones, in which it falls to 0")
 
@@ -419,7 +422,7 @@ class Settings:
     top_k_choices: list = setting([], "balance: K that each layer draws from in each step, as in 1,2,4")
     switch_fraction: float = setting(0.9, "balance: fraction of the steps before all use top_k; 1: never")
 
-    max_nonfinite: int = setting(10, "guard: steps in a row, with a loss or gradient not finite, that end it")
+    max_nonfinite: int = setting(10, "guard: end after so many steps in a row that are not finite")
     spike: float = setting(0.0, "guard: skip steps so many standard deviations above the last 128; 0: off")
 
     log_every: int = setting(10, "watching: steps between lines of log.jsonl")
@@ -432,7 +435,7 @@ class Settings:
 
     ep: int = setting(1, "processes: expert parallelism: processes that share out a layer's experts")
     replicate: int = setting(1, "processes: copies of the model, each sharded over its processes")
-    timeout: int = setting(600, "processes: seconds without an answer in training that make an error")
+    timeout: int = setting(600, "processes: seconds after which a collective fails")
     activation_checkpointing: bool = setting(False, "processes: keep each layer's input, recompute the rest")
 
     def check(self, config):
@@ -507,21 +510,21 @@ def parse(argv):
 
 
 def resolve(typed):
-    """Typed settings -> Settings, ModelConfig, whether the run in --out exists.
+    """Typed settings -> Settings, ModelConfig, whether the run in --out exists, whether it tunes on chats.
 
     What was not typed comes from that run, else from what --init_from names, else from the preset.  What a
     run of an older version did not save has its default."""
     typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
                      if name in typed}
-    values, source = preset_values(typed.get("preset")), typed.get("init_from", "")
-    chats, name = source and "data" in typed and data.holds_chats(typed["data"]), values["preset"]
+    values, source, tunes, default = preset_values(typed.get("preset")), typed.get("init_from"), False, ""
     if source:
-        name = parallel.run_folder(source).name + ("-chat" if chats else "-next")
-    out = Path(typed.get("out", f"out/{name}"))
+        tunes = "data" in typed and data.holds_chats(typed["data"])
+        default = parallel.run_folder(source).name + ("-chat" if tunes else "-next")
+    out = Path(typed.get("out", f"out/{default or values['preset']}"))
     exists = (out / "settings.json").exists()
     if exists:
         values |= saved_values(out)
-        for name in (name for name in typed if name != "out" and typed[name] != values[name]):
+        for name in sorted(name for name in typed if name != "out" and typed[name] != values[name]):
             if name in (*SIZES, "preset", "seed", "batch_size", "seq_len"):
                 raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
                                  f"--{name} to resume it, or choose another --out")
@@ -532,7 +535,7 @@ def resolve(typed):
                          "choose another --out")
     elif source:
         values |= inherited_values(source, typed)
-        values["lr"] *= CHAT_LR if chats else 1
+        values["lr"] *= CHAT_LR if tunes else 1
     values |= typed | {"out": str(out)}                           # a directory may have been renamed
     s = Settings(**{field.name: values[field.name] for field in dataclasses.fields(Settings)})
     try:
@@ -545,7 +548,7 @@ def resolve(typed):
     s.check(config)
     if "lbl_coef" in typed and not router.BALANCE[s.balance]:
         raise InputError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
-    return s, config, exists
+    return s, config, exists, tunes and not exists
 
 
 def saved_values(out):
@@ -566,7 +569,9 @@ def inherited_values(source, typed):
         values = saved_values(parallel.run_folder(source))
         top_k = parallel.read_meta(parallel.newest(source))["top_k"]
         # goes on with the K that its layers have, and not where its schedule began
-        values |= {"initial_top_k": [] if {*top_k} == {values["top_k"]} else top_k, "switch_fraction": 1.0}
+        times = max(1, typed.get("n_layer", 0) // values["n_layer"])              # layers grow in place
+        top_k = [] if {*top_k} == {values["top_k"]} else [k for k in top_k for _ in range(times)]
+        values |= {"initial_top_k": top_k, "switch_fraction": 1.0}
     for name in ("n_layer", "n_expert"):
         if typed.get(name, values[name]) % values[name]:
             raise InputError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of {source}: "
@@ -641,7 +646,7 @@ def make_plan(argv, world):
     """Resolve settings, data and checkpoints, on rank 0 -> Plan.  Prepares the corpus if it is missing.
     InputError for what the user has to change."""
     typed = parse(argv)
-    s, config, exists = resolve(typed)
+    s, config, exists, tunes = resolve(typed)
     device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
@@ -651,7 +656,7 @@ def make_plan(argv, world):
         data.prepare(s.data, [Path(s.data).name])
     corpus = open_corpus(s)
     sha256, val_sha256 = data_checksums(corpus)
-    if corpus.has_chats and s.init_from and not (exists or "steps" in typed):
+    if tunes and "steps" not in typed:
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
         config.vocab_size = -(-corpus.vocab_size // 64) * 64
@@ -693,8 +698,9 @@ def load(run, plan):
                                lambda name, p, whole: parallel.copy_shard(masters.named[name], whole))
         else:
             parallel.load_checkpoint(source, parallel.training_state(masters), run.layout, may_lack=True)
-        for name, p in run.masters.named.items() if grows else ():
-            parallel.copy_shard(p, grown(name, run.config, old, masters.named, s.growth_noise, s.seed))
+        small = masters.named | masters.buffers
+        for name, t in (run.masters.named | run.masters.buffers).items() if grows else ():
+            parallel.copy_shard(t, grown(name, run.config, old, small, s.growth_noise, s.seed))
     run.masters.refresh()
 
 
@@ -721,7 +727,8 @@ def grown(name, config, old, weights, noise, seed):
 def compute_dtype(s, config, device):
     """The dtype of the matrix products.  Says what the device cannot do, and what is done instead."""
     cuda, dtype = device.startswith("cuda"), torch.float32
-    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False):
+    if s.dtype == "bfloat16" or s.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(
+            including_emulation=False):
         dtype = torch.bfloat16
     why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
     if why and config.n_expert > 1:
@@ -771,6 +778,9 @@ def open_directory(run, plan, stack):
         shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
     run.log.seek(0)
     header, *rows = run.log.readlines() or [b""]
+    if not header.endswith(b"\n"):                                # cut short by a crash
+        run.log.truncate(0)
+        header = b""
     kept = len(header)
     for row in rows:                                              # the last one may be cut short by a crash
         found = re.match(rb'{"step": (\d+),.*}\s*\n', row)
@@ -864,7 +874,7 @@ def report(run, seconds):
                   + evaluation.draw_load(statistics.load))
     if corpus.encoding and s.sample_tokens and run.layout.world == 1 and not chats:
         run.model.eval()
-        torch.use_deterministic_algorithms(False)                 # sampling cannot be
+        torch.use_deterministic_algorithms(False)                 # sampling has no such kernels
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
             texts = evaluation.generate_text(

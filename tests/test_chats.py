@@ -285,15 +285,15 @@ def test_functions_and_their_docstrings_are_the_default(in_folder, monkeypatch):
     for i in range(30):
         Path(f"lib/module{i}.py").write_text(f'def f{i}(x): "Return {i}."\n')
     monkeypatch.setattr(data, "LIBRARY", Path("lib"))
-    data.documented_functions.cache_clear()
-    found = [data.read_chat(record) for record in data.documented_functions()]
+    data.main(["--chats", "--tokenizer", "bytes"])
+    lines = Path("data/functions/functions.jsonl").read_text().splitlines()
+    found = [data.read_chat(json.loads(line)) for line in lines]
     assert len(found) == 32 and found[-2:] == [
         [("user", "What does package.first(a, b=2, *rest, key='x', **more) do?"),
          ("assistant", "Do the first thing.")],
         [("user", "What does package.Thing.second(self) do?"), ("assistant", "Do the second thing.")]]
-    data.main(["--chats", "--tokenizer", "bytes"])
-    assert data.holds_chats("data/functions") and data.load_meta("data/functions")["val"]["documents"] >= 1
-    data.documented_functions.cache_clear()
+    meta = data.load_meta("data/functions")
+    assert data.holds_chats("data/functions") and meta["train"]["documents"] + meta["val"]["documents"] == 32
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, ch
                  optimizer="muon", momentum=0.5)
     saved["settings"] |= other
     Path("base/settings.json").write_text(json.dumps(saved))
-    settings, _, exists = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))
+    settings, _, exists, _ = train.resolve(train.parse(["--init_from", "base", "--data", str(chats)]))
     assert {name: getattr(settings, name) for name in other} == other and not exists
     assert settings.out == "out/base-chat" and settings.lr == pytest.approx(0.3 * saved["settings"]["lr"])
     again = train.resolve(train.parse(["--init_from", "base", "--data", str(corpus), "--seq_len", "16"]))[0]

@@ -42,7 +42,7 @@ def test_commands_are_understood(command, in_folder, monkeypatch):
     if program == "train.py":
         typed = train.parse(args)
         if not typed.get("init_from"):                            # needs the run that it names
-            settings, config, _ = train.resolve(typed)
+            settings, config, *_ = train.resolve(typed)
             parallel.check_layout(world, settings.ep, settings.replicate, config.n_expert, "cpu")
         return
     if program == "tests/bench.py":

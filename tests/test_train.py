@@ -316,9 +316,9 @@ def test_settings_reach_the_optimizer_and_the_routers(corpus, tmp_path, balance,
 
 
 def test_a_presets_list_is_cut_to_the_layers_and_experts(in_folder):
-    settings, config, _ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3, "n_expert": 6})
+    settings, config, *_ = train.resolve({"preset": "sigma-moe-tiny", "n_layer": 3, "n_expert": 6})
     assert settings.initial_top_k == [6, 6, 6] and config.n_layer == 3
-    settings, _, _ = train.resolve({"preset": "sigma-moe-tiny", "top_k_choices": [1, 2]})
+    settings, *_ = train.resolve({"preset": "sigma-moe-tiny", "top_k_choices": [1, 2]})
     assert settings.initial_top_k == []                           # typed choices replace its schedule
 
 
