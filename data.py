@@ -145,33 +145,35 @@ def read_documents(files, chats, problems):
     for where, source in read_records(files):
         try:
             chat = read_chat(json.loads(source.decode("utf-8-sig"))) if chats else None
-            text = "".join(content for _, content in chat) if chats else read_text(source)
-            raw = (json.dumps(chat) if chats else text).encode()
+            texts = ["".join(content for _, content in chat)] if chats else read_texts(source)
+            raws = [(json.dumps(chat) if chats else text).encode() for text in texts]
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
             problems.append(f"{where}: {error}")
             continue
-        if len(raw) > large and not chats:
-            n = len(text) - len(text) // 20
-            yield False, True, text[:n], None
-            if n < len(text):
-                yield True, False, text[n:], None
-        elif not text.isspace():
-            yield hashlib.sha256(raw).digest() < b"\x0d", True, text, chat     # 13 of 256
+        for text, raw in zip(texts, raws):
+            if len(raw) > large and not chats:
+                n = len(text) - len(text) // 20
+                yield False, True, text[:n], None
+                if n < len(text):
+                    yield True, False, text[n:], None
+            elif text and not text.isspace():
+                yield hashlib.sha256(raw).digest() < b"\x0d", True, text, chat           # 13 of 256
 
 
-def read_text(source):
-    """The text of a file (its path) or a line of JSON.  ValueError if it has none, or is not UTF-8."""
+def read_texts(source):
+    """The documents of a file (its path), parted by lines that are <|endoftext|>, or of a line of JSON.
+    ValueError if there is no text, or it is not UTF-8."""
     if isinstance(source, Path):
         with open(source, encoding="utf-8-sig", newline="") as file:
-            text = file.read() or " "
+            texts = re.split(r"(?m)^<\|endoftext\|>\r?$\n?", file.read())
     else:
         record = json.loads(source.decode("utf-8-sig"))
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ValueError('no "text" in it (conversations are read with --chats)')
-        text = record["text"] or " "
-    if "\0" in text[:1000]:
+        texts = [record["text"]]
+    if "\0" in texts[0][:1000]:
         raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
-    return text
+    return texts
 
 
 def n_bytes(files):
@@ -537,8 +539,10 @@ def holds_chats(source):
 
 # --- conversations ----------------------------------------------------------------------------------------
 
-CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + "
-                 "message['content'] + '<|end|>' }}{% endfor %}"
+# {% generation %}: what the assistant says, so that trl can train on it alone
+CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+                 "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}"
+                 "{% endgeneration %}{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # what would change what is learned: must be absent, empty or 1

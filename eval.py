@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -452,9 +452,11 @@ def export_command(args):
         hub.save_torch_state_dict(weights, made)
         save_tokenizer(encoding, made, window)
         (made / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
-        (made / "generation_config.json").write_text(json.dumps(
-            special | {"eos_token_id": [end, turn]}, indent=2))
+        (made / "generation_config.json").write_text(json.dumps(special | {
+            "eos_token_id": [end, turn], "do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2))
         os.rename(made, to)
+    if model.config.gate == "softmax" and model.config.n_expert > 1:
+        print("note: llama.cpp renormalises the gate softmax, a different model; --gate normalized is exact")
     print(f"{to}: {sum(t.numel() for t in weights.values()):,} parameters")
 
 
@@ -467,6 +469,7 @@ def save_tokenizer(encoding, folder, max_seq_len):
     converter.converted().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "padding_side": "left",                                   # or a batch of prompts goes on wrongly
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
         "model_max_length": max_seq_len, "chat_template": data.CHAT_TEMPLATE}, indent=2))
 
@@ -508,11 +511,16 @@ HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.n
 def hf_config(config, top_k=None):
     """config.json of transformers' Qwen3MoeForCausalLM.  InputError for what that model does not have."""
     top_k = config.layer_top_k(top_k)
+    known = {*HF_SIZES, "gate", "rope_base"}
+    for field in (field for field in fields(config) if field.name not in known):
+        if getattr(config, field.name) != field.default:
+            raise InputError(f"Qwen3-MoE has no place for {field.name} {getattr(config, field.name)}")
     if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
         raise InputError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
                          f"{config.gate} and {top_k}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
+        "intermediate_size": config.d_expert, "max_window_layers": config.n_layer,    # what mlx-lm asks for
         "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
 
 

@@ -143,6 +143,10 @@ def train(run, stop):
                 most, layer = max((most, layer) for layer, most in enumerate(row["load_max"]))
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s, "
                                     f"load {100 * most:+.0f} % (layer {layer})")
+                if bar.disable and run.log and log:               # a file or a pipe: a line, written at once
+                    left = (s.steps - run.step) * row["tokens"] / rate / 60
+                    print(f"step {run.step}/{s.steps}: loss {row['loss']:.4f}, lr {row['lr']:.3g}, "
+                          f"{rate:,.0f} tokens/s, {left:.1f} minutes left", flush=True)
                 if validate:
                     row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
                     bar.write(f"step {run.step}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
@@ -189,14 +193,15 @@ def train_step(run, step, stop=None):
     """One update of the weights -> Step.
 
     Every loss is a sum over this rank's micro-batch divided by a count of the whole step, so that ranks and
-    micro-batches only ever add up.  The balance loss of a micro-batch sees those before it in the step, of all
-    ranks, so that its gradient is that of the whole step's loss if accumulate is 1.
+    micro-batches only ever add up.  The balance loss of a micro-batch sees those before it in the step, of
+    all ranks, so that its gradient is that of the whole step's loss if accumulate is 1.
 
     The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
     while it computes.
     """
     s, model, layout = run.settings, run.model, run.layout
-    torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))  # of dropout
+    # what a fork draws, as for dropout, is a function of the step, too
+    torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))
     top_k = top_k_at(step, s, run.config)
     if s.top_k_choices:
         top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)

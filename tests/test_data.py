@@ -112,6 +112,17 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
     assert train + val == text and share(meta) == pytest.approx(0.05, abs=0.002)
 
 
+def test_lines_that_are_endoftext_part_documents(tmp_path):
+    """As in TinyStories; inside of a line it stays text."""
+    stories = [f"story {i}\n<|endoftext|> is text here\n" for i in range(400)]
+    save(tmp_path / "a.txt", "<|endoftext|>\n".join(stories))
+    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo")
+    meta = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt")
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 402
+    train, val = both(tmp_path / "out")
+    assert Counter(train + val) == Counter([*stories, "one\r\n", "two"])
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_json_lines(suffix, tmp_path, capsys):
     """Empty ones are left out; what is wrong with others is said, and their number."""

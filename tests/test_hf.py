@@ -1,5 +1,6 @@
 """Weights and tokenizers out to transformers and in from it (extra hf)."""
 
+import dataclasses
 import json
 import os
 import random
@@ -116,6 +117,32 @@ def test_the_chat_template(tokenizers):
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == ours.encode(want, allowed_special="all")
     assert ids == data.encode_chat(ours, data.read_chat({"messages": chat}), answer=True)
+    marked = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    mask = data.assistant_mask(marked["input_ids"], ours.n_vocab)
+    assert marked["assistant_masks"] == mask.astype(int).tolist() and mask.any()
+
+
+@torch.no_grad()
+def test_a_batch_of_prompts_of_different_lengths_goes_on_as_each_alone(exported):
+    _, folder = exported
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = ["abc", "a longer one, of more tokens"]
+    both = model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), max_new_tokens=8,
+                          do_sample=False, eos_token_id=-1)
+    for prompt, row in zip(prompts, both):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False,
+                               eos_token_id=-1)
+        assert torch.equal(row[-8:], alone[0, -8:])
+
+
+def test_a_field_that_a_fork_added_is_not_dropped(monkeypatch):
+    @dataclasses.dataclass
+    class Fork(type(small())):
+        capacity: float = 1.0
+    hf_config(Fork(**dataclasses.asdict(small())))
+    with pytest.raises(ValueError, match="no place for capacity 2.0"):
+        hf_config(Fork(**dataclasses.asdict(small()), capacity=2.0))
 
 
 @pytest.mark.parametrize("more, message", [
