@@ -119,11 +119,14 @@ def write_folder(folder, request):
 
 def load_meta(folder):
     """meta.json of a prepared folder.  InputError if there is none, or its checksums do not fit."""
-    meta, checksums = read_json(
-        Path(folder) / "meta.json", "that of a prepared folder", lambda meta: (meta, {
-            "encoding.json": meta["encoding_sha256"], "train.bin": meta["train"]["sha256"],
-            "val.bin": meta["val"]["sha256"]}))
-    for name, checksum in checksums.items():
+    numbers, parts = ("files", "skipped", "vocab_size"), ("documents", "bytes", "tokens")
+    meta = read_json(Path(folder) / "meta.json", "that of a prepared folder", lambda meta: {
+        name: dict(meta[name]) for name in ("request", "train", "val")} | {
+        name: int(meta[name]) for name in numbers} | {"encoding_sha256": meta["encoding_sha256"]} | {
+        split: {"sha256": meta[split]["sha256"]} | {name: int(meta[split][name]) for name in parts}
+        for split in ("train", "val")})
+    for name, checksum in (("encoding.json", meta["encoding_sha256"]), ("train.bin", meta["train"]["sha256"]),
+                           ("val.bin", meta["val"]["sha256"])):
         if file_sha256(Path(folder) / name) != checksum:
             raise InputError(f"{folder}/{name} does not fit its meta.json: the sha256 is another")
     return meta
@@ -208,7 +211,7 @@ def find_files(sources, chats):
         if not chats and source in ("stdlib", "installed"):
             files = python_files(source)
         else:
-            there = list(walk(source))
+            there = list(walk(source)) if str(source) else []
             files = [path for path in there if path.name.lower().endswith(suffixes)]
             others |= set(map(os.path.realpath, there)) - set(map(os.path.realpath, files))
         if not files:
@@ -277,9 +280,13 @@ def make_encoding(name, pattern, ranks):
     if len(set(ranks.values())) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("it lacks one of the 256 bytes, or gives two tokens one number")
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
-    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     hard = "a B\t\r\n  '9\u00e9 \u65e5\u672c\U0001f642_#<|end|>\0\u2028\ufeff"
-    if encoding.decode(encoding.encode_ordinary(hard)) != hard:
+    try:
+        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        fits = encoding.decode(encoding.encode_ordinary(hard)) == hard
+    except BaseException as error:                         # Rust's PanicException is no Exception
+        raise ValueError(f"tiktoken cannot use it ({type(error).__name__})") from None
+    if not fits:
         raise ValueError("its pattern leaves text out")
     return encoding
 
@@ -338,8 +345,8 @@ def load_encoding(path):
     ValueError if there is none that tiktoken can be given."""
     files = Path(path), Path(path) / "tokenizer.json", Path(path) / "encoding.json"
     file = next(filter(Path.is_file, files), files[-1])
+    saved = read_json(file, "a tokenizer")
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
         if "pre_tokenizer" in saved:                       # Hugging Face's
             return make_encoding(file.parent.name, *read_hf_tokenizer(saved))
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved["ranks"]) if token}
@@ -404,13 +411,13 @@ class TokenWriter:
 
 def read_header(path):
     """-> bytes per token, vocabulary, count, 1 for conversations.  InputError if foreign or cut short."""
-    magic, version, itemsize, *rest = [*np.fromfile(path, "<i8", 6).tolist(), *[0] * 6][:6]
-    if (magic, version) != (MAGIC, VERSION) or itemsize not in (2, 4):
+    header = np.fromfile(path, "<i8", 6).tolist() if os.path.isfile(path) else []
+    if len(header) < 6 or header[:2] != [MAGIC, VERSION] or header[2] not in (2, 4) or header[3] >= 1 << 31:
         raise InputError(f"{path} is not a token file; data.py makes one of text or conversations")
-    size, expected = os.path.getsize(path), HEADER + rest[1] * itemsize
+    size, expected = os.path.getsize(path), HEADER + header[4] * header[2]
     if size != expected:
         raise InputError(f"{path} is corrupt: it has {size} bytes, its header says {expected}")
-    return itemsize, *rest
+    return header[2:]
 
 
 def load_tokens(path):
@@ -639,6 +646,8 @@ class TooShort(InputError):
 def read_json(path, what, extract=lambda saved: saved):
     """What extract() makes of the content of a JSON file.  InputError if that is not `what`."""
     try:
+        if Path(path).exists() and not Path(path).is_file():      # a pipe would wait for ever
+            raise ValueError("it is not a file")
         return extract(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as e:
         raise InputError(f"{path} is not {what} ({type(e).__name__}: {e})") from None

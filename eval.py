@@ -52,14 +52,22 @@ def load_run(ckpt, device="cpu", folder=None):
     parallel.load_checkpoint(path, parallel.training_state(masters))
     masters.refresh()
     top_k = parallel.read_meta(path)["top_k"]                     # as trained: --steps may move the switch
+    if len(top_k) != model.config.n_layer or not all(1 <= k <= model.config.n_expert for k in top_k):
+        raise InputError(f"{path}/meta.json: top_k {top_k} is not that of its model")
     return model.requires_grad_(False), saved, top_k
 
 
 def read_log(out):
     """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
-    lines = (run_folder(out) / "log.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines if line.endswith("}")]        # a crash may cut the last one
-    return [row for row in found if "step" not in row or "loss" in row]       # not where it was resumed
+    header, rows = {}, []
+    for line in (run_folder(out) / "log.jsonl").read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):                # a crash may cut the last one
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int and "load_max" in row:
+                rows.append(row)                                  # not where it was resumed
+            elif isinstance(row, dict) and "step" not in row:
+                header = header or row
+    return [header, *rows]
 
 
 def same_tokenizer(out, folder):
@@ -229,7 +237,7 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
     prob, token = logits.softmax(-1).sort(-1, descending=True)
-    prob = prob * (prob.cumsum(-1) - prob < top_p)
+    prob = prob * (prob.cumsum(-1) - prob < max(top_p, 1e-6))
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
@@ -255,7 +263,7 @@ def sample_command(args):
     tokens = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(args.prompt)]
     if len(tokens) > window:
         raise InputError(f"the prompt has {len(tokens)} tokens; the model was trained on {window} at a time")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
     n = min(args.tokens, window + 1 - len(tokens))
     print(args.prompt, *(piece for piece, in generate_text(
         model, encoding, [tokens], n, top_k, args.temperature, args.top_p, generator)), sep="")
@@ -264,10 +272,12 @@ def sample_command(args):
 def chat_command(args):
     """Talk with a run that was tuned on conversations; in a pipe, one question a line."""
     note = partial(print, file=sys.stderr, flush=True)            # stdout takes the answers alone
+    with suppress(AttributeError):
+        sys.stdin.reconfigure(errors="replace")
     model, saved, top_k = load_run(args.ckpt, args.device)
     encoding, window = data.load_encoding(run_folder(args.ckpt)), saved["settings"]["seq_len"]
     max_new_tokens = min(args.tokens, window // 2)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
     messages = system = [("system", args.system)] if args.system else []
     note("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if Path(saved["settings"]["data"]).exists() and not data.holds_chats(saved["settings"]["data"]):

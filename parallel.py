@@ -16,6 +16,7 @@ its gradient is their sum; FSDP sums over the rest.  One process makes no group,
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -61,9 +62,15 @@ class Layout:
 SINGLE_PROCESS = Layout()
 
 
+def env_number(name, default):
+    """The number that an environment variable begins with, as Slurm's 4(x2)."""
+    found = re.match(r"\d+", os.environ.get(name, ""))
+    return int(found[0]) if found else default
+
+
 def rank_of_start():
     """This process's rank as torchrun tells it, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    return env_number("RANK", 0) if env_number("WORLD_SIZE", 1) > 1 else 0
 
 
 def init_distributed(timeout=120):
@@ -71,10 +78,10 @@ def init_distributed(timeout=120):
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name, 1)) > 1 and "RANK" not in os.environ:
+        if env_number(name, 1) > 1 and "RANK" not in os.environ:
             raise InputError(f"{name} is {os.environ[name]}, but nothing tells this process its rank: start "
                              f"it with torchrun (docs/scaling.md), or unset {name}")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if env_number("WORLD_SIZE", 1) == 1:
         return SINGLE_PROCESS
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(rendezvous("env://", timeout=wait))
@@ -247,8 +254,11 @@ def build_model(config, layout, device, dtype, seed):
     with torch.device("meta"):
         model = Model(config)
     shard(model, layout, dtype)
+    n = len(list(model.parameters()))
     model.to_empty(device=device)
     model.tie()
+    if len(list(model.parameters())) != n:
+        raise ValueError("to_empty() parts shared parameters: share them again in Model.tie() (model.py)")
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         whole = torch.empty(t.shape, dtype=t.dtype, device=local(t).device)
         model.init_parameter(name, whole, seed)
@@ -318,7 +328,8 @@ class MasterWeights:
         """Give p a master in fp32, and let p itself be the copy."""
         self.named[name] = master = nn.Parameter(p.detach().clone())
         p.data = p.data.to(dtype)
-        p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(partial(self.accumulate, master))
         self.copies.append((p, master))
 
     def accumulate(self, master, copy):
@@ -344,7 +355,7 @@ def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
     muons, matrices, norms = {1: [], 2: []}, [], []               # muons: one matrix, or two side by side
     for name, p in masters.named.items():
-        if kind == "muon" and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
+        if kind == "muon" and p.dim() > 1 and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
             muons[2 if name.endswith("w_in") else 1].append(p)
         else:
             (matrices if p.dim() > 1 else norms).append(p)
@@ -462,9 +473,13 @@ def newest(ckpt):
 
 
 def read_settings(out):
-    """settings.json of a run directory.  InputError if it is none."""
-    return read_json(Path(out) / "settings.json", "of a directory of this train.py", lambda saved: saved | {
-        "settings": dict(saved["settings"]), "config": ModelConfig(**saved["model"])})
+    """settings.json of a run directory, and its ModelConfig as "config".  InputError if it is none."""
+    def check(saved):
+        seq_len, folder = saved["settings"]["seq_len"], saved["settings"]["data"]
+        if not (type(seq_len) is int and seq_len > 0 and isinstance(folder, str)):
+            raise ValueError("seq_len or data is of another type")
+        return saved | {"config": ModelConfig(**saved["model"])}
+    return read_json(Path(out) / "settings.json", "of a directory of this train.py", check)
 
 
 def read_meta(path):
@@ -480,7 +495,8 @@ def is_hf(folder):
 
 def checkpoints(out):
     """Steps of the complete checkpoints in a run directory, oldest first."""
-    return sorted(int(p.name[5:]) for p in Path(out).glob("step-*") if p.name[5:].isdecimal())
+    names = (path.name[len("step-"):] for path in Path(out).glob("step-*"))
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
@@ -489,7 +505,8 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     If that fails, as on a full disk, rank 0 raises InputError and the others end; older ones stay whole."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     path, tmp, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
-    on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in Path(out).glob("step-*.tmp")])
+    on_rank_0(layout, lambda: [crashed.unlink() if crashed.is_symlink() else shutil.rmtree(crashed)
+                               for crashed in Path(out).glob("step-*.tmp")])
     try:
         dcp.save(state, checkpoint_id=tmp, process_group=layout.files, no_dist=layout.world == 1)
         sums = checksums(tmp.glob(f"__{layout.rank}_*"))          # every rank reads its own files
@@ -539,6 +556,8 @@ def newest_whole(out, steps):
     for step in reversed(steps):
         path = out / f"step-{step}"
         problem = find_corruption(path)
+        if not problem and read_meta(path)["step"] != step:
+            problem = f"it is of step {read_meta(path)['step']}"
         if not problem:
             return step
         corrupt = f"{path}.corrupt"
@@ -610,13 +629,24 @@ class Reader(dcp.FileSystemReader):
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = TensorDescriptions(file).load()
         for name, tensor in metadata.state_dict_metadata.items():
-            chunks = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in tensor.chunks}
-            if sum(chunks.values()) != tensor.size.numel():
+            if not isinstance(name, str) or not tiles(tensor.chunks, tensor.size):
                 raise ValueError(f"its parts of {name} do not cover it")
         for part in metadata.storage_data.values():
             if part.relative_path not in files:
                 raise ValueError(f"manifest.json does not name {part.relative_path}")
         return metadata
+
+
+def tiles(chunks, size):
+    """Whether chunks cover a tensor of this size, each element once: as a grid, which all layouts write."""
+    boxes = [list(zip(chunk.offsets, chunk.sizes)) for chunk in chunks if chunk.sizes.numel()]
+    edges = [sorted({box[dim] for box in boxes}) for dim in range(len(size))]     # (offset, length) of parts
+    for parts, full in zip(edges, size):
+        ends = [0, *(offset + length for offset, length in parts)]
+        begins = [offset for offset, _ in parts]
+        if begins != ends[:-1] or ends[-1] != full or ends != sorted(ends):
+            return False
+    return len(set(map(tuple, boxes))) == len(boxes) == math.prod(map(len, edges))
 
 
 class TensorDescriptions(pickle._Unpickler):
@@ -639,15 +669,17 @@ class TensorDescriptions(pickle._Unpickler):
 
     def load_build(self):
         if isinstance(self.stack[-2], type) or not is_dataclass(self.stack[-2]):
-            raise pickle.UnpicklingError(f".metadata changes {self.stack[-2]!r}")
+            raise pickle.UnpicklingError(f".metadata changes a {type(self.stack[-2]).__name__}")
         super().load_build()
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    dispatch.pop(pickle.BYTEARRAY8[0])                            # takes memory before it reads
 
 
 def write_durably(path, text):
     """Write a file so that after a crash it is the old one or the new one."""
     tmp = path.with_suffix(".tmp")
+    tmp.unlink(missing_ok=True)                                   # it may be a link
     tmp.write_text(text)
     fsync(tmp)
     os.replace(tmp, path)

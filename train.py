@@ -560,9 +560,13 @@ def saved_values(out):
     """{field: value} of a run's settings.json.  InputError if this code lacks one of the fields."""
     saved = parallel.read_settings(out)
     saved = {RENAMED.get(name, name): value for name, value in (saved["settings"] | saved["model"]).items()}
-    unknown = saved.keys() - preset_values("laptop").keys()
+    known = preset_values("laptop")
+    unknown = saved.keys() - known.keys()
     if unknown:
         raise InputError(f"{out}/settings.json has {', '.join(unknown)}, which this code lacks")
+    for name, value in saved.items():
+        if type(value) not in ((int, float) if type(known[name]) is float else (type(known[name]),)):
+            raise InputError(f"{out}/settings.json: {name} {value!r} is of another type")
     return saved
 
 
@@ -720,6 +724,8 @@ def grown(name, config, old, weights, noise, seed):
     _, layer, rest = name.split(".", 2)
     layers, experts = config.n_layer // old.n_layer, config.n_expert // old.n_expert
     w = weights[f"blocks.{int(layer) // layers}.{rest}"].detach()
+    if w.dim() == 0:
+        return w
     is_copy = torch.full(w.shape[:1], int(layer) % layers > 0)
     if ".experts." in name or ".router." in name:
         w = w.repeat_interleave(experts, 0)
@@ -758,6 +764,9 @@ def open_log(run, plan, stack):
     """Open log.jsonl, locked where the system can: two processes at once would destroy a run."""
     out = Path(run.settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    for path in (out / "log.jsonl", out / "settings.json", out / "encoding.json"):
+        if path.is_symlink() or path.exists() and not path.is_file():
+            raise InputError(f"{path} is a link or no file: a run writes into its own directory alone")
     run.log = stack.enter_context(open(out / "log.jsonl", "a+b", buffering=0))
     try:
         import fcntl
@@ -782,24 +791,22 @@ def open_directory(run, plan, stack):
     if run.corpus.encoding and not (out / "encoding.json").exists():
         shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
     run.log.seek(0)
-    header, *rows = run.log.readlines() or [b""]
-    if not header.endswith(b"\n"):                                # cut short by a crash
-        run.log.truncate(0)
-        header = b""
-    kept = len(header)
-    for row in rows:                                              # the last one may be cut short by a crash
-        found = re.match(rb'{"step": (\d+),.*}\s*\n', row)
-        if row.strip() and (not found or int(found[1]) > run.step):
+    kept = 0
+    for line in run.log.readlines():                              # the last one may be cut short by a crash
+        step = re.match(rb'{"step": (\d+),', line)
+        if not line.endswith(b"\n") or step and int(step[1]) > run.step:
             if not plan.steps:                                    # its checkpoints are gone: keep its lines
                 shutil.copy(out / "log.jsonl", out / f"log-{time.time_ns()}.jsonl")
             run.log.truncate(kept)
             break
-        kept += len(row)
+        kept += len(line)
     about = {"versions": {"python": platform.python_version(), "torch": torch.__version__},
              "commit": commit(), "device": device_name(run.device), "processes": run.layout.world,
              "dtype": str(run.dtype)[6:]}
-    if not header or run.step < s.steps:
-        write_row(run, {"step": run.step, "resumed": about} if header else settings | about)
+    if not kept:
+        write_row(run, settings | about)
+    elif run.step < s.steps:
+        write_row(run, {"step": run.step, "resumed": about})
     if s.wandb:                                                   # log.jsonl stays the truth
         run.wandb = stack.enter_context(evaluation.import_extra("wandb", "log").init(
             project="nanosigma", name=s.out, id=settings["wandb_id"], resume="allow", config=settings))
@@ -826,7 +833,7 @@ def device_name(device):
 def explain(error, run):
     """Why a run ended, if it was for memory or for another process, for which torch has no classes."""
     text = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return ("out of memory; --accumulate makes micro-batches smaller, --activation_checkpointing true "
                 "keeps less of them")
     step = f"after step {run.step}" if run else "at the start"

@@ -449,3 +449,69 @@ def test_runs_of_one_name_are_two_at_wandb(corpus, tmp_path):
         train.main(["--out", str(tmp_path / folder / "run"), "--steps", "2"])
         ids.append(json.loads((tmp_path / folder / "run/settings.json").read_text())["wandb_id"])
     assert ids[0] != ids[1] and len(ids[0]) == 32
+
+
+def test_a_damaged_row_costs_no_other_row(finished, tmp_path):
+    """.. in the log's middle or its head; routing reads what is left."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3][:50] + b"\0\xff" * 20 + b"\n"
+    (out / "log.jsonl").write_bytes(b"".join([b"[1]\n", *lines, b"[" * 5000 + b"\n", b'{"step": "x"}\n']))
+    train.main(["--out", str(out), "--steps", "13"])
+    assert [row["step"] for row in rows(out)] == [1, 2, *range(4, 14)]
+    assert evaluation.read_log(out)[0]["settings"]["steps"] == 12
+    evaluation.main(["routing", str(out)])
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "settings.tmp", "encoding.json"])
+def test_a_run_writes_through_no_link(finished, tmp_path, name):
+    out, theirs = shutil.copytree(finished, tmp_path / "run"), tmp_path / "theirs.txt"
+    theirs.write_text("all of it\n")
+    (out / name).unlink(missing_ok=True)
+    os.symlink(theirs, out / name)
+    with pytest.raises(SystemExit) if name != "settings.tmp" else pytest.MonkeyPatch.context():
+        train.main(["--out", str(out), "--steps", "13"])
+    assert theirs.read_text() == "all of it\n"
+
+
+@pytest.mark.parametrize("field, value", [("batch_size", None), ("seed", 1.5), ("keep", "x"), ("data", None),
+                                          ("seq_len", 0), ("beta1", True), ("wandb", 1)])
+def test_settings_of_another_type_are_named(finished, tmp_path, refused, field, value):
+    out = shutil.copytree(finished, tmp_path / "run")
+    saved = json.loads((out / "settings.json").read_text())
+    saved["settings"][field] = value
+    (out / "settings.json").write_text(json.dumps(saved))
+    refused(train.main, ["--out", out, "--steps", "13"], field)
+
+
+@pytest.mark.parametrize("chunks, size, whole", [
+    ([((0,), (4,)), ((4,), (2,))], (6,), True), ([((0,), (4,)), ((2,), (2,))], (6,), False),
+    ([((-6,), (12,))], (6,), False), ([((100,), (6,))], (6,), False), ([((0, 0), (2, 3)), ((2, 0), (2, 3))],
+                                                                        (4, 3), True),
+    ([((0, 0), (2, 3)), ((0, 0), (2, 3))], (4, 3), False), ([((), ())], (), True), ([], (3,), False),
+    ([((0,), (3,)), ((3,), (0,))], (3,), True)])
+def test_chunks_cover_a_tensor_once(chunks, size, whole):
+    class Chunk:
+        def __init__(self, offsets, sizes):
+            self.offsets, self.sizes = offsets, torch.Size(sizes)
+    assert parallel.tiles([Chunk(*chunk) for chunk in chunks], size) == whole
+
+
+def test_a_frozen_matrix_trains_in_bf16(corpus, tmp_path, monkeypatch):
+    class Frozen(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.moe.experts.w_in.requires_grad_(False)
+    monkeypatch.setattr(model_module, "Block", Frozen)
+    train.main(small_run(corpus, tmp_path / "run", "--steps 2 --dtype bfloat16 --d_expert 16"))
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_shared_parameters_are_not_parted_in_silence(monkeypatch):
+    class Shared(Model):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.blocks[1].attn.out.weight = self.blocks[0].attn.out.weight
+    monkeypatch.setattr(parallel, "Model", Shared)
+    with pytest.raises(ValueError, match="share them again in Model.tie"):
+        parallel.build_model(small(), parallel.SINGLE_PROCESS, "cpu", torch.float32, 0)

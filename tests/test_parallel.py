@@ -153,7 +153,7 @@ def test_an_expert_without_tokens_does_not_move_under_muon():
 
 def test_a_checkpoint_is_read_by_torch_and_not_by_another_model(tmp_path):
     _, masters, optimizer = build()
-    save_checkpoint(tmp_path, 1, training_state(masters, optimizer), keep=1)
+    save_checkpoint(tmp_path, 1, training_state(masters, optimizer), keep=1, meta={"step": 1, "top_k": [1]})
     state = {"model.norm.weight": torch.zeros(16)}
     dcp.load(state, checkpoint_id=tmp_path / "step-1", no_dist=True)          # without this project's code
     assert torch.equal(state["model.norm.weight"], torch.ones(16))
