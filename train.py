@@ -502,7 +502,8 @@ def parse(argv):
     first = data.Parser(add_help=False)
     first.add_argument("--preset")
     values, groups = preset_values(first.parse_known_args(argv)[0].preset), {}
-    parser = data.Parser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = data.Parser(prog="train.py", usage="train.py [--SETTING VALUE ..]", description=__doc__,
+                         argument_default=argparse.SUPPRESS)
     for field in (*dataclasses.fields(Settings), *dataclasses.fields(ModelConfig)):
         group, help = field.metadata["help"].split(": ", 1)
         groups[group] = groups.get(group) or parser.add_argument_group(group)
@@ -510,7 +511,7 @@ def parse(argv):
         groups[group].add_argument(
             *(f"--{flag}" for flag in flags), dest=field.name, metavar="X",
             type={bool: truth, list: numbers}.get(field.type, field.type),
-            help=f"{help} ({values[field.name]})")
+            help=help + f" ({values[field.name]})" * (values[field.name] not in ("", [])))
     return vars(parser.parse_args(argv))
 
 
