@@ -614,8 +614,9 @@ def open_corpus(s):
     if not file.exists():
         raise InputError(f"no data in {s.data}: python data.py --source PATH --name NAME makes data/NAME")
     train, val = data.open_sampler(file, s.seq_len, s.seed), None
-    with contextlib.suppress(FileNotFoundError, data.TooShort):   # nothing is held out
-        val = data.open_sampler(folder / "val.bin", s.seq_len)
+    if (folder / "val.bin").exists():
+        with contextlib.suppress(data.TooShort):                  # nothing is held out
+            val = data.open_sampler(folder / "val.bin", s.seq_len)
     encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Corpus(train, val, data.read_header(file)[1], encoding, file)
 
