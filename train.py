@@ -581,7 +581,8 @@ def inherited_values(source, typed):
         # goes on with the K that its layers have, and not where its schedule began
         times = max(1, typed.get("n_layer", 0) // values["n_layer"])              # layers grow in place
         top_k = [] if {*top_k} == {values["top_k"]} else [k for k in top_k for _ in range(times)]
-        values |= {"initial_top_k": top_k, "switch_fraction": 1.0}
+        if "initial_top_k" not in typed:                          # else a schedule of its own, which switches
+            values |= {"initial_top_k": top_k, "switch_fraction": 1.0}
     for name in ("n_layer", "n_expert"):
         if typed.get(name, values[name]) % values[name]:
             raise InputError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of {source}: "
