@@ -15,6 +15,7 @@ repeats the uninterrupted one.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -34,6 +35,8 @@ from typing import NamedTuple
 # before torch: OpenMP threads that spin long while they wait make training several times slower on busy cores
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # what --deterministic needs
+if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
+    print("loading torch ..", end="\r", file=sys.stderr)          # seconds, and more from a slow disk
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -501,18 +504,24 @@ def parse(argv):
         return [int(n) for n in text.split(",")]
     first = data.Parser(add_help=False)
     first.add_argument("--preset")
-    values, groups = preset_values(first.parse_known_args(argv)[0].preset), {}
+    values, groups, flags = preset_values(first.parse_known_args(argv)[0].preset), {}, {}
     parser = data.Parser(prog="train.py", usage="train.py [--SETTING VALUE ..]", description=__doc__,
                          argument_default=argparse.SUPPRESS)
     for field in (*dataclasses.fields(Settings), *dataclasses.fields(ModelConfig)):
         group, help = field.metadata["help"].split(": ", 1)
         groups[group] = groups.get(group) or parser.add_argument_group(group)
-        flags = [field.name, *(old for old, new in RENAMED.items() if new == field.name)]
+        names = [f"--{name}" for name in (field.name, *RENAMED) if RENAMED.get(name, name) == field.name]
         groups[group].add_argument(
-            *(f"--{flag}" for flag in flags), dest=field.name, metavar="X",
+            *names, dest=field.name, metavar="X",
             type={bool: truth, list: numbers}.get(field.type, field.type),
             help=help + f" ({values[field.name]})" * (values[field.name] not in ("", [])))
-    return vars(parser.parse_args(argv))
+        flags |= dict.fromkeys(names, group)
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:                                                   # no guess, but those of the likeliest group
+        group = flags[max(flags, key=lambda flag: difflib.SequenceMatcher(None, flag, unknown[0]).ratio())]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; settings of {group} are "
+                     + ", ".join(flag for flag in flags if flags[flag] == group))
+    return vars(typed)
 
 
 def resolve(typed):
@@ -759,8 +768,11 @@ def compiles(s, device, dtype):
     """Whether the model is compiled.  InputError if it cannot be and was asked to."""
     if s.compile == "true" and dtype != torch.bfloat16:
         raise InputError("compile (true) needs --dtype bfloat16")
-    auto = s.compile == "auto" and device.startswith("cuda") and dtype == torch.bfloat16
-    return auto or s.compile == "true"
+    compiled = s.compile == "true" or (s.compile == "auto" and device.startswith("cuda")
+                                       and dtype == torch.bfloat16)
+    if compiled:
+        print("the first steps compile the model, which takes a while")
+    return compiled
 
 
 def open_log(run, plan, stack):
@@ -852,22 +864,25 @@ def introduce(run):
         print(f"{s.out} is complete: {run.step} steps.  --steps {2 * run.step} goes on, --out NAME begins")
         return False
     total, active, _ = count_parameters(config)
-    many = f"; {layout.world} processes: ep {layout.ep}, replicate {layout.replicate}" * (layout.world > 1)
     print(f"{s.out}: {total / 1e6:.1f}M parameters, {active / 1e6:.2f}M active per token\n"
           f"{config.n_layer} layers of {config.n_expert} experts, top {config.top_k}; "
-          f"{device_name(run.device)}, {str(run.dtype)[6:]}{many}\n"
+          f"{device_name(run.device)}, {str(run.dtype)[6:]}; "
+          f"processes {layout.world}, ep {layout.ep}, replicate {layout.replicate}\n"
           f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
           f"{text.n_windows / s.batch_size:,.2f} steps; Ctrl-C saves and ends, the same command resumes")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0              # not on Windows
+    if run.device == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count():
+        print(f"the load is {load:.0f} on {os.cpu_count()} cores: OMP_NUM_THREADS=1 may be faster")
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
     if run.step:
         print(f"resuming from step {run.step}")
         before = parallel.read_meta(Path(s.out) / f"step-{run.step}")["top_k"]
-        now = top_k_at(run.step, s, config)
-        if before != now:                                         # the switch, which --steps may move
-            print(f"experts activated per layer: {before} so far, {now} from here on")
+        if before != top_k_at(run.step, s, config):               # the switch, which --steps may move
+            print(f"experts per layer: {before} so far, {top_k_at(run.step, s, config)} from here on")
     elif run.corpus.val is not None:
+        print("step 0: held out ..", end="\r", flush=True)        # may take a while
         print(f"step 0: held out {validation(run):.4f}")
     if run.corpus.val is None:
         print("nothing is held out: no loss but that of training is known")
@@ -883,10 +898,9 @@ def report(run, seconds):
     if corpus.val is not None:
         loss, statistics = run.validated
         guess = math.log(run.config.vocab_size)
-        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
-        if run.config.n_expert > 1:
-            print("load of each expert on held-out text; half height is the uniform share:\n"
-                  + evaluation.draw_load(statistics.load))
+        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})\n"
+              f"load of each expert on held-out text; half height is the uniform share:\n"
+              f"{evaluation.draw_load(statistics.load)}")
     if corpus.encoding and s.sample_tokens and run.layout.world == 1 and not chats:
         run.model.eval()
         torch.use_deterministic_algorithms(False)                 # sampling has no such kernels
@@ -899,9 +913,6 @@ def report(run, seconds):
     print(f"\n{run.step} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.step}; try next\n"
           f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"
           f"  python eval.py {'chat' if chats else 'sample'} --ckpt {s.out}")
-    if not chats:                                                 # conversations, and to tune on them
-        print(f"  python data.py --chats --tokenizer {s.out}\n"
-              f"  python train.py --init_from {s.out} --data data/functions")
 
 
 if __name__ == "__main__":
