@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +18,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, curve, prepared, rows, small_run, train_until, train_with
+from conftest import ENV, curve, prepared, rows, small_run, train_until, train_with, write_corpus
 from test_exact import make_run, whole
 
+import data
 import eval as evaluation
 import parallel
 import train
@@ -420,3 +422,114 @@ def test_out_of_memory_is_one_line(corpus, tmp_path):
                           text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
+
+
+# --- two nodes --------------------------------------------------------------------------------------------
+
+# of the worker: a layout that fits the processes there are, and the death of node 1 before step 11
+ON_TWO_NODES = """
+import os, signal, sys, time
+import train
+real, agent, world = train.train_step, os.getppid(), int(os.environ["WORLD_SIZE"])
+def train_step(run, step, *rest):
+    if step == 10 and world == 4 and os.environ["GROUP_RANK"] == "1":
+        if os.environ["LOCAL_RANK"] == "0":
+            os.kill(agent, signal.SIGKILL)
+        while os.getppid() == agent:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, step, *rest)
+train.train_step = train_step
+train.main([*sys.argv[1:], "--ep", "2", "--replicate", str(world // 2)])
+"""
+
+
+@pytest.fixture
+def nodes():
+    """[(command prefix, network interface, address)] of two nodes: network namespaces with a link between
+    them, where the system lets us make some, else loopback."""
+    if sys.platform != "linux":
+        pytest.skip("its network interfaces have Linux's names")
+    a, b = names = [f"sigma-{os.getpid()}-{i}" for i in range(2)]
+    made = [("netns", "add", a), ("netns", "add", b),
+            ("-n", a, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", b)]
+    for i, name in enumerate(names, 1):
+        made += [("-n", name, "address", "add", f"10.77.0.{i}/24", "dev", "link0"),
+                 ("-n", name, "link", "set", "link0", "up"), ("-n", name, "link", "set", "lo", "up")]
+    try:
+        for arguments in made:
+            subprocess.run(["ip", *arguments], check=True, capture_output=True)
+        yield [(["ip", "netns", "exec", name], "link0", f"10.77.0.{i}") for i, name in enumerate(names, 1)]
+    except (OSError, subprocess.CalledProcessError):              # no such command, no such right
+        yield [([], "lo", f"127.0.0.{i}") for i in (1, 2)]
+    finally:
+        for name in names * bool(shutil.which("ip")):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_when_a_node_dies_the_other_goes_on_by_itself(nodes, corpus, tmp_path):
+    """Two agents of torchrun, 2 x 2 processes; then one agent, 2.  All of it is the curve of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "worker.py").write_text(ON_TWO_NODES)
+    alone, out = (small_run(corpus, tmp_path / name, "--steps 16 --save_every 4") for name in ("one", "two"))
+    agents = []
+    try:
+        for i, (prefix, interface, address) in enumerate(nodes):
+            conf = f"is_host={1 - i},last_call_timeout=3,keep_alive_interval=2"
+            launch = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2",
+                      "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.2",
+                      "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{nodes[0][2]}:{port}", "--rdzv-id",
+                      "two", "--rdzv-conf", conf, "--local-addr", address, str(tmp_path / "worker.py")]
+            env = ENV | {"GLOO_SOCKET_IFNAME": interface, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            with open(tmp_path / f"node-{i}", "w") as shown:
+                agents.append(subprocess.Popen([*launch, *out], env=env, stdout=shown, stderr=shown))
+        train.main(alone)
+        codes = [agent.wait(180) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()                                     # it ends its workers
+            agent.wait(60)
+    shown = (tmp_path / "node-0").read_text()
+    assert codes == [0, -signal.SIGKILL] and "resuming from step 8\n" in shown, shown
+    assert evaluation.read_log(tmp_path / "two")[0]["processes"] == 4
+    for name in ("loss", "grad_norm", "lbl"):
+        one, two = ([row[name] for row in rows(tmp_path / run)] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-4)
+    assert parallel.checkpoints(tmp_path / "two") == [12, 16]
+    assert not any(parallel.find_corruption(path) for path in (tmp_path / "two").glob("step-*"))
+
+
+def on_node(folders, argv):
+    """train.main of a rank that is alone on its node, in a folder of its own."""
+    rank, here = int(os.environ["RANK"]), os.getcwd()
+    os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0"}
+    os.chdir(folders[rank])
+    try:
+        train.main(argv)
+    finally:
+        os.chdir(here)
+        del os.environ["GROUP_RANK"]
+
+
+def replace(path, rng):
+    """Other tokens, with all that belongs to them."""
+    shutil.rmtree(path.parent)
+    data.prepare(path.parent, [str(write_corpus(path.parents[1] / "text", seed=1))], vocab_size=300)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (None, "not all nodes see out: --out must lie on a file system that they share"),
+    (replace, "small on this node"), (cut, "small/train.bin")])
+def test_what_only_one_node_has_ends_all_of_them_at_the_start(ranks, corpus, tmp_path, harm, words):
+    """An --out that is not shared, tokens that differ or are cut short: one line, on one rank."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(corpus, folder / "small")
+    if harm:
+        harm(folders[1] / "small/train.bin", random.Random(0))
+    answers = ranks(2, on_node, folders, small_run("small", "out", "--steps 4"))
+    lines = [answer.err for answer in answers if answer.err]
+    assert [answer.code for answer in answers] == [2, 2] and len(lines) == 1 and words in lines[0], answers
+    assert lines[0].startswith("error: ") and not list(tmp_path.glob("*/out/*/*"))
