@@ -486,7 +486,7 @@ def test_when_a_node_dies_the_other_goes_on_by_itself(nodes, corpus, tmp_path):
             with open(tmp_path / f"node-{i}", "w") as shown:
                 agents.append(subprocess.Popen([*launch, *out], env=env, stdout=shown, stderr=shown))
         train.main(alone)
-        codes = [agent.wait(180) for agent in agents]
+        codes = [agent.wait(240) for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()                                     # it ends its workers
