@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from pathlib import Path, PurePath
 
 import torch
@@ -41,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data import InputError, file_sha256, read_json
+from data import InputError, fail, file_sha256, read_json
 from model import Experts, Model, ModelConfig, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -62,15 +63,9 @@ class Layout:
 SINGLE_PROCESS = Layout()
 
 
-def env_number(name, default):
-    """The number that an environment variable begins with, as Slurm's 4(x2)."""
-    found = re.match(r"\d+", os.environ.get(name, ""))
-    return int(found[0]) if found else default
-
-
 def rank_of_start():
     """This process's rank as torchrun tells it, 0 without torchrun."""
-    return env_number("RANK", 0) if env_number("WORLD_SIZE", 1) > 1 else 0
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
 
 
 def init_distributed(timeout=120):
@@ -78,10 +73,10 @@ def init_distributed(timeout=120):
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if env_number(name, 1) > 1 and "RANK" not in os.environ:
+        if int(os.environ.get(name) or 1) > 1 and "RANK" not in os.environ:
             raise InputError(f"{name} is {os.environ[name]}, but nothing tells this process its rank: start "
                              f"it with torchrun (docs/scaling.md), or unset {name}")
-    if env_number("WORLD_SIZE", 1) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return SINGLE_PROCESS
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(rendezvous("env://", timeout=wait))
@@ -92,52 +87,44 @@ def init_distributed(timeout=120):
     return Layout(rank, world, files=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
 
 
-def on_rank_0(layout, work):
-    """Run work() on rank 0 while the others wait, for hours if need be -> its value on every rank.
-
-    If it raises, rank 0 raises that, and the others SystemExit."""
-    if layout.world == 1:
-        return work()
-    answer = [None, 2]                                            # the value, an exit code
-    try:
-        if layout.rank == 0:
-            answer = [work(), None]
-    except SystemExit as end:                                     # --help ends with 0
-        answer[1] = end.code or 0
-        raise
-    finally:
-        dist.broadcast_object_list(answer, src=0, group=layout.files)
-    if answer[1] is not None:
-        raise SystemExit(answer[1])
-    return answer[0]
+def gather(layout, value):
+    """The value of each rank -> a list of them, on every rank."""
+    values = [value] * layout.world
+    if layout.world > 1:
+        dist.all_gather_object(values, value, group=layout.files)
+    return values
 
 
 def on_all_ranks(layout, work):
-    """Run work() on every rank -> its value there.  If it raises InputError or OSError on one, all end."""
-    value, problem, problems = None, None, [None] * layout.world
+    """Run work() on every rank, for hours if need be -> its value there.
+
+    If it raises, all ranks end: the first where it did with that error, the others with SystemExit."""
+    value, error, code = None, None, None
     try:
         value = work()
-    except (InputError, OSError) as error:
-        problem = error
-    if layout.world > 1:
-        dist.all_gather_object(problems, problem and str(problem), group=layout.files)
-    if problem:
-        raise problem
-    if any(problems):
-        raise SystemExit(2)
+    except SystemExit as end:                                     # --help ends with 0
+        error, code = end, end.code or 0
+    except BaseException as raised:
+        error, code = raised, 2
+    for rank, code in enumerate(gather(layout, code)):
+        if code is not None:
+            raise error if rank == layout.rank else SystemExit(code)
     return value
 
 
+def on_rank_0(layout, work):
+    """.. on rank 0 alone -> its value, on every rank."""
+    return gather(layout, on_all_ranks(layout, work if layout.rank == 0 else lambda: None))[0]
+
+
 def check_shared(layout, out):
-    """InputError, on all ranks, if one does not see what rank 0 writes into a run directory."""
-    if layout.world > 1:
-        token = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
-        seen = [None] * layout.world
-        dist.all_gather_object(seen, os.path.isdir(token), group=layout.files)
-        on_rank_0(layout, lambda: os.rmdir(token))
-        if not all(seen):
-            error = InputError(f"not all nodes see {out}: --out must lie on a file system that they share")
-            raise error if layout.rank == 0 else SystemExit(2)
+    """End all ranks if one does not see what rank 0 writes into a run directory."""
+    token = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
+    seen = gather(layout, os.path.isdir(token))
+    on_rank_0(layout, lambda: os.rmdir(token))
+    if not all(seen):
+        why = f"not all nodes see {out}: --out must lie on a file system that they share"
+        on_rank_0(layout, partial(fail, why))
 
 
 def check_layout(world, ep, replicate, n_expert, device):
@@ -353,21 +340,21 @@ class MasterWeights:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    muons, matrices, norms = {1: [], 2: []}, [], []               # muons: one matrix, or two side by side
+    matrices, norms, muon, muon_pairs = ({"params": [], "weight_decay": weight_decay} for _ in range(4))
+    norms["weight_decay"] = 0.0
+    muon |= {"momentum": momentum, "parts": 1}
+    muon_pairs |= {"momentum": momentum, "parts": 2}              # two matrices side by side
     for name, p in masters.named.items():
+        group = matrices if p.dim() > 1 else norms
         if kind == "muon" and p.dim() > 1 and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
-            muons[2 if name.endswith("w_in") else 1].append(p)
-        else:
-            (matrices if p.dim() > 1 else norms).append(p)
-    optimizer = Muon([{"params": matrices, "weight_decay": weight_decay},
-                      {"params": norms, "weight_decay": 0.0}], lr=lr, betas=betas, fused=True)
-    for p in matrices + norms:
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    for parts, group in muons.items() if kind == "muon" else ():
-        optimizer.add_param_group({"params": group, "weight_decay": weight_decay, "momentum": momentum,
-                                   "parts": parts})
-        optimizer.state.update({p: {"momentum": torch.zeros_like(p)} for p in group})
+            group = muon_pairs if name.endswith("w_in") else muon
+        group["params"].append(p)
+    optimizer = Muon([matrices, norms, muon, muon_pairs], lr=lr, betas=betas, fused=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"momentum": torch.zeros_like(p)} if "momentum" in group else {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
@@ -383,12 +370,11 @@ class Muon(torch.optim.AdamW):
         for group in [group for group in self.param_groups if "momentum" in group]:
             lr, beta, parts = group["lr"], group["momentum"], group["parts"]
             for p in (p for p in group["params"] if p.grad is not None):      # None: frozen
-                gradient = p.grad.div_(getattr(self, "grad_scale", 1.0))
-                momentum = self.state[p]["momentum"].lerp_(gradient, 1 - beta)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
                 # an expert without tokens has no gradient, but its momentum, of whatever size, would become a
                 # full step in an old direction, in every step
-                active = gradient.abs().amax((-2, -1), keepdim=True) > 0
-                update = orthogonalize(gradient.lerp(momentum, beta) * active, parts)
+                active = p.grad.abs().amax((-2, -1), keepdim=True) > 0
+                update = orthogonalize(p.grad.lerp(momentum, beta) * active, parts)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape[-2], p.shape[-1] // parts) ** 0.5)
                 p.grad = None                                     # so that AdamW leaves it alone
@@ -423,19 +409,14 @@ def newton_schulz(matrices):
 
 
 @torch.no_grad()
-def clip_gradients(masters, max_norm, optimizer, layout=SINGLE_PROCESS):
+def clip_gradients(masters, max_norm, layout=SINGLE_PROCESS):
     """Scale the gradients so that the norm of all together is at most max_norm -> the norm before that [].
 
     One reduction: every rank has a part of each gradient, in `replicate` copies."""
     gradients = [local(p.grad) for p in masters.named.values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum()
     norm = (all_sum(layout, [square])[0] / layout.replicate).sqrt()
-    excess = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    fused = isinstance(optimizer, Muon) and norm.device.type in ("cpu", "cuda")
-    if fused and layout.world == 1 and norm.dtype == torch.float32:
-        optimizer.grad_scale = excess                             # the fused AdamW divides as it reads
-    else:
-        torch._foreach_div_(gradients, excess)
+    torch._foreach_div_(gradients, ((norm + 1e-6) / max_norm).clamp(min=1.0))
     return norm
 
 
@@ -452,11 +433,9 @@ def training_state(masters, optimizer=None):
 def differing_ranks(layout, masters):
     """Ranks whose parameters differ from the first replica's: one flipped bit changes a checksum."""
     tensors = [local(t) for t in (masters.named | masters.buffers).values()]
-    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors]).cpu()
-    everyone = [torch.empty_like(sums) for _ in range(layout.world)]
-    dist.all_gather(everyone, sums)
-    n_shard = layout.world // layout.replicate
-    return [rank for rank in range(layout.world) if not everyone[rank].equal(everyone[rank % n_shard])]
+    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+    everyone, n_shard = gather(layout, sums.tolist()), layout.world // layout.replicate
+    return [rank for rank in range(layout.world) if everyone[rank] != everyone[rank % n_shard]]
 
 
 def run_folder(ckpt):
@@ -502,46 +481,46 @@ def checkpoints(out):
 def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
-    If that fails, as on a full disk, rank 0 raises InputError and the others end; older ones stay whole."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
-    path, tmp, sums, problem = Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp", {}, None
-    on_rank_0(layout, lambda: [crashed.unlink() if crashed.is_symlink() else shutil.rmtree(crashed)
-                               for crashed in Path(out).glob("step-*.tmp")])
-    try:
-        dcp.save(state, checkpoint_id=tmp, process_group=layout.files, no_dist=layout.world == 1)
-        sums = checksums(tmp.glob(f"__{layout.rank}_*"))          # every rank reads its own files
-    except dcp.CheckpointException as error:
-        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
-    except OSError as error:
-        problem = error
-    parts = [(sums, problem)] * layout.world
-    if layout.world > 1:
-        dist.all_gather_object(parts, parts[0], group=layout.files)
-    on_rank_0(layout, lambda: publish(tmp, path, parts, keep, meta))
+    InputError if that fails, as on a full disk, on one rank; the others end.  Older ones stay whole."""
+    path = Path(out) / f"step-{step}"
+    tmp = path.with_suffix(".tmp")
 
-
-def publish(tmp, path, parts, keep, meta):
-    """Add meta.json and the manifest, of the ranks' (checksums, problem), rename, delete old checkpoints.
-    InputError if there is a problem."""
+    def write():
+        run_dcp(dcp.save, state, layout, checkpoint_id=tmp)
+        return checksums(tmp.glob(f"__{layout.rank}_*"))          # of its own files
     try:
-        manifest = {}
-        for sums, problem in parts:
-            if problem:
-                raise OSError(problem)
-            manifest |= sums
-        (tmp / "meta.json").write_text(json.dumps(meta))
-        manifest |= checksums([tmp / "meta.json", tmp / ".metadata"])
-        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):    # torch has synced the rest
-            fsync(written)
-        os.rename(tmp, path)
-        fsync(path.parent)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
+        on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in path.parent.glob("step-*.tmp")])
+        sums = gather(layout, on_all_ranks(layout, write))
+        on_rank_0(layout, lambda: publish(tmp, path, sums, keep, meta))
+    except (InputError, OSError) as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(tmp, ignore_errors=True)
-        raise InputError(f"could not write {path}: {free / 1e6:,.1f} MB are free; {error}") from None
+        raise InputError(f"could not write {path}: {free:,.1f} MB are free; {error}") from None
+
+
+def publish(tmp, path, sums, keep, meta):
+    """Add meta.json and the manifest, of the ranks' checksums, rename, delete old checkpoints."""
+    (tmp / "meta.json").write_text(json.dumps(meta))
+    manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
+    for each in sums:
+        manifest |= each
+    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for written in (tmp / "meta.json", tmp / "manifest.json", tmp):       # torch has synced the rest
+        fsync(written)
+    os.rename(tmp, path)
+    fsync(path.parent)
     for old in checkpoints(path.parent)[:-keep]:                  # only now
         shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
+
+
+def run_dcp(action, state, layout, **storage):
+    """dcp.save or dcp.load: what fails on one rank it raises on all, here as InputError."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
+    try:
+        action(state, process_group=layout.files, no_dist=layout.world == 1, **storage)
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))            # of a rank; its traceback
+        raise InputError(cause) from None
 
 
 def load_newest(out, steps, state, layout=SINGLE_PROCESS):
@@ -555,61 +534,52 @@ def newest_whole(out, steps):
     """Step of the newest whole checkpoint, or InputError.  Corrupt ones become step-N.corrupt."""
     for step in reversed(steps):
         path = out / f"step-{step}"
-        problem = find_corruption(path)
-        if not problem and read_meta(path)["step"] != step:
-            problem = f"it is of step {read_meta(path)['step']}"
-        if not problem:
+        try:
+            verify(path)
+            if read_meta(path)["step"] != step:
+                raise InputError(f"it is of step {read_meta(path)['step']}")
             return step
-        corrupt = f"{path}.corrupt"
-        while os.path.exists(corrupt):                            # this step was corrupt before
-            corrupt += "+"
-        os.rename(path, corrupt)
-        print(f"checkpoint {path} is corrupt ({problem}); it is now {Path(corrupt).name}", file=sys.stderr)
+        except InputError as error:
+            before = len(list(out.glob(f"step-{step}.corrupt*")))
+            corrupt = f"step-{step}.corrupt" + "+" * before
+            os.rename(path, out / corrupt)
+            print(f"checkpoint {path} is corrupt ({error}); it is now {corrupt}", file=sys.stderr)
     raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
 
 def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=False):
-    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on rank 0, if it is
+    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on one rank, if it is
     corrupt, has extra parameters, which dcp.load would ignore, or lacks one of them; the others end.
     resume: files are checked already, and optimizer state must fit, too.  may_lack: what it lacks stays."""
-    problem = None if resume else on_rank_0(layout, lambda: find_corruption(Path(path)))
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
+    path, reader = Path(path), dcp.FileSystemReader(path)
     try:
-        saved = {} if problem else Reader(path).read_metadata().state_dict_metadata
-    except Exception as error:                                    # somebody made the descriptions up
-        problem = error
-    if not problem:
-        extra = sorted(name for name in saved.keys() - state.keys() if resume or name.startswith("model."))
-        new = sorted(state.keys() - saved.keys()) if may_lack else []
+        on_rank_0(layout, lambda: resume or verify(path))
+        metadata = on_all_ranks(layout, lambda: read_descriptions(path, state, resume))
+        reader.read_metadata = lambda: metadata                   # torch's own unpickles whatever it finds
+        new = state.keys() - metadata.state_dict_metadata.keys() if may_lack else ()
         if new:
-            print(f"{path} lacks {', '.join(new)}: they keep their initial values")
-        problem = extra and f"it holds {extra[0]}, .., which this code's model and optimizer do not"
-    try:
-        if not problem:
-            dcp.load({name: t for name, t in state.items() if name not in new}, storage_reader=Reader(path),
-                     process_group=layout.files, no_dist=layout.world == 1)
-    except dcp.CheckpointException as error:
-        problem, _ = next(iter(error.failures.values()))          # a rank's error, its traceback
-    if problem:
-        error = InputError(f"checkpoint {path} is corrupt or of another model: {problem}")
-        raise error if layout.rank == 0 else SystemExit(2)
+            print(f"{path} lacks {', '.join(sorted(new))}: they keep their initial values")
+        known = {name: t for name, t in state.items() if name not in new}
+        on_all_ranks(layout, lambda: run_dcp(dcp.load, known, layout, storage_reader=reader))
+    except InputError as error:
+        raise InputError(f"checkpoint {path} is corrupt or of another model: {error}") from None
 
 
-def find_corruption(path):
-    """What is wrong with a checkpoint, or None.  OSError if it cannot be read just now.  Files that its
-    manifest does not name do not count."""
+def verify(path):
+    """InputError if the files of a checkpoint are not those of its manifest, OSError if they cannot be read
+    just now.  Files that the manifest does not name do not count."""
     try:
         manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
-        for name, expected in {".metadata": None, "meta.json": None, **manifest}.items():
-            if name != os.path.basename(name) or not stat.S_ISREG(os.lstat(path / name).st_mode):
-                return f"{name} is not a file in it"
-            if not expected or expected["bytes"] != os.path.getsize(path / name):
-                return f"{name} does not match manifest.json"
-        found = checksums(path / name for name in manifest)
-        wrong = [name for name in manifest if found[name] != manifest[name]]
-        return f"{', '.join(wrong)} does not match manifest.json" if wrong else None
-    except (InputError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        names = {".metadata", "meta.json", *manifest}
+        wrong = [name for name in names
+                 if name != os.path.basename(name) or not stat.S_ISREG(os.lstat(path / name).st_mode)]
+        if not wrong:
+            found = checksums(path / name for name in names)
+            wrong = [name for name in names if found[name] != manifest.get(name)]
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        raise InputError(error) from None
+    if wrong:
+        raise InputError(f"{', '.join(sorted(wrong))} does not match manifest.json")
 
 
 def checksums(files):
@@ -620,33 +590,35 @@ def checksums(files):
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}
 
 
-class Reader(dcp.FileSystemReader):
-    """torch's reader, but it unpickles only descriptions of tensors, which must be whole, in files of the
-    manifest."""
-
-    def read_metadata(self, *args, **kwargs):
-        files = read_json(Path(self.path) / "manifest.json", "that of a checkpoint", dict)
-        with open(Path(self.path) / ".metadata", "rb") as file:
+def read_descriptions(path, state, resume):
+    """.metadata of a checkpoint.  InputError if it does not describe whole tensors in files of its manifest,
+    or describes extra ones."""
+    try:
+        manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
+        with open(path / ".metadata", "rb") as file:
             metadata = TensorDescriptions(file).load()
         for name, tensor in metadata.state_dict_metadata.items():
-            if not isinstance(name, str) or not tiles(tensor.chunks, tensor.size):
+            if not tiles(tensor.chunks, tensor.size):
                 raise ValueError(f"its parts of {name} do not cover it")
+            if name not in state and (resume or name.startswith("model.")):
+                raise ValueError(f"it holds {name}, which this code's model and optimizer do not")
         for part in metadata.storage_data.values():
-            if part.relative_path not in files:
+            if part.relative_path not in manifest:
                 raise ValueError(f"manifest.json does not name {part.relative_path}")
         return metadata
+    except Exception as error:                                    # somebody may have made it up
+        raise InputError(error) from None
 
 
 def tiles(chunks, size):
     """Whether chunks cover a tensor of this size, each element once: as a grid, which all layouts write."""
-    boxes = [list(zip(chunk.offsets, chunk.sizes)) for chunk in chunks if chunk.sizes.numel()]
+    boxes = {tuple(zip(chunk.offsets, chunk.sizes)) for chunk in chunks if 0 not in chunk.sizes}
     edges = [sorted({box[dim] for box in boxes}) for dim in range(len(size))]     # (offset, length) of parts
     for parts, full in zip(edges, size):
-        ends = [0, *(offset + length for offset, length in parts)]
-        begins = [offset for offset, _ in parts]
-        if begins != ends[:-1] or ends[-1] != full or ends != sorted(ends):
+        offsets, lengths = zip(*parts) if parts else ((), ())
+        if [*offsets, full] != [0, *accumulate(lengths)] or min(lengths, default=0) < 0:
             return False
-    return len(set(map(tuple, boxes))) == len(boxes) == math.prod(map(len, edges))
+    return len(boxes) == math.prod(map(len, edges))
 
 
 class TensorDescriptions(pickle._Unpickler):

@@ -231,7 +231,7 @@ def train_step(run, step, stop=None):
             objective = objective + s.z_coef * router.router_z_loss(out.statistics.z_sum, n_tokens).sum()
         parallel.reduce_between_copies(model, now=m == len(parts) - 1)
         objective.backward()
-    norm = parallel.clip_gradients(run.masters, s.clip, run.optimizer, layout)
+    norm = parallel.clip_gradients(run.masters, s.clip, layout)
     loss = loss / max(1, n_targets)
     run.next_batch = load_batch(run, step + 1) if step + 1 < s.steps else None
     loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()

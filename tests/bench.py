@@ -158,7 +158,7 @@ def their_step(config, batch, seq_len, dtype, device):
 
 
 def update(masters, optimizer):
-    parallel.clip_gradients(masters, 1.0, optimizer)
+    parallel.clip_gradients(masters, 1.0)
     optimizer.step()
     masters.refresh()
     optimizer.zero_grad(set_to_none=True)

@@ -83,9 +83,9 @@ def test_clipping_equals_torch(max_norm, kind):
         optimizer, theirs = (torch.optim.SGD(model.parameters(), 0.1) for model in (a, b))
     backward(a, 0)
     backward(b, 0)
-    total = clip_gradients(masters, max_norm, optimizer)
+    total = clip_gradients(masters, max_norm)
     torch.testing.assert_close(total, torch.nn.utils.clip_grad_norm_(b.parameters(), max_norm))
-    optimizer.step()                                              # scales the gradients as it reads them
+    optimizer.step()
     theirs.step()
     torch.testing.assert_close(list(a.parameters()), list(b.parameters()))
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_is_read_by_torch_and_not_by_another_model(tmp_path):
     for changes in (dict(n_layer=1), dict(n_layer=3), dict(d_model=32)):
         with pytest.raises(ValueError, match="step-1 is corrupt or of another model"):
             load_checkpoint(tmp_path / "step-1", training_state(build(**changes)[1]))
-    with pytest.raises(ValueError, match="holds exp_avg.*this code's model and optimizer do not"):
+    with pytest.raises(ValueError, match="holds step.*this code's model and optimizer do not"):
         parallel.load_newest(tmp_path, [1], training_state(masters))             # an optimizer's lazy state
 
 
@@ -362,9 +362,9 @@ def failing_save(grid, out, name, rank):
 def test_a_save_that_fails_on_one_rank_fails_on_all(ranks, tmp_path, name, rank):
     """On a real full disk: test_train.py."""
     answers = ranks(3, failing_save, tmp_path, name, rank, layout=(1, 1))
-    first, *others = (a.value for a in answers)
-    assert re.search("could not write .*step-2: .*MB are free; .*Input/output error", first)
-    assert others == ["2", "2"] and [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    said = [a.value for a in answers if a.value != "2"]           # the others: SystemExit(2)
+    assert len(said) == 1 and [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    assert re.search("could not write .*step-2: .*MB are free; .*Input/output error", said[0])
 
 
 # --- training ---------------------------------------------------------------------------------------------
