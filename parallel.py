@@ -23,7 +23,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -42,7 +41,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data import InputError, fail, file_sha256, read_json
+from data import InputError, file_sha256, read_json
 from model import Experts, Model, ModelConfig, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -102,29 +101,17 @@ def on_all_ranks(layout, work):
     value, error, code = None, None, None
     try:
         value = work()
-    except SystemExit as end:                                     # --help ends with 0
-        error, code = end, end.code or 0
-    except BaseException as raised:
-        error, code = raised, 2
-    for rank, code in enumerate(gather(layout, code)):
-        if code is not None:
-            raise error if rank == layout.rank else SystemExit(code)
+    except BaseException as raised:                               # --help ends with SystemExit(0)
+        error, code = raised, raised.code or 0 if isinstance(raised, SystemExit) else 2
+    for rank, end in enumerate(gather(layout, code)):
+        if end is not None:
+            raise error if rank == layout.rank else SystemExit(end)
     return value
 
 
 def on_rank_0(layout, work):
     """.. on rank 0 alone -> its value, on every rank."""
     return gather(layout, on_all_ranks(layout, work if layout.rank == 0 else lambda: None))[0]
-
-
-def check_shared(layout, out):
-    """End all ranks if one does not see what rank 0 writes into a run directory."""
-    token = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
-    seen = gather(layout, os.path.isdir(token))
-    on_rank_0(layout, lambda: os.rmdir(token))
-    if not all(seen):
-        why = f"not all nodes see {out}: --out must lie on a file system that they share"
-        on_rank_0(layout, partial(fail, why))
 
 
 def check_layout(world, ep, replicate, n_expert, device):
@@ -208,10 +195,8 @@ def shard(model, layout, dtype):
     embeddings once per pass, all in `dtype`; routers and norms once per pass in fp32."""
     if layout.world == 1:
         return
-    dense, edp = layout.dense["shard"], layout.moe["edp"]
-    if layout.replicate > 1:
-        dense, edp = layout.dense, layout.moe["replicate", "edp"]
-    n = layout.moe["edp"].size()
+    copies = ("replicate",) if layout.replicate > 1 else ()
+    dense, edp, n = layout.dense[(*copies, "shard")], layout.moe[(*copies, "edp")], layout.moe["edp"].size()
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for block in model.blocks:
         experts = block.moe.experts
@@ -278,8 +263,8 @@ def compile_and_recompute(model, masters, compiled, recomputed, backend="inducto
             if isinstance(model, FSDPModule):
                 block.attn.attend = torch.compile(block.attn.attend, **how)
                 block.moe.router.compile(**how)
-                rows_vary = how | {"dynamic": True}
-                block.moe.experts.compute = torch.compile(block.moe.experts.compute, **rows_vary)
+                experts, rows_vary = block.moe.experts, how | {"dynamic": True}
+                experts.compute = torch.compile(experts.compute, **rows_vary)
             else:
                 block.compile(**how)
         model.head.chunk_loss = torch.compile(cross_entropy, **how)
@@ -482,35 +467,36 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     """Write out/step-N, every rank its part, and delete all but the newest `keep`.  meta: for its meta.json.
 
     InputError if that fails, as on a full disk, on one rank; the others end.  Older ones stay whole."""
-    path = Path(out) / f"step-{step}"
-    tmp = path.with_suffix(".tmp")
+    out, path, tmp = Path(out), Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
 
     def write():
         run_dcp(dcp.save, state, layout, checkpoint_id=tmp)
         return checksums(tmp.glob(f"__{layout.rank}_*"))          # of its own files
+
+    def publish(sums_of_ranks):
+        (tmp / "meta.json").write_text(json.dumps(meta))
+        manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
+        for sums in sums_of_ranks:
+            manifest |= sums
+        for name, file in manifest.items():
+            if not (tmp / name).exists() or os.path.getsize(tmp / name) != file["bytes"]:
+                raise OSError(f"rank 0 does not see {name}: --out must lie on a file system that all share")
+        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):   # torch has synced the rest
+            fsync(written)
+        os.rename(tmp, path)
+        fsync(out)
+        for old in checkpoints(out)[:-keep]:                      # only now
+            shutil.rmtree(out / f"step-{old}", ignore_errors=True)
+
     try:
-        on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in path.parent.glob("step-*.tmp")])
-        sums = gather(layout, on_all_ranks(layout, write))
-        on_rank_0(layout, lambda: publish(tmp, path, sums, keep, meta))
+        on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in out.glob("step-*.tmp")])
+        sums_of_ranks = gather(layout, on_all_ranks(layout, write))
+        on_rank_0(layout, lambda: publish(sums_of_ranks))
     except (InputError, OSError) as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
+        free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(tmp, ignore_errors=True)
         raise InputError(f"could not write {path}: {free:,.1f} MB are free; {error}") from None
-
-
-def publish(tmp, path, sums, keep, meta):
-    """Add meta.json and the manifest, of the ranks' checksums, rename, delete old checkpoints."""
-    (tmp / "meta.json").write_text(json.dumps(meta))
-    manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
-    for each in sums:
-        manifest |= each
-    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for written in (tmp / "meta.json", tmp / "manifest.json", tmp):       # torch has synced the rest
-        fsync(written)
-    os.rename(tmp, path)
-    fsync(path.parent)
-    for old in checkpoints(path.parent)[:-keep]:                  # only now
-        shutil.rmtree(path.parent / f"step-{old}", ignore_errors=True)
 
 
 def run_dcp(action, state, layout, **storage):
@@ -524,43 +510,41 @@ def run_dcp(action, state, layout, **storage):
 
 
 def load_newest(out, steps, state, layout=SINGLE_PROCESS):
-    """Fill state from the newest whole checkpoint of these steps -> its step."""
-    step = on_rank_0(layout, lambda: newest_whole(Path(out), steps))
+    """Fill state from the newest whole checkpoint of these steps -> its step.  Corrupt ones become
+    step-N.corrupt; InputError if none is whole."""
+    def newest_whole():
+        for step in reversed(steps):
+            path = Path(out) / f"step-{step}"
+            try:
+                verify(path)
+                if read_meta(path)["step"] != step:
+                    raise InputError(f"it is of step {read_meta(path)['step']}")
+                return step
+            except InputError as error:
+                corrupt = f"{path.name}.corrupt" + "+" * len(list(path.parent.glob(f"{path.name}.corrupt*")))
+                os.rename(path, path.with_name(corrupt))
+                print(f"checkpoint {path} is corrupt ({error}); it is now {corrupt}", file=sys.stderr)
+        raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
+
+    step = on_rank_0(layout, newest_whole)
     load_checkpoint(Path(out) / f"step-{step}", state, layout, resume=True)
     return step
 
 
-def newest_whole(out, steps):
-    """Step of the newest whole checkpoint, or InputError.  Corrupt ones become step-N.corrupt."""
-    for step in reversed(steps):
-        path = out / f"step-{step}"
-        try:
-            verify(path)
-            if read_meta(path)["step"] != step:
-                raise InputError(f"it is of step {read_meta(path)['step']}")
-            return step
-        except InputError as error:
-            before = len(list(out.glob(f"step-{step}.corrupt*")))
-            corrupt = f"step-{step}.corrupt" + "+" * before
-            os.rename(path, out / corrupt)
-            print(f"checkpoint {path} is corrupt ({error}); it is now {corrupt}", file=sys.stderr)
-    raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
-
-
 def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=False):
-    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on one rank, if it is
-    corrupt, has extra parameters, which dcp.load would ignore, or lacks one of them; the others end.
+    """Fill the tensors of state, in place, from a checkpoint of any layout.  InputError, on one rank, if it
+    is corrupt, has extra parameters, which dcp.load would ignore, or lacks one; the others end.
     resume: files are checked already, and optimizer state must fit, too.  may_lack: what it lacks stays."""
     path, reader = Path(path), dcp.FileSystemReader(path)
     try:
         on_rank_0(layout, lambda: resume or verify(path))
         metadata = on_all_ranks(layout, lambda: read_descriptions(path, state, resume))
         reader.read_metadata = lambda: metadata                   # torch's own unpickles whatever it finds
-        new = state.keys() - metadata.state_dict_metadata.keys() if may_lack else ()
-        if new:
-            print(f"{path} lacks {', '.join(sorted(new))}: they keep their initial values")
-        known = {name: t for name, t in state.items() if name not in new}
-        on_all_ranks(layout, lambda: run_dcp(dcp.load, known, layout, storage_reader=reader))
+        new = sorted(state.keys() - metadata.state_dict_metadata.keys())
+        if new and may_lack:
+            print(f"{path} lacks {', '.join(new)}: they keep their initial values")
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=may_lack)
+        on_all_ranks(layout, lambda: run_dcp(dcp.load, state, layout, storage_reader=reader, planner=planner))
     except InputError as error:
         raise InputError(f"checkpoint {path} is corrupt or of another model: {error}") from None
 

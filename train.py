@@ -101,7 +101,6 @@ def main(argv=None):
                                                 s.weight_decay, s.momentum)
             run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
             parallel.on_rank_0(layout, lambda: open_log(run, plan, stack))
-            parallel.check_shared(layout, s.out)
             load(run, plan)
             parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
             with Stop() as stop:

@@ -252,7 +252,7 @@ BUILDS = {
      "../../secret does not match manifest.json"),
     (lambda path: (os.remove(path / "meta.json"), os.mkfifo(path / "meta.json")), "meta.json does not match"),
     (lambda path: (path / "manifest.json").write_text("[" * 9999), "RecursionError"),
-    (lambda path: (path / "manifest.json").write_text('{".metadata": 7}'), ".metadata, meta.json does not match")],
+    (lambda path: (path / "manifest.json").write_text('{".metadata": 7}'), ".metadata, meta.json does not")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_a_checkpoint_of_somebody_else_is_refused(three_checkpoints, tmp_path, harm, words):
     """Nothing is called or changed, no path leaves the folder, nothing stays without a value."""
