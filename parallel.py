@@ -21,7 +21,6 @@ import os
 import pickle
 import re
 import shutil
-import stat
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +94,7 @@ def gather(layout, value):
 
 
 def on_all_ranks(layout, work):
-    """Run work() on every rank, for hours if need be -> its value there.
+    """Run work(), which has no collective, on every rank, for hours if need be -> its value there.
 
     If it raises, all ranks end: the first where it did with that error, the others with SystemExit."""
     value, error, code = None, None, None
@@ -469,11 +468,7 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     InputError if that fails, as on a full disk, on one rank; the others end.  Older ones stay whole."""
     out, path, tmp = Path(out), Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
 
-    def write():
-        run_dcp(dcp.save, state, layout, checkpoint_id=tmp)
-        return checksums(tmp.glob(f"__{layout.rank}_*"))          # of its own files
-
-    def publish(sums_of_ranks):
+    def publish():
         (tmp / "meta.json").write_text(json.dumps(meta))
         manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
         for sums in sums_of_ranks:
@@ -491,8 +486,10 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
 
     try:
         on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in out.glob("step-*.tmp")])
-        sums_of_ranks = gather(layout, on_all_ranks(layout, write))
-        on_rank_0(layout, lambda: publish(sums_of_ranks))
+        run_dcp(dcp.save, state, layout, checkpoint_id=tmp)
+        sums = on_all_ranks(layout, lambda: checksums(tmp.glob(f"__{layout.rank}_*")))    # of its own files
+        sums_of_ranks = gather(layout, sums)
+        on_rank_0(layout, publish)
     except (InputError, OSError) as error:
         free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(tmp, ignore_errors=True)
@@ -500,13 +497,14 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
 
 
 def run_dcp(action, state, layout, **storage):
-    """dcp.save or dcp.load: what fails on one rank it raises on all, here as InputError."""
+    """dcp.save or dcp.load.  An error, of which they tell every rank, is InputError on rank 0, and the others
+    end."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
         action(state, process_group=layout.files, no_dist=layout.world == 1, **storage)
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))            # of a rank; its traceback
-        raise InputError(cause) from None
+        raise (InputError(cause) if layout.rank == 0 else SystemExit(2)) from None
 
 
 def load_newest(out, steps, state, layout=SINGLE_PROCESS):
@@ -544,7 +542,7 @@ def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=F
         if new and may_lack:
             print(f"{path} lacks {', '.join(new)}: they keep their initial values")
         planner = dcp.DefaultLoadPlanner(allow_partial_load=may_lack)
-        on_all_ranks(layout, lambda: run_dcp(dcp.load, state, layout, storage_reader=reader, planner=planner))
+        run_dcp(dcp.load, state, layout, storage_reader=reader, planner=planner)
     except InputError as error:
         raise InputError(f"checkpoint {path} is corrupt or of another model: {error}") from None
 
@@ -555,12 +553,12 @@ def verify(path):
     try:
         manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
         names = {".metadata", "meta.json", *manifest}
-        wrong = [name for name in names
-                 if name != os.path.basename(name) or not stat.S_ISREG(os.lstat(path / name).st_mode)]
+        wrong = [name for name in names if name != os.path.basename(name)
+                 or (path / name).is_symlink() or not (path / name).is_file()]
         if not wrong:
             found = checksums(path / name for name in names)
             wrong = [name for name in names if found[name] != manifest.get(name)]
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(error) from None
     if wrong:
         raise InputError(f"{', '.join(sorted(wrong))} does not match manifest.json")
@@ -585,7 +583,7 @@ def read_descriptions(path, state, resume):
             if not tiles(tensor.chunks, tensor.size):
                 raise ValueError(f"its parts of {name} do not cover it")
             if name not in state and (resume or name.startswith("model.")):
-                raise ValueError(f"it holds {name}, which this code's model and optimizer do not")
+                raise ValueError(f"it holds {name}, .., which this code's model and optimizer do not")
         for part in metadata.storage_data.values():
             if part.relative_path not in manifest:
                 raise ValueError(f"manifest.json does not name {part.relative_path}")
