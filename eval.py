@@ -27,7 +27,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import data
 import parallel
@@ -43,31 +42,24 @@ def load_run(ckpt, device="cpu", folder=None):
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
+    top_k = data.read_json(path / "meta.json", "that of a checkpoint of this model",       # as it was trained
+                           lambda meta: saved["config"].layer_top_k(list(map(int, meta["top_k"]))))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32        # as training computes
-    with torch.device("meta"):
-        model = Model(saved["config"]).eval()
-    model = model.to_empty(device=device)
-    model.tie()
+    model = parallel.build_model(saved["config"], parallel.SINGLE_PROCESS, device, dtype, seed=0)
     masters = parallel.MasterWeights(model, dtype)
     parallel.load_checkpoint(path, parallel.training_state(masters))
     masters.refresh()
-    top_k = parallel.read_meta(path)["top_k"]                     # as trained: --steps may move the switch
-    if len(top_k) != model.config.n_layer or not all(1 <= k <= model.config.n_expert for k in top_k):
-        raise InputError(f"{path}/meta.json: top_k {top_k} is not that of its model")
-    return model.requires_grad_(False), saved, top_k
+    return model.eval().requires_grad_(False), saved, top_k
 
 
 def read_log(out):
     """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
-    header, rows = {}, []
+    lines = []
     for line in (run_folder(out) / "log.jsonl").read_bytes().splitlines():
         with suppress(ValueError, RecursionError):                # a crash may cut the last one
-            row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int and "load_max" in row:
-                rows.append(row)                                  # not where it was resumed
-            elif isinstance(row, dict) and "step" not in row:
-                header = header or row
-    return [header, *rows]
+            lines.append(json.loads(line))
+    # not the lines that say where it was resumed
+    return [row for row in lines if isinstance(row, dict) and ("settings" in row or "load_max" in row)]
 
 
 def same_tokenizer(out, folder):
@@ -122,7 +114,7 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     for ckpt in ckpts:
         model, _, top_k = load_run(ckpt, device, folder)
         for k in top_ks or [top_k]:
-            if max(np.atleast_1d(k)) > model.config.n_expert or min(np.atleast_1d(k)) < 1:
+            if top_ks and not 1 <= k <= model.config.n_expert:
                 raise InputError(f"top_k must be from 1 to {model.config.n_expert}, got {k}")
             loss, _, windows = validate(model, val, k, device)
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
@@ -159,17 +151,12 @@ def trigram(train, text, V, limit=20_000_000):
     p, pairs = 1 / V, text[1:-1] * V + text[2:]
     for (grams, counts), asked in (one, text[2:]), (two, pairs), (three, text[:-2] * V * V + pairs):
         d = (counts == 1).sum() / max(1, (counts == 1).sum() + 2 * (counts == 2).sum())
-        contexts, start = np.unique(grams // V, return_index=True)             # 0: the empty one
-        total, distinct = np.add.reduceat(counts, start), np.diff(np.append(start, len(grams)))
-        n, (m, k) = lookup(grams, counts, asked), (lookup(contexts, x, asked // V) for x in (total, distinct))
-        p = np.where(m > 0, (np.maximum(n - d, 0) + d * k * p) / np.maximum(m, 1), p)
+        below, context = np.append(0, counts.cumsum()), asked // V * V         # counts before each gram
+        # grams are sorted: those that begin as the asked one does lie between first and last
+        first, at, after, last = np.searchsorted(grams, [context, asked, asked + 1, context + V])
+        n, n_context, distinct = below[after] - below[at], below[last] - below[first], last - first
+        p = np.where(n_context, (np.maximum(n - d, 0) + d * distinct * p) / np.maximum(n_context, 1), p)
     return p
-
-
-def lookup(keys, values, asked):
-    """values of the asked keys, 0 where there is none; keys are sorted."""
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], 0)
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -241,32 +228,40 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
-def generate_text(model, encoding, rows, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95,
+def generate_text(model, encoding, tokens, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95,
                   generator=None):
-    """Continue rows of tokens, each up to <|endoftext|> or <|end|>: yields what every text grows by."""
+    """Continue a list of tokens up to <|endoftext|> or <|end|>: yields what the text grows by."""
     stop = tuple(encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     known = set(encoding._mergeable_ranks.values())               # neither special tokens nor unused ids
-    tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(model.embed.weight.device)
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device) if len(rows) > 1 else None
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]   # of characters cut in two
-    for column in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, stop, generator,
-                         lengths):
-        pieces = [encoding.decode_single_token_bytes(t) if t in known else b"" for t in column.tolist()]
-        yield [decoder.decode(piece) for decoder, piece in zip(decoders, pieces)]
-    yield [decoder.decode(b"", final=True) for decoder in decoders]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")    # of characters cut in two
+    tokens = torch.tensor([tokens], device=model.embed.weight.device)
+    for new in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, stop, generator):
+        yield decoder.decode(encoding.decode_single_token_bytes(new.item()) if new.item() in known else b"")
+    yield decoder.decode(b"", final=True)
+
+
+def load_speaker(args):
+    """What sample and chat share -> function(tokens, n) that yields text, tokenizer, settings of the run."""
+    if args.tokens < 1:
+        raise InputError(f"tokens must be above 0, got {args.tokens}")
+    model, saved, top_k = load_run(args.ckpt, args.device)
+    encoding = data.load_encoding(run_folder(args.ckpt))
+    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
+
+    def speak(tokens, max_new_tokens):
+        return generate_text(model, encoding, tokens, max_new_tokens, top_k, args.temperature, args.top_p,
+                             generator)
+    return speak, encoding, saved["settings"]
 
 
 def sample_command(args):
     """Continue a prompt, from the beginning of a document."""
-    model, saved, top_k = load_run(args.ckpt, args.device)
-    encoding, window = data.load_encoding(run_folder(args.ckpt)), saved["settings"]["seq_len"]
+    speak, encoding, settings = load_speaker(args)
     tokens = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(args.prompt)]
-    if len(tokens) > window:
-        raise InputError(f"the prompt has {len(tokens)} tokens; the model was trained on {window} at a time")
-    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
-    n = min(args.tokens, window + 1 - len(tokens))
-    print(args.prompt, *(piece for piece, in generate_text(
-        model, encoding, [tokens], n, top_k, args.temperature, args.top_p, generator)), sep="")
+    room = settings["seq_len"] + 1 - len(tokens)
+    if room < 1:
+        raise InputError(f"the prompt has {len(tokens)} tokens; the model was trained on {room - 1 + len(tokens)} at a time")
+    print(args.prompt, *speak(tokens, min(args.tokens, room)), sep="")
 
 
 def chat_command(args):
@@ -274,13 +269,13 @@ def chat_command(args):
     note = partial(print, file=sys.stderr, flush=True)            # stdout takes the answers alone
     with suppress(AttributeError):
         sys.stdin.reconfigure(errors="replace")
-    model, saved, top_k = load_run(args.ckpt, args.device)
-    encoding, window = data.load_encoding(run_folder(args.ckpt)), saved["settings"]["seq_len"]
-    max_new_tokens = min(args.tokens, window // 2)
-    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
+    speak, encoding, settings = load_speaker(args)
+    encode = partial(data.encode_chat, encoding, answer=True)
+    n = min(args.tokens, settings["seq_len"] // 2)
+    room = settings["seq_len"] - n
     messages = system = [("system", args.system)] if args.system else []
     note("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
-    if Path(saved["settings"]["data"]).exists() and not data.holds_chats(saved["settings"]["data"]):
+    if Path(settings["data"]).exists() and not data.holds_chats(settings["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
     with suppress(EOFError, KeyboardInterrupt):
         while sys.stdin and (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
@@ -288,19 +283,15 @@ def chat_command(args):
                 messages = system
             if line in ("", "/reset"):
                 continue
-            for before in (messages, system):                     # when that is full, it starts over
-                question, answer = [*before, ("user", line)], ""
-                tokens = data.encode_chat(encoding, question, answer=True)
-                if len(tokens) + max_new_tokens <= window:
-                    break
-            else:
-                note(f"{len(tokens)} tokens leave no room in {window} for an answer")
+            alone, question, answer = [*system, ("user", line)], [*messages, ("user", line)], ""
+            if len(encode(alone)) > room:
+                note(f"{len(encode(alone))} tokens leave no room in {room + n} for an answer")
                 continue
-            if before is not messages:
+            if len(encode(question)) > room:
                 note("the conversation was full: it starts over with this question")
+                question = alone
             with suppress(KeyboardInterrupt):
-                for piece, in generate_text(model, encoding, [tokens], max_new_tokens, top_k,
-                                            args.temperature, args.top_p, generator):
+                for piece in speak(encode(question), n):
                     print(piece, end="", flush=True)
                     answer += piece
             print(flush=True)
@@ -311,7 +302,7 @@ def chat_command(args):
 
 def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder."""
-    s, folder, encoding, train, val = open_data(ckpt, source)
+    s, folder, encoding, _, val = open_data(ckpt, source)
     (model, _, top_k), chosen = load_run(ckpt, device, folder), []
     for block in model.blocks:
         chosen.append([])
@@ -320,14 +311,15 @@ def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
     valid = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
+    tokens = tokens.flatten()[valid]
     return SimpleNamespace(
-        name="/".join(Path(ckpt).parts[-2:]), loss=loss, top_k=top_k, encoding=encoding,
+        name="/".join(Path(ckpt).parts[-2:])[-32:], loss=loss, top_k=top_k, encoding=encoding,
         tokens_per_step=s["batch_size"] * s["seq_len"],
         rows=[row for row in read_log(ckpt)[1:] if row["step"] <= int(newest(ckpt).name[len("step-"):])],
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
-        tokens=tokens.flatten()[valid],                           # [N]
+        tokens=tokens,                                            # [N]
         experts=torch.stack([torch.cat(seen)[valid] for seen in chosen]),      # [L, N]: the best of K
-        top_share=float(np.bincount(train[:10 ** 7]).max() / len(train[:10 ** 7])))   # of the commonest token
+        top_share=tokens.bincount().max().item() / len(tokens))   # of the commonest token
 
 
 def routing_command(args):
@@ -337,38 +329,49 @@ def routing_command(args):
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [route_held_out(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    pictures = {"load": draw_load_map, "deviation": draw_deviation, "gate": draw_gate}
+    pictures = {"load": draw_load_map, "deviation": draw_deviation, "tokens": draw_tokens}
     for name, draw in pictures.items() if args.png else ():
-        draw(Figure, runs).savefig(Path(args.png) / f"{name}.png")
+        draw(Figure, runs).savefig(Path(args.png) / f"{name}.png", dpi=120)
         print(f"drawn: {args.png}/{name}.png")
 
 
 def describe_routing(run):
-    """One run as text."""
-    sums, n, V = run.statistics, len(run.tokens), int(run.tokens.max()) + 1
+    """One run as text, 80 columns wide."""
+    sums, n = run.statistics, len(run.tokens)
     L, E = sums.load.shape
-    chance = " and ".join(f"{100 * x:+.0f}" for x in noise_floor(n, E, run.top_k[0]))
     lbl, words = load_balancing_loss(sums.load, sums.prob_sum, n), []
-    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load of every expert on {n:,} tokens.  In layer 0",
-             f"{chance} % are chance, and a router by token id has at least "
-             f"{100 * zipf_bound(run.top_share, E, run.top_k[0]):+.0f} %:",
-             draw_load(sums.load), "", "layer   K     LBL   top-1 p   entropy   routed by context"]
+    high, low = noise_floor(n, E, run.top_k[0])
+    bound = zipf_bound(run.top_share, E, run.top_k[0])
+    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load on {n:,} tokens", draw_load(sums.load),
+             f"Tokens sent to random experts: max {100 * high:+.0f}% min {100 * low:+.0f}% in layer 0, by chance alone"]
+    if 0 < bound <= sums.load[0].max() * E / sums.load[0].sum() - 1:           # attention can part a token
+        lines.append(f"A router that sees the token alone has max {100 * bound:+.0f}% there, or more: the "
+                     "commonest token")
+    lines += ["", "layer   K     LBL   top-1 p   entropy   routed by context"]
     for layer in range(L):
-        # [V, E]: how often each token id went to each expert; an id seen once says nothing of context
-        counts = torch.bincount(run.tokens * E + run.experts[layer], minlength=V * E).view(V, E)
-        often = counts[counts.sum(-1) > 1]
-        context = 100 - 100 * often.amax(-1).sum() / often.sum()  # go elsewhere than most of their id
+        counts, together = count_ids(run, layer)
         lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:7.3f} {sums.top_sum[layer] / n:9.3f} "
-                     f"{sums.entropy_sum[layer] / n:9.2f} {context:17.0f} %")
+                     f"{sums.entropy_sum[layer] / n:9.2f} {100 - together:17.0f} %")
         if layer in (0, L - 1):
             words += ["", f"layer {layer}, its three most and two least used experts, and their tokens:"]
             order = counts.sum(0).argsort(descending=True, stable=True).tolist()
             for e in dict.fromkeys(order[:3] + order[-2:]):
-                total, (count, token) = counts[:, e].sum(), counts[:, e].topk(min(4, V))
+                total, (count, token) = counts[:, e].sum(), counts[:, e].topk(min(4, len(counts)))
                 words.append(f"  expert {e:<3} {100 * total / n:4.1f} % " + "".join(
                     f" {run.encoding.decode([t])!r} {100 * c / total:.0f} %"
                     for c, t in zip(count.tolist(), token.tolist()) if c))
-    return "\n".join(lines + words)
+    lines.append("routed by context: tokens that leave the expert of most tokens of their id")
+    return "\n".join(line[:80] for line in lines + words)
+
+
+def count_ids(run, layer):
+    """-> how often each token id went to each expert [V, E], and the % of tokens that go where most of their
+    id go.  An id seen once says nothing of that."""
+    E = run.statistics.load.shape[1]
+    ids = run.tokens * E + run.experts[layer]
+    counts = ids.bincount(minlength=(int(run.tokens.max()) + 1) * E).view(-1, E)
+    often = counts[counts.sum(-1) > 1]
+    return counts, 100 * often.amax(-1).sum() / often.sum()
 
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -389,46 +392,79 @@ def draw_load(load, width=48):
 # --- pictures (extra: plot) -------------------------------------------------------------------------------
 
 def draw_load_map(Figure, runs):
-    """Layers x experts, one panel for each run: load relative to a fair share."""
-    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
-    for axis, run in zip(figure.subplots(len(runs), squeeze=False)[:, 0], runs):
-        share = run.statistics.load / run.statistics.load.sum(-1, keepdim=True)
-        image = axis.imshow((share * share.shape[1]).numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-        axis.set(title=run.name, ylabel="layer", xlabel="expert")
-    figure.colorbar(image, ax=figure.axes, extend="max", label="load / fair share")
+    """The load of all layers, experts sorted by it; in layer 0 and in the last beside it the mean probability
+    of each expert (arXiv 2512.16248, Figures 2b and 2c)."""
+    figure = Figure(figsize=(13, 3.2 * len(runs)), layout="constrained")
+    for (left, *others), run in zip(figure.subplots(len(runs), 3, squeeze=False), runs):
+        f = run.statistics.load / run.statistics.load.sum(-1, keepdim=True)
+        p, E = run.statistics.prob_sum / len(run.tokens), f.shape[1]
+        image = left.imshow(E * f.sort(descending=True).values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+        left.yaxis.get_major_locator().set_params(integer=True)
+        left.set(title=run.name, ylabel="layer", xlabel="expert, sorted by load")
+        figure.colorbar(image, ax=left, extend="max", label="load / fair share")
+        for axis, layer in zip(others, (0, -1)):
+            order = f[layer].argsort(descending=True)
+            axis.plot(E * p[layer, order], color="C1", lw=1, label="p, mean probability")
+            axis.plot(E * f[layer, order], color="C0", label="f, share of the tokens")
+            axis.set(title=f"layer {layer % len(f)}: LBL {E * (f * p)[layer].sum():.2f}", ylim=(0, None),
+                     xlabel="expert, sorted by load", ylabel="of a fair share")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
 def draw_deviation(Figure, runs):
-    """Largest and smallest deviation of the load over time (arXiv 2512.16248, Figures 2a, 3 and 4)."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    """The most and the least used expert over time (arXiv 2512.16248, Figures 2a, 3 and 4)."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     for axis, layer in zip(figure.subplots(1, 2, sharey=True), (0, -1)):
         for color, run in enumerate(runs):
-            for side, label in (("load_max", run.name), ("load_min", None)):
+            for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
                 axis.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
-                          color=f"C{color}", lw=1, label=label)
-        run, E = runs[0], runs[0].statistics.load.shape[1]
+                          style, color=f"C{color}", lw=1, label=f"{run.name}, {name} used expert")
+        run, (L, E) = runs[0], runs[0].statistics.load.shape
         high, low = noise_floor(run.tokens_per_step, E, run.top_k[layer])
         axis.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {run.name}")
         axis.axhline(100 * zipf_bound(run.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
-        axis.set(title="last layer" if layer else "layer 0", xlabel="step", ylabel="% from a fair share")
+        axis.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
         axis.set_yscale("symlog", linthresh=300, linscale=3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.supxlabel("Zipf bound: the most used expert of a router that sees the token alone has this load at "
+                     "least,\nsince one expert takes all of the commonest token.  With attention below it, a router may "
+                     "do better.", size=8)
     return figure
 
 
-def draw_gate(Figure, runs):
-    """Share of tokens f and mean probability p of each expert (Figures 2b and 2c)."""
-    figure = Figure(figsize=(9, 3 * len(runs)), layout="constrained")
-    for row, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
-        for axis, layer in zip(row, (0, -1)):
-            f = run.statistics.load[layer] / run.statistics.load[layer].sum()
-            p = run.statistics.prob_sum[layer] / len(run.tokens)
-            axis.plot(f.numpy(), color="C0", lw=1, label="f, share of the tokens")
-            axis.plot(p.numpy(), color="C3", lw=1.4, label="p, mean probability")
-            axis.set(title=f"{run.name}, layer {layer % len(run.top_k)}: LBL {len(f) * (f * p).sum():.2f}",
-                     xlabel="expert", ylim=(0, None))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+def draw_tokens(Figure, runs, rows=30, columns=64):
+    """A page of held-out text: each token has the color of its expert (the best of K), in layer 0 and the last.
+
+    Colors go by load, from yellow to blue, which the color-blind tell apart, in three tints."""
+    plasma, size = import_extra("matplotlib", "plot").colormaps["plasma"], rows * columns
+    figure = Figure(figsize=(13, 6.2 * len(runs)))
+    for row, run in enumerate(runs):
+        page = []                                                 # (character, number of its token)
+        for i, token in enumerate(run.tokens[:size].tolist()):
+            for char in run.encoding.decode([token]).translate({32: "·", 9: "→", 10: "↵"}):
+                page.append((char, i))
+                if char == "↵":
+                    page += [(" ", -1)] * (-len(page) % columns)
+        text, cells = zip(*(page + [(" ", -1)] * size)[:size])
+        cells = np.array(cells).reshape(rows, columns)
+        for side, layer in enumerate((0, -1)):
+            rank = run.statistics.load[layer].argsort(descending=True).argsort()[run.experts[layer, :size]].numpy()
+            tint = np.take((0.6, 0.4, 0.2), rank % 3)[:, None]
+            color = 1 - tint * (1 - plasma(1 - rank / run.statistics.load.shape[1])[:, :3])
+            axis = figure.add_axes((0.01 + 0.495 * side, 1 - (row + 0.93) / len(runs), 0.485, 0.88 / len(runs)))
+            axis.imshow(np.vstack([color, np.ones(3)])[cells], aspect="auto")
+            y, x = np.nonzero(np.diff(cells))                     # where a token ends
+            axis.vlines(x + 0.5, y - 0.5, y + 0.5, "w", lw=1)
+            axis.hlines(np.arange(rows) + 0.5, -0.5, columns - 0.5, "w")
+            for y in range(rows):
+                axis.text(-0.5, y, "".join(text[y * columns:(y + 1) * columns]), family="DejaVu Sans Mono",
+                          size=11.75, va="center", parse_math=False)
+            axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: {count_ids(run, layer)[1]:.0f} % of "
+                           "tokens go where most of their id go")
+            axis.set_axis_off()
+    figure.text(0.5, 0.01, "A token has the color of its expert, which goes by load: yellow the most used, blue "
+                "the least, in three tints.  · is a space, ↵ the end of a line.", ha="center")
     return figure
 
 
@@ -627,8 +663,6 @@ def main(argv=None):
     command("export", export_command, required=True)("--to", required=True, help="folder, which is made")
     args = parser.parse_args(argv)
     with data.one_line_errors():
-        if getattr(args, "tokens", 1) < 1:
-            raise InputError(f"tokens must be above 0, got {args.tokens}")
         args.device = parallel.pick_device(args.device)
         args.function(args)
 
