@@ -163,42 +163,29 @@ def trigram(train, text, V, limit=20_000_000):
 
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, *args, **kwargs):
     """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
-    if "top_k" in kwargs:
-        raise TypeError("top_k is the likeliest tokens elsewhere; experts per token are k_per_layer here")
     new = stream(model, tokens, max_new_tokens, temperature, top_p, *args, **kwargs)
     return torch.cat([tokens, *(column[:, None] for column in new)], 1)
 
 
 @torch.no_grad()
-def stream(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, k_per_layer=None, stop=(),
-           generator=None, lengths=None):
-    """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].
-
-    k_per_layer  experts activated per token: a number, or one for each layer; default the config's
-    stop         token ids that end a sequence, padded with the first from then on; ends when all have
-    lengths      [B], of rows padded on the right"""
+def stream(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, k_per_layer=None, generator=None):
+    """Continue tokens [B, T] by sampling, until the context is full: yields the next tokens [B].  k_per_layer
+    is the number of experts activated per token, one for all layers or a list; default the config's."""
     B, T = tokens.shape
-    if not T:
-        raise InputError("a prompt needs at least one token")
     step = partial(decode, model)
     if tokens.is_cuda:
         step = torch.compile(step, mode="reduce-overhead", dynamic=False)         # a CUDA graph
-    done, ends = tokens.new_zeros(B, dtype=torch.bool), tokens.new_tensor(stop)
-    last = tokens.new_full((B,), T - 1) if lengths is None else lengths - 1
     cache = kv_cache(model, B, T + max_new_tokens)
     x = model.features(tokens, k_per_layer, cache=cache)[0]       # prefill
-    logits = model.head(x[torch.arange(B, device=x.device), last][:, None])[:, 0]
+    logits = model.head(x[:, -1:])[:, 0]
     if not logits.isfinite().all():
         raise InputError("the model's probabilities are not finite: its weights are broken")
-    for left in reversed(range(min(max_new_tokens, model.config.max_seq_len + 1 - T))):
-        new, last = sample(logits, temperature, top_p, generator), last + 1
-        if stop:
-            new = new.masked_fill(done, stop[0])
-            done |= torch.isin(new, ends)
+    end = min(T + max_new_tokens, model.config.max_seq_len + 1)
+    for at in range(T, end):
+        new = sample(logits, temperature, top_p, generator)
         yield new
-        if not left or stop and done.all():
-            return
-        logits = step(new, last, cache, k_per_layer)
+        if at + 1 < end:
+            logits = step(new, tokens.new_full((B,), at), cache, k_per_layer)
 
 
 def decode(model, tokens, pos, cache, k_per_layer=None):
@@ -231,11 +218,13 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
 def generate_text(model, encoding, tokens, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95,
                   generator=None):
     """Continue a list of tokens up to <|endoftext|> or <|end|>: yields what the text grows by."""
-    stop = tuple(encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
+    stop = [encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")]
     known = set(encoding._mergeable_ranks.values())               # neither special tokens nor unused ids
     decoder = codecs.getincrementaldecoder("utf-8")("replace")    # of characters cut in two
     tokens = torch.tensor([tokens], device=model.embed.weight.device)
-    for new in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, stop, generator):
+    for new in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, generator):
+        if new.item() in stop:
+            break
         yield decoder.decode(encoding.decode_single_token_bytes(new.item()) if new.item() in known else b"")
     yield decoder.decode(b"", final=True)
 
@@ -247,10 +236,8 @@ def load_speaker(args):
     model, saved, top_k = load_run(args.ckpt, args.device)
     encoding = data.load_encoding(run_folder(args.ckpt))
     generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
-
-    def speak(tokens, max_new_tokens):
-        return generate_text(model, encoding, tokens, max_new_tokens, top_k, args.temperature, args.top_p,
-                             generator)
+    speak = partial(generate_text, model, encoding, k_per_layer=top_k, temperature=args.temperature,
+                    top_p=args.top_p, generator=generator)
     return speak, encoding, saved["settings"]
 
 
@@ -258,10 +245,10 @@ def sample_command(args):
     """Continue a prompt, from the beginning of a document."""
     speak, encoding, settings = load_speaker(args)
     tokens = [encoding.encode_single_token("<|endoftext|>"), *encoding.encode_ordinary(args.prompt)]
-    room = settings["seq_len"] + 1 - len(tokens)
-    if room < 1:
-        raise InputError(f"the prompt has {len(tokens)} tokens; the model was trained on {room - 1 + len(tokens)} at a time")
-    print(args.prompt, *speak(tokens, min(args.tokens, room)), sep="")
+    n, window = len(tokens), settings["seq_len"]
+    if n > window:
+        raise InputError(f"the prompt has {n} tokens; the model was trained on {window} at a time")
+    print(args.prompt, *speak(tokens, min(args.tokens, window + 1 - n)), sep="")
 
 
 def chat_command(args):
@@ -270,24 +257,22 @@ def chat_command(args):
     with suppress(AttributeError):
         sys.stdin.reconfigure(errors="replace")
     speak, encoding, settings = load_speaker(args)
-    encode = partial(data.encode_chat, encoding, answer=True)
-    n = min(args.tokens, settings["seq_len"] // 2)
-    room = settings["seq_len"] - n
+    encode, window = partial(data.encode_chat, encoding, answer=True), settings["seq_len"]
+    n = min(args.tokens, window // 2)                             # of an answer
     messages = system = [("system", args.system)] if args.system else []
     note("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer")
     if Path(settings["data"]).exists() and not data.holds_chats(settings["data"]):
         note(f"{args.ckpt} was not tuned on conversations: expect no answers")
     with suppress(EOFError, KeyboardInterrupt):
         while sys.stdin and (line := input("> " if sys.stdin.isatty() else "").strip()) != "/quit":
-            if line == "/reset":
-                messages = system
             if line in ("", "/reset"):
+                messages = system if line else messages
                 continue
             alone, question, answer = [*system, ("user", line)], [*messages, ("user", line)], ""
-            if len(encode(alone)) > room:
-                note(f"{len(encode(alone))} tokens leave no room in {room + n} for an answer")
+            if len(encode(alone)) + n > window:
+                note(f"{len(encode(alone))} tokens leave no room in {window} for an answer")
                 continue
-            if len(encode(question)) > room:
+            if len(encode(question)) + n > window:
                 note("the conversation was full: it starts over with this question")
                 question = alone
             with suppress(KeyboardInterrupt):
@@ -303,11 +288,11 @@ def chat_command(args):
 def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder."""
     s, folder, encoding, _, val = open_data(ckpt, source)
-    (model, _, top_k), chosen = load_run(ckpt, device, folder), []
-    for block in model.blocks:
-        chosen.append([])
+    model, _, top_k = load_run(ckpt, device, folder)
+    chosen = [[] for _ in model.blocks]
+    for block, seen in zip(model.blocks, chosen):
         block.moe.router.register_forward_hook(
-            lambda m, x, routing, seen=chosen[-1]: seen.append(routing.experts[:, 0].cpu()))
+            lambda m, x, routing, seen=seen: seen.append(routing.experts[:, 0].cpu()))
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
     valid = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
@@ -329,29 +314,29 @@ def routing_command(args):
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [route_held_out(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    pictures = {"load": draw_load_map, "deviation": draw_deviation, "tokens": draw_tokens}
+    pictures = {"load": draw_shares, "deviation": draw_deviation, "tokens": draw_tokens}
     for name, draw in pictures.items() if args.png else ():
         draw(Figure, runs).savefig(Path(args.png) / f"{name}.png", dpi=120)
         print(f"drawn: {args.png}/{name}.png")
 
 
 def describe_routing(run):
-    """One run as text, 80 columns wide."""
-    sums, n = run.statistics, len(run.tokens)
-    L, E = sums.load.shape
-    lbl, words = load_balancing_loss(sums.load, sums.prob_sum, n), []
+    """One run as text, at most 80 columns wide."""
+    (L, E), sums, n = run.statistics.load.shape, run.statistics, len(run.tokens)
     high, low = noise_floor(n, E, run.top_k[0])
-    bound = zipf_bound(run.top_share, E, run.top_k[0])
-    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load on {n:,} tokens", draw_load(sums.load),
-             f"Tokens sent to random experts: max {100 * high:+.0f}% min {100 * low:+.0f}% in layer 0, by chance alone"]
-    if 0 < bound <= sums.load[0].max() * E / sums.load[0].sum() - 1:           # attention can part a token
-        lines.append(f"A router that sees the token alone has max {100 * bound:+.0f}% there, or more: the "
-                     "commonest token")
+    bound, most = zipf_bound(run.top_share, E, run.top_k[0]), sums.load[0].max() / sums.load[0].sum() * E - 1
+    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load of every expert on {n:,} tokens:",
+             *draw_load(sums.load).splitlines(),
+             f"By chance alone, if experts were drawn by lot, layer 0 had max {high:+.0%} min {low:+.0%}."]
+    if 0 < bound <= most:
+        lines += [f"A router that sees the token alone has max {bound:+.0%} there or more: all of the",
+                  "commonest token go to the same experts."]
     lines += ["", "layer   K     LBL   top-1 p   entropy   routed by context"]
+    lbl, words = load_balancing_loss(sums.load, sums.prob_sum, n), []
     for layer in range(L):
-        counts, together = count_ids(run, layer)
+        counts, context = count_ids(run, layer)
         lines.append(f"{layer:>5} {run.top_k[layer]:>3} {lbl[layer]:7.3f} {sums.top_sum[layer] / n:9.3f} "
-                     f"{sums.entropy_sum[layer] / n:9.2f} {100 - together:17.0f} %")
+                     f"{sums.entropy_sum[layer] / n:9.2f} {context:17.0f} %")
         if layer in (0, L - 1):
             words += ["", f"layer {layer}, its three most and two least used experts, and their tokens:"]
             order = counts.sum(0).argsort(descending=True, stable=True).tolist()
@@ -360,18 +345,17 @@ def describe_routing(run):
                 words.append(f"  expert {e:<3} {100 * total / n:4.1f} % " + "".join(
                     f" {run.encoding.decode([t])!r} {100 * c / total:.0f} %"
                     for c, t in zip(count.tolist(), token.tolist()) if c))
-    lines.append("routed by context: tokens that leave the expert of most tokens of their id")
-    return "\n".join(line[:80] for line in lines + words)
+    lines += ["Routed by context: tokens that leave the expert to which most of their id go.", *words]
+    return "\n".join(line[:80] for line in lines)
 
 
 def count_ids(run, layer):
-    """-> how often each token id went to each expert [V, E], and the % of tokens that go where most of their
-    id go.  An id seen once says nothing of that."""
+    """-> how often each token id went to each expert [V, E]; the % of tokens that left the expert of most of
+    their id (of ids seen more than once)."""
     E = run.statistics.load.shape[1]
-    ids = run.tokens * E + run.experts[layer]
-    counts = ids.bincount(minlength=(int(run.tokens.max()) + 1) * E).view(-1, E)
-    often = counts[counts.sum(-1) > 1]
-    return counts, 100 * often.amax(-1).sum() / often.sum()
+    counts = (run.tokens * E + run.experts[layer]).bincount(minlength=(int(run.tokens.max()) + 1) * E)
+    often = counts.view(-1, E)[counts.view(-1, E).sum(-1) > 1]
+    return counts.view(-1, E), 100 - 100 * often.amax(-1).sum() / often.sum()
 
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -391,30 +375,24 @@ def draw_load(load, width=48):
 
 # --- pictures (extra: plot) -------------------------------------------------------------------------------
 
-def draw_load_map(Figure, runs):
-    """The load of all layers, experts sorted by it; in layer 0 and in the last beside it the mean probability
-    of each expert (arXiv 2512.16248, Figures 2b and 2c)."""
-    figure = Figure(figsize=(13, 3.2 * len(runs)), layout="constrained")
-    for (left, *others), run in zip(figure.subplots(len(runs), 3, squeeze=False), runs):
-        f = run.statistics.load / run.statistics.load.sum(-1, keepdim=True)
-        p, E = run.statistics.prob_sum / len(run.tokens), f.shape[1]
-        image = left.imshow(E * f.sort(descending=True).values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-        left.yaxis.get_major_locator().set_params(integer=True)
-        left.set(title=run.name, ylabel="layer", xlabel="expert, sorted by load")
-        figure.colorbar(image, ax=left, extend="max", label="load / fair share")
-        for axis, layer in zip(others, (0, -1)):
-            order = f[layer].argsort(descending=True)
-            axis.plot(E * p[layer, order], color="C1", lw=1, label="p, mean probability")
-            axis.plot(E * f[layer, order], color="C0", label="f, share of the tokens")
-            axis.set(title=f"layer {layer % len(f)}: LBL {E * (f * p)[layer].sum():.2f}", ylim=(0, None),
-                     xlabel="expert, sorted by load", ylabel="of a fair share")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+def draw_shares(Figure, runs):
+    """Share of the tokens f and mean probability p of each expert (arXiv 2512.16248, Figures 2b and 2c)."""
+    figure = Figure(figsize=(9, 3.2 * len(runs)), layout="constrained")
+    for axes, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
+        for axis, layer in zip(axes, (0, -1)):
+            load, order = run.statistics.load[layer].sort(descending=True)
+            f, p = load / load.sum(), run.statistics.prob_sum[layer, order] / len(run.tokens)
+            axis.plot(p, color="C1", lw=1, label="p, mean probability")
+            axis.plot(f, color="C0", label="f, share of the tokens")
+            axis.set(title=f"{run.name}, layer {layer % len(run.top_k)}: LBL {len(f) * (f * p).sum():.2f}",
+                     xlabel="experts, sorted by load", ylim=(0, None))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def draw_deviation(Figure, runs):
-    """The most and the least used expert over time (arXiv 2512.16248, Figures 2a, 3 and 4)."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    """The most and the least used expert over the steps (Figures 2a, 3 and 4)."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     for axis, layer in zip(figure.subplots(1, 2, sharey=True), (0, -1)):
         for color, run in enumerate(runs):
             for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
@@ -427,44 +405,36 @@ def draw_deviation(Figure, runs):
         axis.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
         axis.set_yscale("symlog", linthresh=300, linscale=3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.supxlabel("Zipf bound: the most used expert of a router that sees the token alone has this load at "
-                     "least,\nsince one expert takes all of the commonest token.  With attention below it, a router may "
-                     "do better.", size=8)
+    figure.suptitle("Zipf bound: if the router sees the token alone, one expert takes all of the commonest "
+                    "token,\nand the most used is above this line.  Attention lets a router do better.", size=9)
     return figure
 
 
 def draw_tokens(Figure, runs, rows=30, columns=64):
-    """A page of held-out text: each token has the color of its expert (the best of K), in layer 0 and the last.
+    """A page of held-out text in which each token has the color of its expert, the best of K.
 
-    Colors go by load, from yellow to blue, which the color-blind tell apart, in three tints."""
-    plasma, size = import_extra("matplotlib", "plot").colormaps["plasma"], rows * columns
-    figure = Figure(figsize=(13, 6.2 * len(runs)))
-    for row, run in enumerate(runs):
-        page = []                                                 # (character, number of its token)
-        for i, token in enumerate(run.tokens[:size].tolist()):
-            for char in run.encoding.decode([token]).translate({32: "·", 9: "→", 10: "↵"}):
-                page.append((char, i))
-                if char == "↵":
-                    page += [(" ", -1)] * (-len(page) % columns)
-        text, cells = zip(*(page + [(" ", -1)] * size)[:size])
-        cells = np.array(cells).reshape(rows, columns)
-        for side, layer in enumerate((0, -1)):
-            rank = run.statistics.load[layer].argsort(descending=True).argsort()[run.experts[layer, :size]].numpy()
-            tint = np.take((0.6, 0.4, 0.2), rank % 3)[:, None]
-            color = 1 - tint * (1 - plasma(1 - rank / run.statistics.load.shape[1])[:, :3])
-            axis = figure.add_axes((0.01 + 0.495 * side, 1 - (row + 0.93) / len(runs), 0.485, 0.88 / len(runs)))
-            axis.imshow(np.vstack([color, np.ones(3)])[cells], aspect="auto")
-            y, x = np.nonzero(np.diff(cells))                     # where a token ends
-            axis.vlines(x + 0.5, y - 0.5, y + 0.5, "w", lw=1)
-            axis.hlines(np.arange(rows) + 0.5, -0.5, columns - 0.5, "w")
-            for y in range(rows):
-                axis.text(-0.5, y, "".join(text[y * columns:(y + 1) * columns]), family="DejaVu Sans Mono",
-                          size=11.75, va="center", parse_math=False)
-            axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: {count_ids(run, layer)[1]:.0f} % of "
-                           "tokens go where most of their id go")
+    Experts of about the same load have one hue, in three tints; the color-blind tell yellow from blue."""
+    plasma = import_extra("matplotlib", "plot").colormaps["plasma"]
+    figure = Figure(figsize=(13, 6.2 * len(runs) + 0.5), layout="constrained")
+    for axes, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
+        for axis, layer in zip(axes, (0, -1)):
+            rank, x, y = run.statistics.load[layer].argsort(descending=True).argsort().tolist(), 0, 0
+            for token, expert in zip(run.tokens[:rows * columns].tolist(), run.experts[layer].tolist()):
+                hue = np.array(plasma(0.9 - 0.8 * rank[expert] / len(rank))[:3])
+                box = {"facecolor": 1 - (0.6, 0.45, 0.3)[rank[expert] % 3] * (1 - hue), "lw": 0, "pad": 1}
+                text = run.encoding.decode([token]).translate({32: "·", 9: "→", 10: "↵\n"})
+                for piece in text.splitlines(keepends=True):
+                    if x + len(piece) > columns:
+                        x, y = 0, y + 1
+                    if y < rows:
+                        axis.text(x, y, piece.rstrip(), family="DejaVu Sans Mono", size=11.5, va="center", bbox=box,
+                                  parse_math=False, in_layout=False)
+                    x, y = (0, y + 1) if piece.endswith("\n") else (x + len(piece), y)
+            axis.set(xlim=(0, columns), ylim=(rows, -1), title=f"{run.name}, layer {layer % len(run.top_k)}: "
+                     f"{count_ids(run, layer)[1]:.0f} % routed by context")
             axis.set_axis_off()
-    figure.text(0.5, 0.01, "A token has the color of its expert, which goes by load: yellow the most used, blue "
-                "the least, in three tints.  · is a space, ↵ the end of a line.", ha="center")
+    figure.supxlabel("A token's color is its expert: from yellow, the most used, to blue, the least, in three "
+                     "tints.  · is a space, ↵ a new line.\nRouted by context: not to the expert of most tokens of this id.", size=10)
     return figure
 
 
@@ -520,24 +490,16 @@ def save_tokenizer(encoding, folder, max_seq_len):
         "model_max_length": max_seq_len, "chat_template": data.CHAT_TEMPLATE}, indent=2))
 
 
-def read_hf_config(folder):
-    """config.json of a Hugging Face folder -> ModelConfig.  InputError if impossible."""
-    return data.read_json(Path(folder) / "config.json", "that of a plain Qwen3-MoE",
-                          lambda saved: ModelConfig(**from_hf_config(saved)))
-
-
 def load_hf_weights(folder):
     """{name: tensor} of a folder's safetensors files, mapped into memory: read where it is used."""
     load_file, folder = import_extra("safetensors.torch", "hf").load_file, Path(folder)
-    path, weights, files = folder / "model.safetensors.index.json", {}, ["model.safetensors"]
-    if path.exists():
-        files = data.read_json(path, "an index", lambda saved: sorted(set(saved["weight_map"].values())))
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        files = data.read_json(index, "an index", lambda saved: set(saved["weight_map"].values()))
     try:
-        for path in (folder / file for file in files):
-            weights |= load_file(path)
+        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     except Exception as error:                                    # SafetensorError is an Exception of its own
-        raise InputError(f"{path} is missing or corrupt ({error!r}); pickles are not read") from None
-    return weights
+        raise InputError(f"weights of {folder} are missing or corrupt ({error!r}); only safetensors are read") from None
 
 
 HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
@@ -570,17 +532,19 @@ def hf_config(config, top_k=None):
         "norm_topk_prob": config.gate == "normalized", "rope_theta": config.rope_base}
 
 
-def from_hf_config(saved):
-    """config.json of a Qwen3-MoE -> {field of ModelConfig: value}.  InputError lists what we do not have."""
-    saved = {"num_experts": saved.get("num_local_experts")} | saved       # its name since transformers 5
-    rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    plain = HF_FIXED | {"quantization_config": None}
-    wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
-    if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
-    return {ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()} | {
-        "gate": "normalized" if saved.get("norm_topk_prob") else "softmax",
-        "rope_base": float(rope.get("rope_theta", saved.get("rope_theta", 10000.0)))}
+def read_hf_config(folder):
+    """config.json of a Qwen3-MoE -> ModelConfig.  InputError lists what we do not have."""
+    def convert(saved):
+        saved = {"num_experts": saved.get("num_local_experts")} | saved        # its name since transformers 5
+        rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
+        plain = HF_FIXED | {"quantization_config": None}
+        wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
+        if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise InputError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
+        return ModelConfig(**{ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()},
+                           gate="normalized" if saved.get("norm_topk_prob") else "softmax",
+                           rope_base=float(rope.get("rope_theta", saved.get("rope_theta", 10000.0))))
+    return data.read_json(Path(folder) / "config.json", "that of a plain Qwen3-MoE", convert)
 
 
 def hf_views(config, name, p):
