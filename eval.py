@@ -14,8 +14,8 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -215,14 +215,13 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
 
-def generate_text(model, encoding, tokens, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95,
-                  generator=None):
+def generate_text(model, encoding, tokens, max_new_tokens, k_per_layer, temperature=0.8, top_p=0.95):
     """Continue a list of tokens up to <|endoftext|> or <|end|>: yields what the text grows by."""
     stop = [encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>")]
     known = set(encoding._mergeable_ranks.values())               # neither special tokens nor unused ids
     decoder = codecs.getincrementaldecoder("utf-8")("replace")    # of characters cut in two
     tokens = torch.tensor([tokens], device=model.embed.weight.device)
-    for new in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer, generator):
+    for new in stream(model, tokens, max_new_tokens, temperature, top_p, k_per_layer):
         if new.item() in stop:
             break
         yield decoder.decode(encoding.decode_single_token_bytes(new.item()) if new.item() in known else b"")
@@ -235,9 +234,9 @@ def load_speaker(args):
         raise InputError(f"tokens must be above 0, got {args.tokens}")
     model, saved, top_k = load_run(args.ckpt, args.device)
     encoding = data.load_encoding(run_folder(args.ckpt))
-    generator = torch.Generator(args.device).manual_seed(args.seed % 2 ** 63)
+    torch.manual_seed(args.seed % 2 ** 63)
     speak = partial(generate_text, model, encoding, k_per_layer=top_k, temperature=args.temperature,
-                    top_p=args.top_p, generator=generator)
+                    top_p=args.top_p)
     return speak, encoding, saved["settings"]
 
 
@@ -314,7 +313,7 @@ def routing_command(args):
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [route_held_out(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    pictures = {"load": draw_shares, "deviation": draw_deviation, "tokens": draw_tokens}
+    pictures = {"load": draw_curves, "tokens": draw_tokens}
     for name, draw in pictures.items() if args.png else ():
         draw(Figure, runs).savefig(Path(args.png) / f"{name}.png", dpi=120)
         print(f"drawn: {args.png}/{name}.png")
@@ -373,38 +372,26 @@ def draw_load(load, width=48):
     return "\n".join(lines)
 
 
-# --- pictures (extra: plot) -------------------------------------------------------------------------------
-
-def draw_shares(Figure, runs):
-    """Share of the tokens f and mean probability p of each expert (arXiv 2512.16248, Figures 2b and 2c)."""
-    figure = Figure(figsize=(9, 3.2 * len(runs)), layout="constrained")
-    for axes, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
-        for axis, layer in zip(axes, (0, -1)):
-            load, order = run.statistics.load[layer].sort(descending=True)
-            f, p = load / load.sum(), run.statistics.prob_sum[layer, order] / len(run.tokens)
-            axis.plot(p, color="C1", lw=1, label="p, mean probability")
-            axis.plot(f, color="C0", label="f, share of the tokens")
-            axis.set(title=f"{run.name}, layer {layer % len(run.top_k)}: LBL {len(f) * (f * p).sum():.2f}",
-                     xlabel="experts, sorted by load", ylim=(0, None))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-def draw_deviation(Figure, runs):
-    """The most and the least used expert over the steps (Figures 2a, 3 and 4)."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    for axis, layer in zip(figure.subplots(1, 2, sharey=True), (0, -1)):
+def draw_curves(Figure, runs):
+    """Load of the most and the least used expert over the steps, of all at the end beside their probability,
+    in layer 0 and in the last (arXiv 2512.16248, Figures 2 to 4)."""
+    figure, (first, (L, E)) = Figure(figsize=(11, 9), layout="constrained"), (runs[0], runs[0].statistics.load.shape)
+    for layer, (top, bottom) in zip((0, -1), figure.subplots(2, 2, sharey="row").T):
         for color, run in enumerate(runs):
-            for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
-                axis.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
-                          style, color=f"C{color}", lw=1, label=f"{run.name}, {name} used expert")
-        run, (L, E) = runs[0], runs[0].statistics.load.shape
-        high, low = noise_floor(run.tokens_per_step, E, run.top_k[layer])
-        axis.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {run.name}")
-        axis.axhline(100 * zipf_bound(run.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
-        axis.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
-        axis.set_yscale("symlog", linthresh=300, linscale=3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            load, order = run.statistics.load[layer].sort(descending=True)
+            prob = run.statistics.prob_sum[layer, order]
+            steps, style = [row["step"] for row in run.rows], {"color": f"C{color}", "lw": 1}
+            top.plot(steps, [100 * row["load_max"][layer] for row in run.rows], **style, label=f"{run.name}, most used expert")
+            top.plot(steps, [100 * row["load_min"][layer] for row in run.rows], "--", **style, label=f"{run.name}, least used expert")
+            for name, x, line in ("load", load, "-"), ("mean probability", prob, ":"):
+                bottom.plot(100 * x / x.mean(dtype=float) - 100, line, **style, label=f"{run.name}, {name}")
+        high, low = noise_floor(first.tokens_per_step, E, first.top_k[layer])
+        top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {first.name}")
+        top.axhline(100 * zipf_bound(first.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
+        top.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
+        top.set_yscale("symlog", linthresh=300, linscale=3)
+        bottom.set(xlabel="experts, sorted by load on held-out text", ylabel="% from a fair share")
+    top.legend(); bottom.legend()
     figure.suptitle("Zipf bound: if the router sees the token alone, one expert takes all of the commonest "
                     "token,\nand the most used is above this line.  Attention lets a router do better.", size=9)
     return figure
@@ -459,18 +446,16 @@ def export_command(args):
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
     if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
         raise InputError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
-    if to.exists():
-        raise InputError(f"{to} exists already: choose another --to")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as tmp:
-        made = Path(tmp) / to.name
-        made.mkdir()
-        hub.save_torch_state_dict(weights, made)
-        save_tokenizer(encoding, made, window)
-        (made / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
-        (made / "generation_config.json").write_text(json.dumps(special | {
+    to.mkdir(parents=True)
+    try:
+        hub.save_torch_state_dict(weights, to)
+        save_tokenizer(encoding, to, window)
+        (to / "generation_config.json").write_text(json.dumps(special | {
             "eos_token_id": [end, turn], "do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2))
-        os.rename(made, to)
+        (to / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
+    except BaseException:                                         # half a model is none
+        shutil.rmtree(to)
+        raise
     if model.config.gate == "softmax" and model.config.n_expert > 1:
         print("note: llama.cpp renormalises the gate softmax, a different model; --gate normalized is exact")
     print(f"{to}: {sum(t.numel() for t in weights.values()):,} parameters")
