@@ -31,7 +31,7 @@ import torch
 import data
 import parallel
 from data import InputError
-from model import Model, ModelConfig
+from model import ModelConfig
 from parallel import newest, read_settings, run_folder
 from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 
@@ -323,13 +323,12 @@ def describe_routing(run):
     """One run as text, at most 80 columns wide."""
     (L, E), sums, n = run.statistics.load.shape, run.statistics, len(run.tokens)
     high, low = noise_floor(n, E, run.top_k[0])
-    bound, most = zipf_bound(run.top_share, E, run.top_k[0]), sums.load[0].max() / sums.load[0].sum() * E - 1
-    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load of every expert on {n:,} tokens:",
+    lines = [f"{run.name}: held-out loss {run.loss:.4f}, load of every expert on {n:,} tokens",
              *draw_load(sums.load).splitlines(),
-             f"By chance alone, if experts were drawn by lot, layer 0 had max {high:+.0%} min {low:+.0%}."]
-    if 0 < bound <= most:
-        lines += [f"A router that sees the token alone has max {bound:+.0%} there or more: all of the",
-                  "commonest token go to the same experts."]
+             f"(experts drawn by lot: max {high:+.0%} min {low:+.0%} in layer 0, by chance alone)"]
+    bound = zipf_bound(run.top_share, E, run.top_k[0])
+    if 0 < bound <= sums.load[0].max() / sums.load[0].sum() * E - 1:          # attention may do better
+        lines.append(f"(a router that sees the token alone: max {bound:+.0%} or more, for the commonest)")
     lines += ["", "layer   K     LBL   top-1 p   entropy   routed by context"]
     lbl, words = load_balancing_loss(sums.load, sums.prob_sum, n), []
     for layer in range(L):
@@ -344,8 +343,8 @@ def describe_routing(run):
                 words.append(f"  expert {e:<3} {100 * total / n:4.1f} % " + "".join(
                     f" {run.encoding.decode([t])!r} {100 * c / total:.0f} %"
                     for c, t in zip(count.tolist(), token.tolist()) if c))
-    lines += ["Routed by context: tokens that leave the expert to which most of their id go.", *words]
-    return "\n".join(line[:80] for line in lines)
+    lines.append("(routed by context: not to the expert that most tokens of the same id go to)")
+    return "\n".join(line[:80] for line in lines + words)
 
 
 def count_ids(run, layer):
@@ -373,55 +372,59 @@ def draw_load(load, width=48):
 
 
 def draw_curves(Figure, runs):
-    """Load of the most and the least used expert over the steps, of all at the end beside their probability,
-    in layer 0 and in the last (arXiv 2512.16248, Figures 2 to 4)."""
-    figure, (first, (L, E)) = Figure(figsize=(11, 9), layout="constrained"), (runs[0], runs[0].statistics.load.shape)
+    """Load of the most and the least used expert over the steps; load and mean probability of all at the end
+    (arXiv 2512.16248, Figures 2 to 4)."""
+    figure, run = Figure(figsize=(11, 9), layout="constrained"), runs[0]
     for layer, (top, bottom) in zip((0, -1), figure.subplots(2, 2, sharey="row").T):
+        E = run.statistics.load.shape[1]
+        high, low = noise_floor(run.tokens_per_step, E, run.top_k[layer])
+        top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {run.name}")
+        top.axhline(100 * zipf_bound(run.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
         for color, run in enumerate(runs):
             load, order = run.statistics.load[layer].sort(descending=True)
-            prob = run.statistics.prob_sum[layer, order]
-            steps, style = [row["step"] for row in run.rows], {"color": f"C{color}", "lw": 1}
-            top.plot(steps, [100 * row["load_max"][layer] for row in run.rows], **style, label=f"{run.name}, most used expert")
-            top.plot(steps, [100 * row["load_min"][layer] for row in run.rows], "--", **style, label=f"{run.name}, least used expert")
-            for name, x, line in ("load", load, "-"), ("mean probability", prob, ":"):
-                bottom.plot(100 * x / x.mean(dtype=float) - 100, line, **style, label=f"{run.name}, {name}")
-        high, low = noise_floor(first.tokens_per_step, E, first.top_k[layer])
-        top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {first.name}")
-        top.axhline(100 * zipf_bound(first.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
-        top.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
+            for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
+                top.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
+                         style, color=f"C{color}", lw=1, label=f"{run.name}, {name} used expert")
+            for name, y, style in ("load", load, "-"), ("p", run.statistics.prob_sum[layer, order], ":"):
+                bottom.plot(100 * y / y.mean(dtype=float) - 100, style, color=f"C{color}", lw=1,
+                            label=f"{run.name}, {name}")
+        run = runs[0]
+        top.set(title=f"layer {layer % len(run.top_k)}", xlabel="step", ylabel="load, % from a fair share")
         top.set_yscale("symlog", linthresh=300, linscale=3)
         bottom.set(xlabel="experts, sorted by load on held-out text", ylabel="% from a fair share")
-    top.legend(); bottom.legend()
-    figure.suptitle("Zipf bound: if the router sees the token alone, one expert takes all of the commonest "
-                    "token,\nand the most used is above this line.  Attention lets a router do better.", size=9)
+        for axis in (top, bottom):
+            axis.legend(loc="upper right", fontsize=8)
+    figure.suptitle("Zipf bound: if routers see the token alone, one expert takes all of the commonest token,"
+                    "\nand the most used is above this line.  With attention they can do better.", size=10)
     return figure
 
 
 def draw_tokens(Figure, runs, rows=30, columns=64):
-    """A page of held-out text in which each token has the color of its expert, the best of K.
+    """A page of held-out text in which each token has the colour of its expert, the best of K.
 
-    Experts of about the same load have one hue, in three tints; the color-blind tell yellow from blue."""
+    Hue goes by load, from yellow to blue, which the colour-blind tell apart; next in rank is another tint."""
     plasma = import_extra("matplotlib", "plot").colormaps["plasma"]
     figure = Figure(figsize=(13, 6.2 * len(runs) + 0.5), layout="constrained")
     for axes, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
         for axis, layer in zip(axes, (0, -1)):
-            rank, x, y = run.statistics.load[layer].argsort(descending=True).argsort().tolist(), 0, 0
+            rank, x, y = run.statistics.load[layer].argsort(descending=True).argsort().numpy(), 0, 0
+            tint = np.take([0.6, 0.45, 0.3], rank % 3)[:, None]
+            colors = 1 - tint * (1 - plasma(0.9 - 0.8 * rank / len(rank))[:, :3])
             for token, expert in zip(run.tokens[:rows * columns].tolist(), run.experts[layer].tolist()):
-                hue = np.array(plasma(0.9 - 0.8 * rank[expert] / len(rank))[:3])
-                box = {"facecolor": 1 - (0.6, 0.45, 0.3)[rank[expert] % 3] * (1 - hue), "lw": 0, "pad": 1}
                 text = run.encoding.decode([token]).translate({32: "·", 9: "→", 10: "↵\n"})
                 for piece in text.splitlines(keepends=True):
-                    if x + len(piece) > columns:
+                    if x + len(piece.rstrip()) > columns:
                         x, y = 0, y + 1
                     if y < rows:
-                        axis.text(x, y, piece.rstrip(), family="DejaVu Sans Mono", size=11.5, va="center", bbox=box,
-                                  parse_math=False, in_layout=False)
+                        axis.text(x, y, piece.rstrip(), family="DejaVu Sans Mono", size=11.8, in_layout=False,
+                                  bbox={"fc": colors[expert], "lw": 0, "pad": 0.6}, parse_math=False)
                     x, y = (0, y + 1) if piece.endswith("\n") else (x + len(piece), y)
-            axis.set(xlim=(0, columns), ylim=(rows, -1), title=f"{run.name}, layer {layer % len(run.top_k)}: "
-                     f"{count_ids(run, layer)[1]:.0f} % routed by context")
+            axis.set(xlim=(0, columns), ylim=(rows, -1))
+            axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: {count_ids(run, layer)[1]:.0f} % "
+                           "routed by context")
             axis.set_axis_off()
-    figure.supxlabel("A token's color is its expert: from yellow, the most used, to blue, the least, in three "
-                     "tints.  · is a space, ↵ a new line.\nRouted by context: not to the expert of most tokens of this id.", size=10)
+    figure.supxlabel("Colour: the token's expert; yellow most used, blue least.   · space, ↵ new line."
+                     "\nRouted by context: not to the expert that most tokens of the same id go to.", size=10)
     return figure
 
 
@@ -484,7 +487,7 @@ def load_hf_weights(folder):
     try:
         return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     except Exception as error:                                    # SafetensorError is an Exception of its own
-        raise InputError(f"weights of {folder} are missing or corrupt ({error!r}); only safetensors are read") from None
+        raise InputError(f"{folder} has missing or corrupt safetensors ({error!r})") from None
 
 
 HF_SIZES = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
@@ -522,8 +525,8 @@ def read_hf_config(folder):
     def convert(saved):
         saved = {"num_experts": saved.get("num_local_experts")} | saved        # its name since transformers 5
         rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-        plain = HF_FIXED | {"quantization_config": None}
-        wrong = [f"{name} {saved[name]!r}" for name, value in plain.items() if saved.get(name, value) != value]
+        wrong = [f"{name} {saved[name]!r}" for name, value in [*HF_FIXED.items(), ("quantization_config", None)]
+                 if saved.get(name, value) != value]
         if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
         return ModelConfig(**{ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()},

@@ -906,9 +906,9 @@ def report(run, seconds):
         prompt = [corpus.encoding.encode_single_token("<|endoftext|>")]
         with torch.compiler.set_stance("force_eager"):            # a compilation takes longer than a sample
             texts = evaluation.generate_text(
-                run.model, corpus.encoding, [prompt], min(s.sample_tokens, s.seq_len),
+                run.model, corpus.encoding, prompt, min(s.sample_tokens, s.seq_len),
                 top_k_at(run.step - 1, s, run.config))
-            print("\nsample:\n" + "".join(piece for piece, in texts))
+            print("\nsample:\n" + "".join(texts))
     print(f"\n{run.step} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.step}; try next\n"
           f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"
           f"  python eval.py {'chat' if chats else 'sample'} --ckpt {s.out}")

@@ -81,11 +81,6 @@ def test_dropout_is_drawn_by_the_step_and_not_at_all_in_validation(corpus, tmp_p
     assert twice[0] == twice[1] == pytest.approx(rows(tmp_path / "whole")[-1]["val_loss"], rel=1e-6)
 
 
-def test_likeliest_tokens_and_experts_are_not_mixed_up():
-    with pytest.raises(TypeError, match="experts per token are k_per_layer here"):
-        evaluation.generate(Model(small()), torch.zeros(1, 1, dtype=torch.int64), 1, top_k=5)
-
-
 class ScaleBlock(Block):
     """A fork with a parameter more."""
 

@@ -444,10 +444,10 @@ def test_answers_are_what_the_model_continues_the_conversation_with(tuned, monke
 def test_ctrl_c_stops_the_answer_and_not_the_program(tuned, monkeypatch, capsys):
     real, seen = evaluation.generate_text, []
 
-    def interrupted(model, encoding, rows, *args):
-        seen.append(encoding.decode(rows[0]))
-        for i, pieces in enumerate(real(model, encoding, rows, *args)):
-            yield pieces
+    def interrupted(model, encoding, tokens, *args, **kwargs):
+        seen.append(encoding.decode(tokens))
+        for i, piece in enumerate(real(model, encoding, tokens, *args, **kwargs)):
+            yield piece
             if i == 1:
                 os.kill(os.getpid(), signal.SIGINT)
     monkeypatch.setattr(evaluation, "generate_text", interrupted)

@@ -100,24 +100,13 @@ def test_sample_command_writes_the_prompt_and_more(finished, capsys):
 
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|end|>"])
 def test_a_text_ends_where_the_model_ends_it(end, monkeypatch):
-    """In a batch, too: rows after their end are empty; other special tokens and unused ids are no text."""
-    encoding = data.build_encoding("bytes", 0, ())
-    model, text = Model(small(vocab_size=264)), [*b"ab", 257, 263, 0xC3, 0xA9]
-    text.append(encoding.encode_single_token(end))
-
-    def scripted(model, tokens, at, cache, top_k):
-        """Continues by the script, a row per prompt; the second never ends."""
-        step = int(at[0]) - 1
-        return F.one_hot(torch.tensor([(text + [99] * 9)[step], 120]), 264)[:len(tokens)].float()
-    monkeypatch.setattr(evaluation, "decode", scripted)
-    model.head = torch.nn.Identity()
-    model.features = lambda tokens, *args, **kwargs: (F.one_hot(
-        torch.tensor([[[text[0]]], [[120]]])[:len(tokens)].expand(-1, tokens.shape[1], 1).squeeze(-1),
-        264).float(), None)
-    both = list(evaluation.generate_text(model, encoding, [[0, 1], [0, 1]], 12, 1, temperature=0))
-    assert ["".join(pieces) for pieces in zip(*both)] == ["abé", "x" * 12]
-    alone = list(evaluation.generate_text(model, encoding, [[0, 1]], 12, 1, temperature=0))
-    assert len(alone) == len(text) + 1 and "".join(piece for piece, in alone) == "abé"
+    """A character may be cut in two; other special tokens and unused ids are no text."""
+    encoding, at = data.build_encoding("bytes", 0, ()), iter(range(99))
+    model = Model(small(vocab_size=264))
+    text = [*b"ab", 257, 263, 0xC3, 0xA9, encoding.encode_single_token(end), 99]
+    monkeypatch.setattr(evaluation, "sample", lambda *args: torch.tensor([text[next(at)]]))
+    assert list(evaluation.generate_text(model, encoding, [0, 1], 12, 1)) == [*"ab", "", "", "", "é", ""]
+    assert next(at) == 7                                          # nothing was drawn after its end
 
 
 def test_load_drawing_fits_80_columns_and_shows_every_expert():
@@ -164,7 +153,7 @@ def test_held_out_routing_equals_routing_one_window_at_a_time(switched, corpus, 
 
 
 def test_the_report_counts_tokens_and_context(switched):
-    """Of ids seen more than once, the share that is not with most of its id."""
+    """Of ids seen more than once, the share that is not with most of its id; the bound where it is one."""
     run = evaluation.route_held_out(switched)
     run.tokens = torch.tensor([97, 97, 97, 97, 98, 98, 99, 100])
     run.experts = torch.tensor([[5, 5, 5, 3, 3, 3, 1, 0], [2] * 8])
@@ -173,7 +162,11 @@ def test_the_report_counts_tokens_and_context(switched):
     assert [line.split()[-2] for line in table] == ["17", "0"]
     names = [repr(run.encoding.decode([token])) for token in (97, 98)]
     assert f"  expert 3   37.5 %  {names[1]} 67 % {names[0]} 33 %" in lines
-    assert f"  expert 5   37.5 %  {names[0]} 100 %" in lines
+    assert f"  expert 5   37.5 %  {names[0]} 100 %" in lines and max(map(len, lines)) <= 80
+    most = 6 * run.statistics.load[0].max().item() / run.statistics.load[0].sum().item() - 1
+    for beyond, said in (-0.01, True), (0.01, False):             # a load below it disproves its premise
+        run.top_share = (most + beyond + 1) / 6
+        assert (f"token alone: max {most + beyond:+.0%} or" in evaluation.describe_routing(run)) == said
 
 
 def test_routing_command_reports_and_draws_every_run(switched, finished, corpus, tmp_path, capsys):
@@ -185,24 +178,33 @@ def test_routing_command_reports_and_draws_every_run(switched, finished, corpus,
     out = capsys.readouterr().out
     for part in ("/switched: held-out", "/finished: held-out", "layer 1, its three", "max    +0% min   +0%"):
         assert part in out
+    assert max(len(line) for line in out.splitlines() if "drawn" not in line) <= 80
     pictures = sorted((tmp_path / "pictures").iterdir())
-    assert [p.name for p in pictures] == ["deviation.png", "gate.png", "load.png"]
+    assert [p.name for p in pictures] == ["load.png", "tokens.png"]
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in pictures)
 
 
-def test_pictures_show_what_was_logged(switched, finished):
-    """The lines of the deviation and of the loss are the numbers of the log; f and p those of the text."""
+def test_pictures_show_what_was_logged_and_routed(switched, finished):
+    """Curves are the numbers of the log and of the held-out text; a token has the colour of its expert."""
     Figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot").Figure
     runs = [evaluation.route_held_out(switched), evaluation.route_held_out(finished)]
-    log = evaluation.read_log(switched)[1:]
-    left = evaluation.draw_deviation(Figure, runs).axes[0]
-    for line, name in zip(left.lines, ("load_max", "load_min")):
-        assert list(line.get_ydata()) == [100 * row[name][0] for row in log]
-    heat = evaluation.draw_load_map(Figure, runs).axes[0].images[0].get_array()
-    load = runs[0].statistics.load
-    np.testing.assert_allclose(heat, 6 * load / load.sum(-1, keepdim=True), rtol=1e-6)
-    gate = evaluation.draw_gate(Figure, runs).axes[1]             # the last layer of the first run
-    f, p = (line.get_ydata() for line in gate.lines[:2])
-    assert sum(f) == pytest.approx(1) and sum(p) == pytest.approx(1, rel=1e-5)
-    assert 6 * sum(f * p) == pytest.approx(float(gate.get_title().split()[-1]), abs=0.01)
-
+    log, sums = evaluation.read_log(switched)[1:], runs[0].statistics
+    axes = evaluation.draw_curves(Figure, runs).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in [*axes[0].lines, *axes[3].lines]}
+    for name, side in ("most", "load_max"), ("least", "load_min"):
+        assert lines[f"{runs[0].name}, {name} used expert"] == [100 * row[side][0] for row in log]
+    load, order = sums.load[1].sort(descending=True)
+    for name, x in ("load", load), ("p", sums.prob_sum[1, order]):
+        assert lines[f"{runs[0].name}, {name}"] == pytest.approx(100 * (x / x.double().mean() - 1), abs=1e-3)
+    page = evaluation.draw_tokens(Figure, runs[:1], rows=9, columns=30)
+    want = runs[0].encoding.decode(runs[0].tokens[:60].tolist()).replace(" ", "·").replace("\n", "↵")
+    for layer, axis in enumerate(page.axes):
+        text, colors = "".join(t.get_text() for t in axis.texts), {}
+        assert text.startswith(want[:60]) and max(t.get_position()[1] for t in axis.texts) == 8
+        n = 0
+        for token, expert in zip(runs[0].tokens.tolist(), runs[0].experts[layer].tolist()):
+            if n == len(axis.texts) or "\n" in runs[0].encoding.decode([token]):
+                break                                             # a token of more than one piece
+            colors.setdefault(expert, set()).add(axis.texts[n].get_bbox_patch().get_facecolor())
+            n += 1
+        assert n > 9 and len(set.union(*colors.values())) == len(colors) > 1

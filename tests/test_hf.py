@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import parallel
 import train
-from eval import from_hf_config, hf_config
+from eval import hf_config, read_hf_config
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("safetensors", reason="needs the extra hf")
@@ -147,7 +147,7 @@ def test_a_field_that_a_fork_added_is_not_dropped(monkeypatch):
 
 @pytest.mark.parametrize("more, message", [
     (["--gate", "sigmoid"], "not sigmoid and [1, 1]"), (["--balance", "loss-free"], "no selection biases"),
-    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "exists already")])
+    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "File exists")])
 def test_what_cannot_be_exported_is_said(corpus, tmp_path, refused, more, message):
     """Before anything is written; nothing is overwritten."""
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])
@@ -202,7 +202,7 @@ def cut(folder):
     (change(num_hidden_layers=3), "needs [('model.layers.2."),
     (change(num_hidden_layers=1), "not [('model.layers.1."),
     (change(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))"),
-    (cut, "model.safetensors is missing or corrupt"),
+    (cut, "has missing or corrupt safetensors"),
     (lambda folder: evaluation.save_tokenizer(data.build_encoding("bytes"), folder, 64), "is not that of"),
     (lambda folder: (folder / "config.json").unlink(), "is not of a directory of this train.py")])
 def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, message):
@@ -212,9 +212,10 @@ def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, m
     refused(train.main, ["--data", corpus, "--out", tmp_path / "new", "--init_from", folder, *SHORT], message)
 
 
-def test_a_config_survives_the_round_trip():
+def test_a_config_survives_the_round_trip(tmp_path):
     config = small(gate="normalized", rope_base=123.0, norm_eps=1e-5, top_k=2)
-    assert type(config)(**from_hf_config(hf_config(config))) == config
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
+    assert read_hf_config(tmp_path) == config
     assert transformers.Qwen3MoeConfig(**hf_config(config)).num_experts_per_tok == 2
 
 
@@ -280,7 +281,7 @@ def test_tokens_keep_their_numbers_wherever_special_tokens_are(tokenizers, tmp_p
         numbers = torch.arange(found.n_vocab)[:, None]            # a model writes any, used or not
         monkeypatch.setattr(evaluation, "stream", lambda *args, numbers=numbers: numbers)
         model = SimpleNamespace(embed=torch.nn.Embedding(1, 1))
-        assert " a" in "".join(piece for piece, in evaluation.generate_text(model, found, [[0]], 1, None))
+        assert " a" in "".join(evaluation.generate_text(model, found, [0], 1, None))
 
 
 # --- lm-evaluation-harness --------------------------------------------------------------------------------
