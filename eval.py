@@ -399,18 +399,18 @@ def draw_curves(Figure, runs):
     return figure
 
 
-def draw_tokens(Figure, runs, rows=30, columns=64):
-    """A page of held-out text in which each token has the colour of its expert, the best of K.
+def draw_tokens(Figure, runs, n=400, rows=40, columns=64):
+    """A page of held-out text, at most n tokens, each in the colour of its expert, the best of K.
 
     Hue goes by load, from yellow to blue, which the colour-blind tell apart; next in rank is another tint."""
     plasma = import_extra("matplotlib", "plot").colormaps["plasma"]
-    figure = Figure(figsize=(13, 6.2 * len(runs) + 0.5), layout="constrained")
+    figure = Figure(figsize=(13, 8.2 * len(runs) + 0.5), layout="constrained")
     for axes, run in zip(figure.subplots(len(runs), 2, squeeze=False), runs):
         for axis, layer in zip(axes, (0, -1)):
             rank, x, y = run.statistics.load[layer].argsort(descending=True).argsort().numpy(), 0, 0
             tint = np.take([0.6, 0.45, 0.3], rank % 3)[:, None]
             colors = 1 - tint * (1 - plasma(0.9 - 0.8 * rank / len(rank))[:, :3])
-            for token, expert in zip(run.tokens[:rows * columns].tolist(), run.experts[layer].tolist()):
+            for token, expert in zip(run.tokens[:n].tolist(), run.experts[layer].tolist()):
                 text = run.encoding.decode([token]).translate({32: "·", 9: "→", 10: "↵\n"})
                 for piece in text.splitlines(keepends=True):
                     if x + len(piece.rstrip()) > columns:
@@ -525,8 +525,8 @@ def read_hf_config(folder):
     def convert(saved):
         saved = {"num_experts": saved.get("num_local_experts")} | saved        # its name since transformers 5
         rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-        wrong = [f"{name} {saved[name]!r}" for name, value in [*HF_FIXED.items(), ("quantization_config", None)]
-                 if saved.get(name, value) != value]
+        plain = HF_FIXED | {"quantization_config": None}
+        wrong = [f"{name} {saved[name]!r}" for name, want in plain.items() if saved.get(name, want) != want]
         if wrong or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"only a plain Qwen3-MoE can be read, not one with {', '.join(wrong) or rope}")
         return ModelConfig(**{ours: saved.get(theirs) for ours, theirs in HF_SIZES.items()},
