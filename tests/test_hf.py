@@ -123,6 +123,23 @@ def test_the_chat_template(tokenizers):
 
 
 @torch.no_grad()
+def test_mlx_computes_the_same_log_probabilities_and_text(exported):
+    """An engine with code of its own, on the CPU."""
+    mx = pytest.importorskip("mlx.core", reason="needs mlx[cpu] and mlx-lm")
+    load = pytest.importorskip("mlx_lm.utils", reason="needs mlx[cpu] and mlx-lm").load_model
+    run, folder = exported
+    mx.set_default_device(mx.cpu)
+    ours, _, top_k = evaluation.load_run(run)
+    theirs, _ = load(folder)
+    tokens = torch.randint(0, 300, (4, 12))
+    text = evaluation.generate(ours, tokens, 24, temperature=0, k_per_layer=top_k)
+    logits = theirs(mx.array(text.numpy()))
+    found, want = torch.tensor(logits.tolist()).log_softmax(-1), ours(text, top_k=top_k).log_softmax(-1)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    assert torch.equal(found[:, 11:-1].argmax(-1), text[:, 12:])
+
+
+@torch.no_grad()
 def test_a_batch_of_prompts_of_different_lengths_goes_on_as_each_alone(exported):
     _, folder = exported
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
