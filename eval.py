@@ -53,11 +53,12 @@ def load_run(ckpt, device="cpu", folder=None):
 
 
 def read_log(out):
-    """log.jsonl of a run: header, logged steps; not where it was resumed.  What was not finite is None."""
+    """log.jsonl of a run: the header, then the logged steps.  A number that was not finite is None."""
     lines = []
     for line in (run_folder(out) / "log.jsonl").read_bytes().splitlines():
         with suppress(ValueError, RecursionError):                # a crash may cut the last one
             lines.append(json.loads(line))
+    # not the lines that say where it was resumed
     return [row for row in lines if isinstance(row, dict) and ("settings" in row or "load_max" in row)]
 
 
@@ -117,10 +118,12 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
                 raise InputError(f"top_k must be from 1 to {model.config.n_expert}, got {k}")
             loss, _, windows = validate(model, val, k, device)
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
-    targets = val.tokens[val.target_positions(windows)]
-    counts = 1 + np.bincount(train[:20_000_000], minlength=encoding.n_vocab)   # none is impossible
+    positions = val.target_positions(windows)
+    positions = positions[positions > 1]                          # a trigram needs two tokens
+    prob = trigram(train, val.tokens, encoding.n_vocab)[positions - 2]
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
-            ("unigram", -np.log(counts / counts.sum())[targets].mean().item()), *losses]
+            ("interpolated trigram", float(-np.log(prob).mean())), *losses]
+    targets = val.tokens[positions]
     text = targets[targets < encoding.n_vocab - len(data.SPECIAL)]       # special tokens stand for no bytes
     per_byte = len(targets) / len(encoding.decode_bytes(text.tolist())) / math.log(2)
     return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
@@ -132,6 +135,29 @@ def loss_command(args):
     print(f"{n:,} held-out tokens of {folder}\n{'':32} nats/token perplexity bits/byte")
     for name, loss, perplexity, bits in rows:
         print(f"{name[-32:]:32} {loss:10.4f} {perplexity:10.1f} {bits:9.4f}")
+
+
+def trigram(train, text, V, limit=20_000_000):
+    """Probabilities of text[2:] under an interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24) of
+    the tokens in train: a baseline without a network.
+
+    p(c|ab) = max(n(abc) - d, 0) / n(ab) + d N(ab) / n(ab) * p(c|b), where N counts distinct successors;
+    p(c|b) is the same with every count replaced by the number of distinct tokens before it; p(c) likewise,
+    and below it the uniform 1/V.  d = n1 / (n1 + 2 n2), from how many n-grams occur once and twice."""
+    t, text = (np.asarray(tokens).astype(np.int64) for tokens in (train[:limit], text))
+    three = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
+    two = np.unique(three[0] % (V * V), return_counts=True)       # how many a precede each bc
+    one = np.unique(two[0] % V, return_counts=True)
+    p, pairs = 1 / V, text[1:-1] * V + text[2:]
+    for (grams, counts), asked in (one, text[2:]), (two, pairs), (three, text[:-2] * V * V + pairs):
+        once, twice = max(1, (counts == 1).sum()), (counts == 2).sum()         # 0 would rule out what is new
+        d = once / (once + 2 * twice)
+        below, context = np.append(0, counts.cumsum()), asked // V * V         # counts before each gram
+        # grams are sorted: those that begin as the asked one does lie between first and last
+        first, at, after, last = np.searchsorted(grams, [context, asked, asked + 1, context + V])
+        n, n_context, distinct = below[after] - below[at], below[last] - below[first], last - first
+        p = np.where(n_context, (np.maximum(n - d, 0) + d * distinct * p) / np.maximum(n_context, 1), p)
+    return p
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -288,7 +314,8 @@ def routing_command(args):
         Path(args.png).mkdir(parents=True, exist_ok=True)
     runs = [route_held_out(ckpt, args.data, args.device) for ckpt in args.runs]
     print(*map(describe_routing, runs), sep="\n\n")
-    for name, draw in (("load", draw_curves), ("tokens", draw_tokens)) if args.png else ():
+    pictures = {"load": draw_curves, "tokens": draw_tokens}
+    for name, draw in pictures.items() if args.png else ():
         draw(Figure, runs).savefig(Path(args.png) / f"{name}.png", dpi=120)
         print(f"drawn: {args.png}/{name}.png")
 
@@ -330,12 +357,15 @@ def count_ids(run, layer):
     return counts.view(-1, E), 100 - 100 * often.amax(-1).sum() / often.sum()
 
 
+BARS = " ▁▂▃▄▅▆▇█"
+
+
 def draw_load(load, width=48):
     """Text, 80 columns wide: for each layer a bar per expert; half height is the uniform share, full is twice
     it or more, a blank is an expert without a token.  load [L, E] counts."""
     lines = []
     for layer, row in enumerate((load / load.sum(-1, keepdim=True) * load.shape[-1]).tolist()):
-        bars = "".join(" ▁▂▃▄▅▆▇█"[0 if x == 0 else min(8, max(1, round(4 * x)))] for x in row)
+        bars = "".join(BARS[0 if x == 0 else min(8, max(1, round(4 * x)))] for x in row)
         lines.append(f"layer {layer:<3}{bars[:width]:{width}} max {100 * max(row) - 100:+5.0f}% "
                      f"min {100 * min(row) - 100:+4.0f}%")
         lines += [f"         {bars[i:i + width]}" for i in range(width, len(bars), width)]
@@ -345,12 +375,12 @@ def draw_load(load, width=48):
 def draw_curves(Figure, runs):
     """Load of the most and the least used expert over the steps; load and mean probability of all at the end
     (arXiv 2512.16248, Figures 2 to 4)."""
-    figure, first = Figure(figsize=(11, 9), layout="constrained"), runs[0]
-    L, E = first.statistics.load.shape
+    figure, run = Figure(figsize=(11, 9), layout="constrained"), runs[0]
     for layer, (top, bottom) in zip((0, -1), figure.subplots(2, 2, sharey="row").T):
-        high, low = noise_floor(first.tokens_per_step, E, first.top_k[layer])
-        top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {first.name}")
-        top.axhline(100 * zipf_bound(first.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
+        E = run.statistics.load.shape[1]
+        high, low = noise_floor(run.tokens_per_step, E, run.top_k[layer])
+        top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {run.name}")
+        top.axhline(100 * zipf_bound(run.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
         for color, run in enumerate(runs):
             load, order = run.statistics.load[layer].sort(descending=True)
             for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
@@ -359,7 +389,8 @@ def draw_curves(Figure, runs):
             for name, y, style in ("load", load, "-"), ("p", run.statistics.prob_sum[layer, order], ":"):
                 bottom.plot(100 * y / y.mean(dtype=float) - 100, style, color=f"C{color}", lw=1,
                             label=f"{run.name}, {name}")
-        top.set(title=f"layer {layer % L}", xlabel="step", ylabel="load, % from a fair share")
+        run = runs[0]
+        top.set(title=f"layer {layer % len(run.top_k)}", xlabel="step", ylabel="load, % from a fair share")
         top.set_yscale("symlog", linthresh=300, linscale=3)
         bottom.set(xlabel="experts, sorted by load on held-out text", ylabel="% from a fair share")
         for axis in (top, bottom):
@@ -389,8 +420,9 @@ def draw_tokens(Figure, runs, n=400, rows=40, columns=64):
                         axis.text(x, y, piece.rstrip(), family="DejaVu Sans Mono", size=11.8, in_layout=False,
                                   bbox={"fc": colors[expert], "lw": 0, "pad": 0.6}, parse_math=False)
                     x, y = (0, y + 1) if piece.endswith("\n") else (x + len(piece), y)
-            axis.set(xlim=(0, columns), ylim=(rows, -1), title=f"{run.name}, layer {layer % len(run.top_k)}: "
-                     f"{count_ids(run, layer)[1]:.0f} % routed by context")
+            axis.set(xlim=(0, columns), ylim=(rows, -1))
+            axis.set_title(f"{run.name}, layer {layer % len(run.top_k)}: {count_ids(run, layer)[1]:.0f} % "
+                           "routed by context")
             axis.set_axis_off()
     figure.supxlabel("Colour: the token's expert; yellow most used, blue least.   · space, ↵ new line."
                      "\nRouted by context: not to the expert that most tokens of the same id go to.", size=10)
@@ -411,8 +443,9 @@ def export_command(args):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
     hub, to = import_extra("huggingface_hub", "hf"), Path(args.to)
     model, saved, top_k = load_run(args.ckpt)
-    encoding, window = data.load_encoding(run_folder(args.ckpt)), saved["settings"]["seq_len"]
-    config = hf_config(replace(model.config, max_seq_len=window), top_k)       # no more than was trained
+    window = saved["settings"]["seq_len"]                         # what was trained: max_seq_len may be more
+    encoding = data.load_encoding(run_folder(args.ckpt))
+    config = hf_config(replace(model.config, max_seq_len=window), top_k)
     end, turn = (encoding.encode_single_token(token) for token in ("<|endoftext|>", "<|end|>"))
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
     if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
@@ -475,9 +508,10 @@ HF_NAMES = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.n
 def hf_config(config, top_k=None):
     """config.json of transformers' Qwen3MoeForCausalLM.  InputError for what that model does not have."""
     top_k = config.layer_top_k(top_k)
-    for f in fields(config):
-        if f.name not in {*HF_SIZES, "gate", "rope_base"} and getattr(config, f.name) != f.default:
-            raise InputError(f"Qwen3-MoE has no place for {f.name} {getattr(config, f.name)}")
+    known = {*HF_SIZES, "gate", "rope_base"}
+    for field in (field for field in fields(config) if field.name not in known):
+        if getattr(config, field.name) != field.default:
+            raise InputError(f"Qwen3-MoE has no place for {field.name} {getattr(config, field.name)}")
     if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
         raise InputError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
                          f"{config.gate} and {top_k}")

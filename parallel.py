@@ -22,6 +22,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -113,10 +114,23 @@ def on_rank_0(layout, work):
     return gather(layout, on_all_ranks(layout, work if layout.rank == 0 else lambda: None))[0]
 
 
+def check_shared(layout, out):
+    """InputError on rank 0 if a rank does not see what that writes into a run directory; the others end."""
+    probe = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
+    seen = gather(layout, os.path.isdir(probe))
+
+    def answer():
+        os.rmdir(probe)
+        if not all(seen):
+            raise InputError(f"not all nodes see {out}: --out must lie on a file system that they share")
+    on_rank_0(layout, answer)
+
+
 def check_layout(world, ep, replicate, n_expert, device):
     """InputError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
+        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes, "
+                         f"{world}: choose other --ep and --replicate")
     if n_expert % ep:
         raise InputError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -473,9 +487,6 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
         manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
         for sums in sums_of_ranks:
             manifest |= sums
-        for name, file in manifest.items():
-            if not (tmp / name).exists() or os.path.getsize(tmp / name) != file["bytes"]:
-                raise OSError(f"rank 0 does not see {name}: --out must lie on a file system that all share")
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for written in (tmp / "meta.json", tmp / "manifest.json", tmp):   # torch has synced the rest
             fsync(written)

@@ -101,6 +101,7 @@ def main(argv=None):
                                                 s.weight_decay, s.momentum)
             run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
             parallel.on_rank_0(layout, lambda: open_log(run, plan, stack))
+            parallel.check_shared(layout, s.out)
             load(run, plan)
             parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
             with Stop() as stop:
@@ -599,7 +600,7 @@ def inherited_values(source, typed):
         if typed.get(name, values[name]) != values[name]:
             raise InputError(f"{name} ({typed[name]}) must be that of {source}, {values[name]}")
     values["max_seq_len"] = max(typed.get("seq_len", 0), values["max_seq_len"])
-    return values
+    return values | {"ep": 1, "replicate": 1}                     # what fits the processes of this run
 
 
 # --- opening a run ----------------------------------------------------------------------------------------

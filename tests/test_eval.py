@@ -1,6 +1,7 @@
 """Validation, baselines, text, routing and its pictures."""
 
 import math
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -26,6 +27,43 @@ def test_validation_is_cross_entropy_over_all_windows():
     assert evaluation.validate(model, data.Sampler(tokens, 16, 0), 1, limit=50)[2].tolist() == [0, 4, 9]
 
 
+def slow_kneser_ney(tokens, V):
+    """Chen and Goodman's interpolated Kneser-Ney with dictionaries."""
+    three = Counter(zip(tokens, tokens[1:], tokens[2:]))
+    two = Counter(gram[1:] for gram in three)
+    one = Counter(gram[1:] for gram in two)
+
+    def table(grams):
+        ones, twos = sum(n == 1 for n in grams.values()), sum(n == 2 for n in grams.values())
+        total, distinct = defaultdict(int), defaultdict(int)
+        for gram, n in grams.items():
+            total[gram[:-1]] += n
+            distinct[gram[:-1]] += 1
+        return grams, ones / max(1, ones + 2 * twos), total, distinct
+    tables = [table(one), table(two), table(three)]
+
+    def prob(a, b, c):
+        p = 1 / V
+        for (grams, d, total, distinct), gram in zip(tables, [(c,), (b, c), (a, b, c)]):
+            n = total[gram[:-1]]
+            if n:
+                p = (max(grams.get(gram, 0) - d, 0) + d * distinct[gram[:-1]] * p) / n
+        return p
+    return prob
+
+
+def test_trigram_equals_its_definition():
+    rng = np.random.default_rng(1)
+    tokens = (rng.integers(0, 6, 400) * rng.integers(0, 2, 400)).tolist()
+    asked = rng.integers(0, 9, 300)                               # tokens that were never seen, too
+    train, slow = np.array(tokens, np.uint16), slow_kneser_ney(tokens, 9)
+    want = [slow(*asked[i:i + 3].tolist()) for i in range(298)]
+    np.testing.assert_allclose(evaluation.trigram(train, asked, 9), want, rtol=1e-12)
+    for context in ([0, 0], [3, 5], [8, 8]):
+        total = sum(evaluation.trigram(train, np.array([*context, c]), 9)[0] for c in range(9))
+        assert total == pytest.approx(1.0, rel=1e-12)
+
+
 def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_path, capsys):
     """A run's row is the last validation of its log; bits per byte is the loss over the bytes of the text."""
     dense = tmp_path / "dense"
@@ -33,16 +71,14 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     capsys.readouterr()
     evaluation.main(["loss", "--ckpt", str(finished), str(dense)])
     rows = {line[:32].strip(): line.split() for line in capsys.readouterr().out.splitlines()[2:]}
-    assert len(rows) == 4 and "unigram" in rows
+    assert len(rows) == 4 and "interpolated trigram" in rows
     assert float(rows["uniform over the vocabulary"][-3]) == pytest.approx(math.log(300), abs=1e-3)
     val, encoding = np.array(data.load_tokens(corpus / "val.bin")), data.load_encoding(corpus)
-    text = val[1:(len(val) - 1) // 16 * 16 + 1]
+    text = val[2:(len(val) - 1) // 16 * 16 + 1]
     n_bytes = len(encoding.decode_bytes(text[text < 295].tolist()))
     table, n, _ = evaluation.compare_losses([finished])
     last = [r["val_loss"] for r in evaluation.read_log(finished)[1:] if "val_loss" in r][-1]
     assert table[2][1] == pytest.approx(last, rel=1e-6) and n == len(text)
-    seen = np.bincount(data.load_tokens(corpus / "train.bin"), minlength=300) + 1
-    assert table[1][1] == pytest.approx(np.log(seen.sum()) - np.log(seen[text]).mean(), rel=1e-6)
     assert table[2][3] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
 
 
