@@ -2,7 +2,8 @@
 
     python data.py                                        Python's standard library -> data/stdlib
     python data.py --source installed                     and all installed packages -> data/installed
-    python data.py --source my_folder --name mine         .txt, .md, .py, .jsonl, .jsonl.gz (field "text")
+    python data.py --source my_folder --name mine         its text, JSON lines and parquet files
+    python data.py --source train.bin --tokenizer gpt2 --name other     tokens of nanoGPT or modded-nanogpt
     python data.py --chats --source chats.jsonl --tokenizer out/laptop --name chats       conversations
 
 A prepared folder holds train.bin and val.bin (a header, then the tokens of all documents, each preceded by
@@ -17,6 +18,8 @@ import functools
 import gzip
 import hashlib
 import heapq
+import importlib.util
+import io
 import itertools
 import json
 import os
@@ -26,7 +29,8 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -37,27 +41,30 @@ import torch
 from tqdm import tqdm
 
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
-TEXT_SUFFIXES, CHAT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz"), (".jsonl", ".jsonl.gz", ".json")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")                  # .json: chats only
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, as offsets from the vocabulary's size
 BLOCK = 1 << 18                    # characters encoded at a time; tiktoken overflows at 2 ** 19 spaces
 BPE_CHARS = 16 << 20               # characters that a tokenizer is trained on
 HEADER, MAGIC, VERSION = 1024, 0x414D474953, 1             # "SIGMA"
+LLM_C_MAGIC = 20240520             # of token files of llm.c and modded-nanogpt
 
 # GPT-2's split of text into words, and ours, with digits in groups of three
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
 
 
-def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=False):
+def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=False, field="text"):
     """Prepare a folder unless it is there, and say what it holds -> its meta.json.  vocab_size: of bpe,
     default 2,048, for "installed" 8,192.  InputError if the folder was made from something else."""
     out = Path(out)
-    if vocab_size and tokenizer != "bpe":
-        raise InputError(f"vocab_size is for the tokenizer bpe; {tokenizer} has its own")
+    if vocab_size and tokenizer != "bpe" or chats and field != "text":
+        raise InputError("vocab_size is for the tokenizer bpe, others have their own; field is for text")
     if tokenizer == "bpe" and vocab_size is None:
         vocab_size = 8192 if "installed" in sources else 2048
-    request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats, "vocab_size": vocab_size}
+    request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats, "vocab_size": vocab_size,
+               "field": field}
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as tmp:
@@ -66,7 +73,7 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
             if not out.exists():                           # another run may have been faster
                 os.rename(Path(tmp) / out.name, out)
     meta = load_meta(out)
-    if meta["request"] != request:
+    if {"field": "text"} | meta["request"] != request:     # older folders have no field
         raise InputError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
     train, val, kind = meta["train"], meta["val"], "conversations" if chats else "documents"
@@ -81,36 +88,27 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
 
 def write_folder(folder, request):
     """Write encoding.json, train.bin, val.bin and meta.json."""
-    chats, tokenizer = request["chats"], (request["tokenizer"], request["vocab_size"])
-    encoding = build_encoding(*tokenizer)                  # fail early
-    sources = request["sources"]
-    if chats and "functions" in sources:
-        write_functions(folder / "functions.jsonl")
-        sources = [folder / "functions.jsonl" if source == "functions" else source for source in sources]
-    files, problems = find_files(sources, chats), []
-    if request["tokenizer"] == "bpe":                      # on every n-th document, some 16M characters
-        texts = (text for held_out, _, text, _ in read_documents(files, chats, []) if not held_out)
+    chats, name, vocab_size = request["chats"], request["tokenizer"], request["vocab_size"]
+    encoding, problems = build_encoding(name, vocab_size), defaultdict(list)      # fail early
+    files = find_files(request["sources"], chats, folder)
+    if name == "bpe":                                      # on every n-th document, some 16M characters
+        documents = read_documents(files, request, "reading", defaultdict(list))
+        texts = ("".join(text for _, text in content) if chats else content
+                 for held_out, _, content in documents if not held_out)
         stride = max(1, n_bytes(files) // BPE_CHARS)
-        encoding = build_encoding(*tokenizer, itertools.islice(texts, 0, None, stride))
+        encoding = build_encoding(name, vocab_size, itertools.islice(texts, 0, None, stride))
     save_encoding(encoding, folder / "encoding.json")
     count = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
-    documents = read_documents(files, chats, problems)
-    for held_out, is_new, text, chat in tqdm(documents, "writing", leave=False, disable=None):
-        end_of_text = [encoding.n_vocab + END_OF_TEXT]
-        tokens = encode_chat(encoding, chat) if chats else end_of_text + encode(encoding, text)
+    documents = read_documents(files, request, "writing", problems, encoding)
+    for held_out, is_new, tokens, size in encode_documents(encoding, documents):
         split = "val" if held_out else "train"
         writers[split].write(tokens)
-        count[split].update(documents=int(is_new), bytes=len(text.encode()), tokens=len(tokens))
-    n, examples = sum(c["documents"] for c in count.values()) + len(problems), "; ".join(problems[:5])
-    if len(problems) > 0.01 * n:
-        raise InputError(f"{len(problems):,} of {n:,} documents cannot be read, more than 1 %: {examples}")
-    if problems:
-        print(f"skipped {len(problems):,} of {n:,} documents: {examples}", file=sys.stderr)
+        count[split].update(documents=int(is_new), bytes=size, tokens=len(tokens))
     if not count["train"]["tokens"]:
         raise InputError(f"{files[0]} is empty, or too small: there is no text to train on")
-    meta = {"request": request, "files": len(files), "skipped": len(problems), "vocab_size": encoding.n_vocab,
-            "encoding_sha256": file_sha256(folder / "encoding.json")}
+    meta = {"request": request, "files": len(files), "skipped": sum(map(len, problems.values())),
+            "vocab_size": encoding.n_vocab, "encoding_sha256": file_sha256(folder / "encoding.json")}
     for split, writer in writers.items():
         writer.close()
         meta[split] = {**count[split], "sha256": file_sha256(folder / f"{split}.bin")}
@@ -119,15 +117,12 @@ def write_folder(folder, request):
 
 def load_meta(folder):
     """meta.json of a prepared folder.  InputError if there is none, or its checksums do not fit."""
-    numbers, parts = ("files", "skipped", "vocab_size"), ("documents", "bytes", "tokens")
-    meta = read_json(Path(folder) / "meta.json", "that of a prepared folder", lambda meta: {
-        name: dict(meta[name]) for name in ("request", "train", "val")} | {
-        name: int(meta[name]) for name in numbers} | {"encoding_sha256": meta["encoding_sha256"]} | {
-        split: {"sha256": meta[split]["sha256"]} | {name: int(meta[split][name]) for name in parts}
-        for split in ("train", "val")})
-    for name, checksum in (("encoding.json", meta["encoding_sha256"]), ("train.bin", meta["train"]["sha256"]),
-                           ("val.bin", meta["val"]["sha256"])):
-        if file_sha256(Path(folder) / name) != checksum:
+    folder = Path(folder)
+    meta, checksums = read_json(folder / "meta.json", "that of a prepared folder", lambda meta: (meta, {
+        "encoding.json": meta["encoding_sha256"], "train.bin": meta["train"]["sha256"],
+        "val.bin": meta["val"]["sha256"]}))
+    for name, checksum in checksums.items():
+        if file_sha256(folder / name) != checksum:
             raise InputError(f"{folder}/{name} does not fit its meta.json: the sha256 is another")
     return meta
 
@@ -136,107 +131,177 @@ def file_sha256(path):
     return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
-# --- reading ----------------------------------------------------------------------------------------------
+# --- from files to documents ------------------------------------------------------------------------------
 
-def read_documents(files, chats, problems):
-    """Yield (held out?, not the rest of another?, text, chat) of every document, or of every conversation,
-    chat = [(role, content)].  `problems` collects what cannot be read.
+def read_documents(files, request, label, problems, encoding=None):
+    """Yield (held out?, not the rest of another?, content) of every document.  content is a text, the tokens
+    of a token file, or a conversation [(role, text)].  `problems` collects what cannot be read; InputError
+    if that is more than 1 % of the files or of the documents.
 
-    One in twenty is held out, by a hash of its text: equal ones fall on one side.  A document with more than
-    a 300th of all bytes is parted: its last twentieth is held out."""
-    large = n_bytes(files) / 300
-    for where, source in read_records(files):
+    One in twenty is held out, by a hash of its content: equal ones fall on one side.  A document with more
+    than a 300th of all bytes is parted: its last twentieth is held out."""
+    large, n, chats = n_bytes(files) / 300, 0, request["chats"]
+    for where, record in read_records(files, request, label, problems, encoding):
         try:
-            chat = read_chat(json.loads(source.decode("utf-8-sig"))) if chats else None
-            texts = ["".join(content for _, content in chat)] if chats else read_texts(source)
-            raws = [(json.dumps(chat) if chats else text).encode() for text in texts]
+            if isinstance(record, bytes):
+                record = json.loads(record.decode("utf-8-sig"))
+            content = read_chat(record) if chats else read_field(record, request["field"])
+            raw = (content.tobytes() if isinstance(content, np.ndarray)
+                   else (json.dumps(content) if chats else content).encode())
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
-            problems.append(f"{where}: {error}")
+            problems["documents"].append(f"{where}: {error}")
+            if len(problems["documents"]) == 1000 > n:     # not at the end of 50 GB
+                break
             continue
-        for text, raw in zip(texts, raws):
-            if len(raw) > large and not chats:
-                n = len(text) - len(text) // 20
-                yield False, True, text[:n], None
-                if n < len(text):
-                    yield True, False, text[n:], None
-            elif text and not text.isspace():
-                yield hashlib.sha256(raw).digest() < b"\x0d", True, text, chat           # 13 of 256
+        if isinstance(content, str) and not content.strip():
+            continue
+        n += 1
+        if len(raw) > large and not chats:
+            cut = len(content) - len(content) // 20
+            yield False, True, content[:cut]
+            if cut < len(content):
+                yield True, False, content[cut:]
+        else:
+            yield hashlib.sha256(raw).digest() < b"\x0d", True, content              # 13 of 256
+    for kind, total in (("files", len(files)), ("documents", n + len(problems["documents"]))):
+        bad, examples = len(problems[kind]), "; ".join(problems[kind][:5])
+        if bad > 0.01 * total:
+            raise InputError(f"{bad:,} of {total:,} {kind} cannot be read, more than 1 %: {examples}")
+        if bad and encoding:
+            print(f"skipped {bad:,} of {total:,} {kind}: {examples}", file=sys.stderr)
 
 
-def read_texts(source):
-    """The documents of a file (its path), parted by lines that are <|endoftext|>, or of a line of JSON.
-    ValueError if there is no text, or it is not UTF-8."""
-    if isinstance(source, Path):
-        with open(source, encoding="utf-8-sig", newline="") as file:
-            texts = re.split(r"(?m)^<\|endoftext\|>\r?$\n?", file.read())
+def read_field(record, field):
+    """The text of a record."""
+    if isinstance(record, dict) and isinstance(record.get(field), str):
+        return record[field]
+    if isinstance(record, (str, np.ndarray)):
+        return record
+    names = ", ".join(record) if isinstance(record, dict) else "no names"
+    raise ValueError(f'no "{field}" in it that is text; there are {names} (--field NAME reads another, '
+                     "--chats conversations)")
+
+
+def read_records(files, request, label, problems, encoding):
+    """Yield (where, record) of all files, as read_file does, under a bar of bytes.  A file that cannot be
+    read, or not to its end, is a problem."""
+    sizes, before = [path.stat().st_size if path.exists() else 0 for path in files], 0
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=label, leave=False, disable=None) as bar:
+        for path, size in zip(files, sizes):
+            where = "its beginning"
+            try:
+                with open(path, "rb") as file:
+                    for where, record in read_file(path, file, request, encoding):
+                        bar.update(before + file.tell() - bar.n)
+                        yield f"{path}, {where}", record
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+                problems["files"].append(f"{path}, behind {where}: {error}")
+            before += size
+
+
+def read_file(path, file, request, encoding):
+    """Yield (where, record) of an open file; a record is a text, JSON in bytes, what JSON holds, or the
+    tokens of a document."""
+    name = path.name.lower()
+    if name.endswith(".bin"):
+        yield from read_token_file(path, file, encoding)
+        return
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = [request["field"]] if request["field"] in table.schema_arrow.names else None
+        rows = (row for batch in table.iter_batches(256, columns=None if request["chats"] else columns)
+                for row in batch.to_pylist())
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+        return
+    if name.endswith(".gz"):
+        file = gzip.open(file)
+    elif name.endswith(".zst"):                            # the package zstandard accepts a file that was cut
+        import pyarrow
+        file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    start = file.peek(1000)[:1000]
+    if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("it is UTF-16 or no text: iconv -f UTF-16 -t UTF-8 converts it")
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
+        raise ValueError("it is a page of HTML: save its text instead")
+    if name.endswith(TEXT_SUFFIXES):
+        texts = re.split(r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)", file.read().decode("utf-8-sig"))
+        yield from ((f"document {i}", text) for i, text in enumerate(texts, 1))
+    elif start.startswith(b"["):                           # whatever its suffix: not lines, but a list
+        items = json.loads(file.read().decode("utf-8-sig"))
+        yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
     else:
-        record = json.loads(source.decode("utf-8-sig"))
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError('no "text" in it (conversations are read with --chats)')
-        texts = [record["text"]]
-    if "\0" in texts[0][:1000]:
-        raise ValueError("it is UTF-16, UTF-32 or no text; convert it to UTF-8")
-    return texts
+        yield from ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
+
+
+def read_token_file(path, file, encoding):
+    """.. of nanoGPT (uint16), or of llm.c and modded-nanogpt (int32 magic, version 1, count, in 1,024 bytes,
+    then uint16): the tokens between two <|endoftext|>.  ValueError if they are not of this tokenizer."""
+    header, end_of_text = np.fromfile(path, "<i4", 3).tolist(), encoding.n_vocab + END_OF_TEXT
+    size, offset = path.stat().st_size, 1024 * (header[:1] == [LLM_C_MAGIC])
+    if size % 2 or offset and header[1:] != [1, (size - offset) // 2]:
+        raise ValueError(f"it was cut, or is no such file: {size} bytes, its header says {header[1:]}")
+    if header[:2] == [MAGIC % 2**32, MAGIC >> 32]:
+        raise ValueError("data.py made it: train.py --data takes it as it is")
+    tokens = np.memmap(path, "<u2", "r", offset)
+    if tokens.max() > end_of_text or not tokens[1:2000:2].any():                    # uint32 has zeros there
+        raise ValueError(f"it has id {tokens.max()}, above this tokenizer's {end_of_text}, or is not uint16")
+    ends = np.concatenate([at + np.flatnonzero(tokens[at:at + BLOCK] == end_of_text)
+                           for at in range(0, len(tokens), BLOCK)])
+    for start, end in itertools.pairwise([-1, *ends.tolist(), len(tokens)]):
+        file.seek(offset + 2 * end)                        # moves the bar
+        if end > start + 1:
+            yield f"token {start + 1}", tokens[start + 1:end]
 
 
 def n_bytes(files):
-    """Bytes of all files together; gzip unpacks to about four times as many."""
-    return sum(path.stat().st_size * (4 if path.suffix.lower() == ".gz" else 1) for path in files)
+    """Bytes of all files together; packed ones hold about four times as many."""
+    return sum(path.stat().st_size * (4 if path.suffix.lower() in (".gz", ".zst", ".parquet") else 1)
+               for path in files if path.exists())
 
 
-def read_records(files):
-    """Yield (where, source) of every document: the path of a text file; JSON, in bytes, of a line of a .jsonl
-    or .jsonl.gz, or an item of a .json."""
-    for path in files:
-        try:
-            if path.suffix.lower() in (".txt", ".md", ".py"):
-                yield path, path
-            elif path.suffix.lower() == ".json":
-                items = json.loads(path.read_bytes())
-                if not isinstance(items, list):
-                    raise ValueError("a .json file must be a list")
-                for i, item in enumerate(items, 1):
-                    yield f"{path}, item {i}", json.dumps(item).encode()
-            else:
-                with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                    yield from ((f"{path}, line {i}", line) for i, line in enumerate(file, 1) if line.strip())
-        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def find_files(sources, chats):
+def find_files(sources, chats, folder=None):
     """The files of all sources, none twice.  InputError if a source has none."""
-    found, others, suffixes = {}, set(), CHAT_SUFFIXES if chats else TEXT_SUFFIXES
-    for source in sources:
-        if not chats and source in ("stdlib", "installed"):
-            files = python_files(source)
+    suffixes, found, others = RECORD_SUFFIXES + ((".json",) if chats else TEXT_SUFFIXES), {}, {}
+    for source in map(str, sources):
+        if chats and source == "functions":
+            there = [write_functions(folder / "functions.jsonl")]
+        elif not chats and source in ("stdlib", "installed"):
+            there = python_files(source)
         else:
-            there = list(walk(source)) if str(source) else []
-            files = [path for path in there if path.name.lower().endswith(suffixes)]
-            others |= set(map(os.path.realpath, there)) - set(map(os.path.realpath, files))
-        if not files:
-            raise InputError(f"source {source} is empty, or missing: no file ends in one of "
-                             + ", ".join(suffixes))
-        for path in files:
-            found.setdefault(os.path.realpath(path), path)
-    if others:
-        kinds = Counter(Path(path).suffix or "without a suffix" for path in others).most_common(9)
+            there = list(walk(Path(source))) if source else []
+        ours = [path for path in there if path.name.lower().endswith(suffixes)
+                or path.suffix == ".bin" and path == Path(source) and not chats]
+        if not there:
+            raise InputError(f"source {source} is empty, or missing")
+        if not ours:
+            what = ", ".join(sorted({path.suffix or path.name for path in there})[:9])
+            raise InputError(
+                f"source {source}: {what} is not a format that data.py reads: no file ends in one of "
+                f"{', '.join(suffixes)}.  Make a .jsonl of a table or .json (an object a line), text of pages and "
+                "documents; .json is read with --chats, tokens (.bin) as --source FILE with their --tokenizer")
+        found |= {os.path.realpath(path): path for path in ours}
+        others |= {os.path.realpath(path): path for path in there}
+    kinds = Counter("linked folder" if path.is_dir() else path.suffix or "without a suffix"
+                    for real, path in others.items() if real not in found).most_common(9)
+    if kinds:
         print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
+    packed = [path for path in found.values() if path.suffix.lower() in (".parquet", ".zst")]
+    if packed and not importlib.util.find_spec("pyarrow"):
+        raise InputError(f"{packed[0]} needs pyarrow: pip install -e '.[data]'")
     return list(found.values())
 
 
 def walk(source):
-    """Yield a file, or those of a folder but hidden ones and devices.  Links are followed, each folder is
-    read once."""
-    stack, seen = [Path(source)], set()
+    """Yield a file, or those of a folder but hidden ones and devices.  Links to folders are not followed."""
+    stack = [source]
     while stack:
         path = stack.pop()
-        real = os.path.realpath(path)
-        if path.is_dir() and real not in seen:
-            seen.add(real)
+        if path.is_dir() and (path == source or not path.is_symlink()):
             stack += sorted((child for child in path.iterdir() if child.name[0] != "."), reverse=True)
-        elif path.is_file() or path.is_symlink() and not path.exists():       # a broken link is named later
-            yield path
+        elif path.is_file() or path.is_symlink() and (path.is_dir() or not path.exists()):
+            yield path                                     # linked folders and broken links are named later
 
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -252,6 +317,39 @@ def python_files(word):
         roots += [Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     return [path for root in roots for path in sorted(root.rglob("*.py"))
             if not LEFT_OUT & set(path.relative_to(root).parts)]
+
+
+def encode_documents(encoding, documents):
+    """Yield (held out?, new document?, tokens, bytes of text) of all documents in order, long ones in blocks.
+
+    Threads encode batches of about BLOCK characters (tiktoken releases Python's lock); memory holds two for
+    each thread."""
+    end_of_text = np.array([encoding.n_vocab + END_OF_TEXT], np.uint32)
+
+    def encode_block(content, begins):
+        if isinstance(content, list):                      # a conversation
+            return encode_chat(encoding, content), sum(len(text.encode()) for _, text in content)
+        if isinstance(content, str):
+            tokens, size = encoding.encode_ordinary(content), len(content.encode())
+        else:                                              # tokens already
+            tokens, size = content, len(encoding.decode_bytes(content.tolist()))
+        return np.concatenate([end_of_text[:begins], tokens]), size
+
+    def encode_batch(batch):
+        return [(held_out, is_new, *encode_block(content, begins)) for held_out, is_new, begins, content in batch]
+    blocks = ((held_out, is_new and at == 0, at == 0, content[at:at + BLOCK])
+              for held_out, is_new, content in documents for at in range(0, len(content), BLOCK))
+    n_threads, waiting, batch, length = torch.get_num_threads(), deque(), [], 0
+    with ThreadPoolExecutor(n_threads) as pool:
+        for block in itertools.chain(blocks, [None]):      # None: the end
+            if block:
+                batch.append(block)
+                length += len(block[-1])
+            if not block or length >= BLOCK or len(batch) == 256:
+                waiting.append(pool.submit(encode_batch, batch))
+                batch, length = [], 0
+            while waiting and (not block or len(waiting) > 2 * n_threads):
+                yield from waiting.popleft().result()
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------
@@ -305,29 +403,37 @@ def train_bpe(texts, n_ranks):
             pieces[word[at:at + 64]] += n
     table = sorted(pieces.items(), key=lambda item: (-item[1], item[0]))[:200_000]       # bounds the merging
     words, freq = [word.encode().decode("latin-1") for word, _ in table], [n for _, n in table]
-    count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that have it
+    count, where = Counter(), defaultdict(set)             # pair -> occurrences, pair -> words that had it
 
-    def add_pairs(i, sign):
-        pairs = [a + b for a, b in zip(words[i], words[i][1:])]
-        for pair in pairs:
-            count[pair] += sign * freq[i]
+    def pairs(word):
+        return [a + b for a, b in zip(word, word[1:])]
+    for i, word in enumerate(words):
+        for pair in pairs(word):
+            count[pair] += freq[i]
             where[pair].add(i)
-        return pairs
-    for i in range(len(words)):
-        add_pairs(i, 1)
     vocab, heap = [bytes([i]) for i in range(256)], [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
-    while len(vocab) < n_ranks and heap and heap[0][0] <= -2:
-        n, pair = heapq.heappop(heap)
-        if count[pair] == -n:                              # else out of date: every change is pushed
-            new, changed = chr(len(vocab)), set()
+    with tqdm(total=n_ranks, initial=256, desc="merging", leave=False, disable=None) as bar:
+        while len(vocab) < n_ranks and heap and heap[0][0] <= -2:
+            n, pair = heapq.heappop(heap)
+            if count[pair] != -n:                          # out of date: every change is pushed
+                continue
+            new, change = chr(len(vocab)), Counter()
             vocab.append(vocab[ord(pair[0])] + vocab[ord(pair[1])])
             for i in where.pop(pair):
-                changed.update(add_pairs(i, -1))
-                words[i] = words[i].replace(pair, new)
-                changed.update(add_pairs(i, 1))
-            for pair in changed:
-                heapq.heappush(heap, (-count[pair], pair))
+                word, words[i] = words[i], words[i].replace(pair, new)
+                if words[i] != word:
+                    for old in pairs(word):
+                        change[old] -= freq[i]
+                    for made in pairs(words[i]):
+                        change[made] += freq[i]
+                        if new in made:
+                            where[made].add(i)
+            for pair, n in change.items():
+                if n:
+                    count[pair] += n
+                    heapq.heappush(heap, (-count[pair], pair))
+            bar.update()
     return {token: i for i, token in enumerate(vocab)}
 
 
@@ -631,6 +737,7 @@ def write_functions(path):
         visit(ast.parse(file.read_bytes()).body, module)
     path.write_text("".join(json.dumps({"instruction": question, "output": answer}) + "\n"
                             for answer, question in found.items() if answer))
+    return path
 
 
 # --- what all programs share ------------------------------------------------------------------------------
@@ -669,36 +776,23 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-class Console:
-    """stdout or stderr, without which a program goes on: what a closed or full one does not take is lost."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        with suppress(AttributeError):                     # a terminal without Unicode prints what it can
-            self.stream.reconfigure(errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with suppress(OSError, ValueError):
-            self.stream.write(text)
-
-    def flush(self):
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-
 @contextmanager
 def one_line_errors(rank=0):
     """Turn what is wrong with the user's input or files (InputError, OSError) into one line, exit code 2.  Of
-    many processes rank 0 alone speaks, the others of errors only."""
-    out, who, old = (None, f"rank {rank}: ", None) if rank else (sys.stdout, "", None)
+    many processes rank 0 alone speaks, the others of errors only.  A closed stream takes nothing."""
+    null, old, who = open(os.devnull, "w"), None, f"rank {rank}: " if rank else ""
+    out, err = null if rank else sys.stdout or null, sys.stderr or null
+    for stream in (out, err):
+        with suppress(AttributeError):                     # a terminal without Unicode prints what it can
+            stream.reconfigure(errors="replace", line_buffering=True)
     with suppress(ValueError):                             # not the main thread
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)       # it cleans up, as Ctrl-C
-    with redirect_stdout(Console(out)), redirect_stderr(Console(sys.stderr)):
+    with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
+        except BrokenPipeError:                            # `| head` has read enough
+            os.dup2(null.fileno(), 1)                      # nor does Python's last flush fail
+            raise SystemExit(1) from None
         except (InputError, OSError) as error:             # OSError: of a file, not one that a fork raises
             theirs = isinstance(error, InputError) or error.errno and not isinstance(error, ConnectionError)
             if os.environ.get("NANOSIGMA_TRACEBACK") or not theirs:
@@ -716,7 +810,9 @@ def main(argv=None):
     parser.add_argument("--source", nargs="+", action="extend", metavar="PATH", help="files, folders, or a "
                         "word: stdlib (the default), installed, or functions (the default with --chats)")
     parser.add_argument("--chats", action="store_true", help="the sources are conversations: {messages}, "
-                        "{conversations} or {instruction, input, output}, in .jsonl, .jsonl.gz or .json")
+                        "{conversations} or {instruction, input, output}, in .json, .jsonl or .parquet")
+    parser.add_argument("--field", default="text", metavar="NAME", help="what of JSON lines and parquet is read "
+                        "(default: text)")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
     parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
                         "bytes, gpt2, o200k_base, or a run or Hugging Face folder that has one")
@@ -731,7 +827,7 @@ def main(argv=None):
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
             raise InputError(f"data/{name} cannot be the folder's name; give another --name")
-        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats)
+        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats, args.field)
 
 
 if __name__ == "__main__":
