@@ -18,7 +18,6 @@ import functools
 import gzip
 import hashlib
 import heapq
-import importlib.util
 import io
 import itertools
 import json
@@ -43,6 +42,8 @@ from tqdm import tqdm
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")                  # .json: chats only
+NOT_READ = ("make a .jsonl with an object a line of tables and .json, a .txt of pages; .json is read with "
+            "--chats, a token file (.bin) if it is named itself, with its --tokenizer")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, as offsets from the vocabulary's size
 BLOCK = 1 << 18                    # characters encoded at a time; tiktoken overflows at 2 ** 19 spaces
@@ -77,11 +78,10 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
         raise InputError(f"{out} was prepared with other settings ({meta['request']}); choose another "
                          "--name, or delete that folder yourself")
     train, val, kind = meta["train"], meta["val"], "conversations" if chats else "documents"
-    total, fewer = train["bytes"] + val["bytes"], meta["vocab_size"] < (vocab_size or 0)
+    total = train["bytes"] + val["bytes"]
     print(f"{out}: {meta['files']:,} files, {train['documents'] + val['documents']:,} {kind}, skipped "
-          f"{meta['skipped']}, {total / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}"
-          + f" (not {vocab_size or 0:,}: no more pairs repeat)" * fewer +
-          f"\n  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
+          f"{meta['skipped']}, {total / 1e6:.1f} MB; {tokenizer}, vocabulary {meta['vocab_size']:,}\n"
+          f"  train {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes; held out "
           f"{val['tokens']:,} ({val['bytes'] / total:.1%} of the bytes)")
     return meta
 
@@ -91,6 +91,8 @@ def write_folder(folder, request):
     chats, name, vocab_size = request["chats"], request["tokenizer"], request["vocab_size"]
     encoding, problems = build_encoding(name, vocab_size), defaultdict(list)      # fail early
     files = find_files(request["sources"], chats, folder)
+    if name == "bpe" and any(path.suffix == ".bin" for path in files):
+        raise InputError("token files need the --tokenizer that made them, as in --tokenizer gpt2")
     if name == "bpe":                                      # on every n-th document, some 16M characters
         documents = read_documents(files, request, "reading", defaultdict(list))
         texts = ("".join(text for _, text in content) if chats else content
@@ -140,12 +142,18 @@ def read_documents(files, request, label, problems, encoding=None):
 
     One in twenty is held out, by a hash of its content: equal ones fall on one side.  A document with more
     than a 300th of all bytes is parted: its last twentieth is held out."""
-    large, n, chats = n_bytes(files) / 300, 0, request["chats"]
+    large, n, chats, field = n_bytes(files) / 300, 0, request["chats"], request["field"]
     for where, record in read_records(files, request, label, problems, encoding):
         try:
             if isinstance(record, bytes):
                 record = json.loads(record.decode("utf-8-sig"))
-            content = read_chat(record) if chats else read_field(record, request["field"])
+            content = read_chat(record) if chats else record
+            if not chats and not isinstance(record, (str, np.ndarray)):
+                content = record.get(field) if isinstance(record, dict) else None
+                if not isinstance(content, str):
+                    names = ", ".join(record) if isinstance(record, dict) else "no names"
+                    raise ValueError(f'no "{field}" in it that is text, but {names}; --field NAME reads '
+                                     "another, --chats conversations")
             raw = (content.tobytes() if isinstance(content, np.ndarray)
                    else (json.dumps(content) if chats else content).encode())
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
@@ -171,31 +179,23 @@ def read_documents(files, request, label, problems, encoding=None):
             print(f"skipped {bad:,} of {total:,} {kind}: {examples}", file=sys.stderr)
 
 
-def read_field(record, field):
-    """The text of a record."""
-    if isinstance(record, dict) and isinstance(record.get(field), str):
-        return record[field]
-    if isinstance(record, (str, np.ndarray)):
-        return record
-    names = ", ".join(record) if isinstance(record, dict) else "no names"
-    raise ValueError(f'no "{field}" in it that is text; there are {names} (--field NAME reads another, '
-                     "--chats conversations)")
-
-
 def read_records(files, request, label, problems, encoding):
     """Yield (where, record) of all files, as read_file does, under a bar of bytes.  A file that cannot be
     read, or not to its end, is a problem."""
     sizes, before = [path.stat().st_size if path.exists() else 0 for path in files], 0
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=label, leave=False, disable=None) as bar:
         for path, size in zip(files, sizes):
-            where = "its beginning"
+            place = str(path)
             try:
                 with open(path, "rb") as file:
                     for where, record in read_file(path, file, request, encoding):
                         bar.update(before + file.tell() - bar.n)
-                        yield f"{path}, {where}", record
+                        place = f"{path}, {where}"
+                        yield place, record
+            except ImportError as error:
+                raise InputError(f"{path}: {error}; pip install -e '.[data]'") from None
             except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-                problems["files"].append(f"{path}, behind {where}: {error}")
+                problems["files"].append(f"{place}: {error}")
             before += size
 
 
@@ -246,7 +246,7 @@ def read_token_file(path, file, encoding):
         raise ValueError("data.py made it: train.py --data takes it as it is")
     tokens = np.memmap(path, "<u2", "r", offset)
     if tokens.max() > end_of_text or not tokens[1:2000:2].any():                    # uint32 has zeros there
-        raise ValueError(f"it has id {tokens.max()}, above this tokenizer's {end_of_text}, or is not uint16")
+        raise ValueError(f"its largest id is {tokens.max()}, this tokenizer's {end_of_text}; or it is not uint16")
     ends = np.concatenate([at + np.flatnonzero(tokens[at:at + BLOCK] == end_of_text)
                            for at in range(0, len(tokens), BLOCK)])
     for start, end in itertools.pairwise([-1, *ends.tolist(), len(tokens)]):
@@ -277,19 +277,14 @@ def find_files(sources, chats, folder=None):
             raise InputError(f"source {source} is empty, or missing")
         if not ours:
             what = ", ".join(sorted({path.suffix or path.name for path in there})[:9])
-            raise InputError(
-                f"source {source}: {what} is not a format that data.py reads: no file ends in one of "
-                f"{', '.join(suffixes)}.  Make a .jsonl of a table or .json (an object a line), text of pages and "
-                "documents; .json is read with --chats, tokens (.bin) as --source FILE with their --tokenizer")
+            raise InputError(f"source {source}: {what} is not a format that data.py reads: no file ends in "
+                             f"one of {', '.join(suffixes)}; {NOT_READ}")
         found |= {os.path.realpath(path): path for path in ours}
         others |= {os.path.realpath(path): path for path in there}
     kinds = Counter("linked folder" if path.is_dir() else path.suffix or "without a suffix"
                     for real, path in others.items() if real not in found).most_common(9)
     if kinds:
         print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
-    packed = [path for path in found.values() if path.suffix.lower() in (".parquet", ".zst")]
-    if packed and not importlib.util.find_spec("pyarrow"):
-        raise InputError(f"{packed[0]} needs pyarrow: pip install -e '.[data]'")
     return list(found.values())
 
 
@@ -321,9 +316,7 @@ def python_files(word):
 
 def encode_documents(encoding, documents):
     """Yield (held out?, new document?, tokens, bytes of text) of all documents in order, long ones in blocks.
-
-    Threads encode batches of about BLOCK characters (tiktoken releases Python's lock); memory holds two for
-    each thread."""
+    Threads encode (tiktoken releases Python's lock), each eight blocks at a time."""
     end_of_text = np.array([encoding.n_vocab + END_OF_TEXT], np.uint32)
 
     def encode_block(content, begins):
@@ -336,20 +329,18 @@ def encode_documents(encoding, documents):
         return np.concatenate([end_of_text[:begins], tokens]), size
 
     def encode_batch(batch):
-        return [(held_out, is_new, *encode_block(content, begins)) for held_out, is_new, begins, content in batch]
-    blocks = ((held_out, is_new and at == 0, at == 0, content[at:at + BLOCK])
+        return [(held_out, is_new, *encode_block(content, begins))
+                for held_out, is_new, content, begins in batch]
+    blocks = ((held_out, is_new and at == 0, content[at:at + BLOCK], at == 0)
               for held_out, is_new, content in documents for at in range(0, len(content), BLOCK))
-    n_threads, waiting, batch, length = torch.get_num_threads(), deque(), [], 0
+    n_threads, ahead = torch.get_num_threads(), deque()
     with ThreadPoolExecutor(n_threads) as pool:
-        for block in itertools.chain(blocks, [None]):      # None: the end
-            if block:
-                batch.append(block)
-                length += len(block[-1])
-            if not block or length >= BLOCK or len(batch) == 256:
-                waiting.append(pool.submit(encode_batch, batch))
-                batch, length = [], 0
-            while waiting and (not block or len(waiting) > 2 * n_threads):
-                yield from waiting.popleft().result()
+        while batch := list(itertools.islice(blocks, 8)):
+            ahead.append(pool.submit(encode_batch, batch))
+            if len(ahead) > 2 * n_threads:                 # bounds the memory
+                yield from ahead.popleft().result()
+        for future in ahead:
+            yield from future.result()
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------
@@ -665,18 +656,16 @@ UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "image", "im
                "train_detail", "loss", "loss_mask", "mask", "masked", "label", "kto_tag")
 
 
-def encode(encoding, text):
-    """Text -> tokens, a block at a time.  What looks like a special token stays text."""
-    return [token for at in range(0, len(text), BLOCK)
-            for token in encoding.encode_ordinary(text[at:at + BLOCK])]
-
-
 def encode_chat(encoding, chat, answer=False):
-    """[(role, content)] -> tokens, as CHAT_TEMPLATE has them, and with answer=True the beginning of one."""
+    """[(role, text)] -> tokens, as CHAT_TEMPLATE has them, and with answer=True the beginning of one.  What
+    looks like a special token in a text stays text."""
     special = encoding.encode_single_token
     tokens = [special("<|endoftext|>")]
-    for role, content in chat:
-        tokens += [special(f"<|{role}|>"), *encode(encoding, content), special("<|end|>")]
+    for role, text in chat:
+        tokens.append(special(f"<|{role}|>"))
+        for at in range(0, len(text), BLOCK):
+            tokens += encoding.encode_ordinary(text[at:at + BLOCK])
+        tokens.append(special("<|end|>"))
     return tokens + [special("<|assistant|>")] * answer
 
 
@@ -811,8 +800,8 @@ def main(argv=None):
                         "word: stdlib (the default), installed, or functions (the default with --chats)")
     parser.add_argument("--chats", action="store_true", help="the sources are conversations: {messages}, "
                         "{conversations} or {instruction, input, output}, in .json, .jsonl or .parquet")
-    parser.add_argument("--field", default="text", metavar="NAME", help="what of JSON lines and parquet is read "
-                        "(default: text)")
+    parser.add_argument("--field", default="text", metavar="NAME", help="where the text of JSON lines and "
+                        "parquet is (text)")
     parser.add_argument("--name", help="the folder is data/NAME (default: the name of the first source)")
     parser.add_argument("--tokenizer", metavar="NAME", help="bpe (the default, trained on the text), "
                         "bytes, gpt2, o200k_base, or a run or Hugging Face folder that has one")
@@ -827,7 +816,8 @@ def main(argv=None):
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
             raise InputError(f"data/{name} cannot be the folder's name; give another --name")
-        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats, args.field)
+        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats,
+                args.field)
 
 
 if __name__ == "__main__":

@@ -231,12 +231,12 @@ def test_bad_conversations_are_named_by_their_line(line, in_folder, capsys):
     out, err = capsys.readouterr()
     assert "99 conversations, skipped 1" in out
     assert "some.jsonl, line 42: " in err and BAD[line] in err
-    Path("many.jsonl").write_text("\n".join([line, *good[:98], line]))
+    Path("many.jsonl").write_text("\n".join([good[98], line, *good[:97], line]))
     with pytest.raises(SystemExit) as ended:
         data.main(["--chats", "--source", "many.jsonl", "--tokenizer", "bytes"])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("\n") == 1 and BAD[line] in err
-    assert "2 of 100 documents cannot be read, more than 1 %: many.jsonl, line 1: " in err
+    assert "2 of 100 documents cannot be read, more than 1 %: many.jsonl, line 2: " in err
     assert os.listdir("data") == ["some"]
 
 

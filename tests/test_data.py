@@ -113,14 +113,14 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
 
 
 def test_lines_that_are_endoftext_part_documents(tmp_path):
-    """As in TinyStories; inside of a line it stays text."""
+    """As in TinyStories, also at the end of a line; inside of one it stays text."""
     stories = [f"story {i}\n<|endoftext|> is text here\n" for i in range(400)]
     save(tmp_path / "a.txt", "<|endoftext|>\n".join(stories))
-    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo")
+    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo<|endoftext|> \nthree<|endoftext|>")
     meta = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt")
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 402
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 403
     train, val = both(tmp_path / "out")
-    assert Counter(train + val) == Counter([*stories, "one\r\n", "two"])
+    assert Counter(train + val) == Counter([*stories, "one\r\n", "two", "three"])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -136,7 +136,8 @@ def test_json_lines(suffix, tmp_path, capsys):
     train, val = both(tmp_path / "out")
     assert Counter(train + val) == Counter(texts) and share(meta) == pytest.approx(0.05, abs=0.01)
     out, err = capsys.readouterr()
-    assert "line 101: Expecting" in err and 'line 102: no "text" in it' in err and "line 105: 'utf-8'" in err
+    assert "line 101: Expecting" in err and 'line 102: no "text" in it that is text, but other' in err
+    assert "line 105: 'utf-8'" in err
     assert "skipped 6 of 606" in err and "600 documents, skipped 6," in out and "held out" in out
 
 
@@ -161,13 +162,14 @@ def test_nothing_is_read_twice_and_what_is_left_out_is_said(tmp_path, capsys):
 
 GOOD = lines_of(f"number {i} of many" for i in range(150)).encode()
 UNREADABLE = {                                                    # content, and what must be said
-    "utf16.jsonl": (("\ufeff" + GOOD.decode()).encode("utf-16-le"), "more than 1 %"),
-    "utf16.txt": ("plain words".encode("utf-16"), "'utf-8' codec"),
+    "utf16.jsonl": (("\ufeff" + GOOD.decode()).encode("utf-16-le"), "iconv -f UTF-16"),
+    "utf16.txt": ("plain words".encode("utf-16"), "iconv -f UTF-16"),
+    "page.txt": (b"\n<!DOCTYPE html><html>", "it is a page of HTML"),
     "unmarked.txt": ("plain words".encode("utf-16-be"), "UTF-16"),
     "latin1.txt": ("naïve café".encode("latin-1"), "'utf-8' codec"),
     "late.txt": (b"good words\n" * 90_000 + b"\xff bad", "'utf-8' codec"),
     "half.jsonl": (GOOD + b'{"text": "caf\xe9"}\n' * 150, "line 151: 'utf-8' codec"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "ended before"), "no-gzip.jsonl.gz": (b"plain", "gzip"),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "line 150: Compressed file ended before"), "no-gzip.jsonl.gz": (b"plain", "gzip"),
     "chat.jsonl": (b'{"messages": []}\n', "--chats"),
     "two-percent.jsonl": (GOOD + b'{"txt": "a"}\n' * 3, 'line 151: no "text"')}
 
@@ -194,16 +196,103 @@ def test_a_file_that_is_no_utf8_is_left_out_as_a_whole_and_named(tmp_path, capsy
     assert not {"good", "secret"} & {text[:4] for side in both(tmp_path / "out") for text in side}
 
 
-def test_linked_folders_are_followed_once_and_broken_links_named(tmp_path):
+def test_linked_folders_are_not_followed_and_broken_links_named(tmp_path, capsys):
     write_corpus(tmp_path / "text", files=3)
     write_corpus(tmp_path / "elsewhere", files=4, seed=1)
     os.symlink(tmp_path / "elsewhere", tmp_path / "text/link")
-    os.symlink(tmp_path / "elsewhere", tmp_path / "text/second")
-    os.symlink(tmp_path / "text", tmp_path / "elsewhere/loop")
-    assert len(data.find_files([str(tmp_path / "text")], False)) == 7
+    assert len(data.find_files([str(tmp_path / "text")], False)) == 3
+    assert len(data.find_files([str(tmp_path / "text/link")], False)) == 4
+    assert "not read: 1 linked folder" in capsys.readouterr().out
     os.symlink(tmp_path / "gone", tmp_path / "text/dangling.txt")
-    with pytest.raises(OSError, match="No such file.*dangling.txt"):
+    with pytest.raises(ValueError, match="1 of 4 files cannot be read.*dangling.txt: .*No such file"):
         prepare(tmp_path, tmp_path / "text")
+
+
+def test_one_unreadable_file_is_left_out_and_two_of_a_hundred_are_refused(tmp_path, capsys):
+    """However many documents the others have."""
+    for i in range(99):
+        save(tmp_path / f"text/{i}.txt", "<|endoftext|>\n".join(f"{i} {j} of many\n" for j in range(9)))
+    os.symlink(tmp_path / "gone", tmp_path / "text/dangling.txt")
+    assert prepare(tmp_path, tmp_path / "text")["skipped"] == 1
+    assert "skipped 1 of 100 files" in capsys.readouterr().err
+    save(tmp_path / "text/cut.jsonl.gz", gzip.compress(GOOD)[:-20])
+    with pytest.raises(ValueError, match="2 of 101 files cannot be read"):
+        prepare(tmp_path, tmp_path / "text", name="again")
+
+
+def test_parquet_and_zst_are_what_lines_are(tmp_path):
+    """Also another field; of many records without it the first thousand are read, and their names said."""
+    pa = pytest.importorskip("pyarrow", reason="needs the extra data")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"document {i} \u00e9" for i in range(2500)]
+    save(tmp_path / "a.jsonl", lines_of(texts))
+    table = pa.table({"id": list(range(2500)), "story": texts})
+    parquet.write_table(table, tmp_path / "b.parquet", row_group_size=300)
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    halves = [pa.compress(half, "zstd", asbytes=True) for half in (raw[:9000], raw[9000:])]      # two frames
+    save(tmp_path / "c.jsonl.zst", b"".join(halves))
+    prepare(tmp_path, tmp_path / "a.jsonl", name="a")
+    prepare(tmp_path, tmp_path / "b.parquet", name="b", field="story")
+    prepare(tmp_path, tmp_path / "c.jsonl.zst", name="c")
+    assert both(tmp_path / "a") == both(tmp_path / "b") == both(tmp_path / "c")
+    with pytest.raises(ValueError, match=r'1,000 of 1,000 .* row 1: no "text" in it .* id, story; --field'):
+        prepare(tmp_path, tmp_path / "b.parquet")
+    save(tmp_path / "cut.jsonl.zst", b"".join(halves)[:-9])
+    with pytest.raises(ValueError, match="cut.jsonl.zst, line .*: Truncated"):
+        prepare(tmp_path, tmp_path / "cut.jsonl.zst")
+
+
+def test_a_list_is_a_list_whatever_its_suffix_and_other_formats_are_named(tmp_path):
+    save(tmp_path / "a.jsonl", json.dumps([{"text": f"number {i}"} for i in range(40)]))
+    assert prepare(tmp_path, tmp_path / "a.jsonl")["skipped"] == 0
+    save(tmp_path / "a.csv", "a,b")
+    with pytest.raises(ValueError, match=r"a.csv: .csv is not a format that data.py reads: .* \.parquet"):
+        data.find_files([str(tmp_path / "a.csv")], False)
+
+
+def other_tokens(ids, header=()):
+    """A token file: of nanoGPT, or with a header of 256 int32."""
+    front = np.zeros(256 * bool(header), "<i4")
+    front[:len(header)] = header
+    return front.tobytes() + np.array(ids, "<u2").tobytes()
+
+
+BYTE_EOT, LLM_C = 256, 20240520                                   # of the tokenizer "bytes"
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_token_files_of_others_are_copied(tmp_path, header):
+    """<|endoftext|> behind documents, as nanoGPT has it, or before."""
+    texts = [f"document {i} of many" for i in range(300)]
+    ids = [t for text in texts for t in ([BYTE_EOT] * header + list(text.encode()) + [BYTE_EOT] * (not header))]
+    save(tmp_path / "a.bin", other_tokens(ids, [LLM_C, 1, len(ids)] if header else ()))
+    meta = prepare(tmp_path, tmp_path / "a.bin")
+    train, val = both(tmp_path / "out")
+    assert Counter(train + val) == Counter(texts) and 0.02 < share(meta) < 0.09
+    assert meta["train"]["bytes"] == sum(map(len, train))
+    with pytest.raises(ValueError, match="need the --tokenizer"):
+        prepare(tmp_path, tmp_path / "a.bin", name="again", tokenizer="bpe")
+
+
+def ours(path):
+    writer = data.TokenWriter(path, 300)
+    writer.write(range(200))
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: other_tokens([1, 2, 3])[:-1], "was cut"),
+    (lambda path: other_tokens([1, 2, 3], [LLM_C, 1, 4]), "was cut"),
+    (lambda path: other_tokens([1, 2, 3], [LLM_C, 2, 3]), "was cut"),
+    (lambda path: other_tokens([1, BYTE_EOT, 257]), "its largest id is 257"),
+    (lambda path: other_tokens([1, 0, 2, 0, 3, 0]), "not uint16"), (ours, "data.py made it"),
+    (lambda path: b"", "empty")])
+def test_token_files_that_do_not_fit_are_refused(tmp_path, harm, words):
+    save(tmp_path / "a.bin", harm(tmp_path / "ours.bin"))
+    with pytest.raises(ValueError, match=words):
+        prepare(tmp_path, tmp_path / "a.bin")
+    assert not (tmp_path / "out").exists()
 
 
 # --- the held-out part ------------------------------------------------------------------------------------
@@ -300,10 +389,20 @@ def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
     assert [f.name for f in data.find_files(["installed"], False)] == ["os.py", "c.py"]
 
 
-def test_a_small_vocabulary_is_said(tmp_path, capsys):
-    save(tmp_path / "a.txt", "ab " * 900)
-    prepare(tmp_path, tmp_path / "a.txt", tokenizer="bpe", vocab_size=5000)
-    assert "(not 5,000: no more pairs repeat)" in capsys.readouterr().out
+@pytest.mark.parametrize("chats", [False, True])
+def test_threads_change_no_byte(tmp_path, monkeypatch, chats):
+    """Short documents and one of many blocks."""
+    monkeypatch.setattr(data, "BLOCK", 100)
+    texts = [f"number {i} " + SENTENCE * (40 * (i == 7)) for i in range(300)]
+    save(tmp_path / "a.jsonl", "".join(json.dumps({"text": text} if not chats else {
+        "instruction": text, "output": "yes"}) + "\n" for text in texts))
+    for n in (1, 2, 5):
+        monkeypatch.setattr(data.torch, "get_num_threads", lambda n=n: n)
+        prepare(tmp_path, tmp_path / "a.jsonl", name=f"with-{n}", chats=chats)
+    for file in ("train.bin", "val.bin", "encoding.json"):
+        assert len({(tmp_path / f"with-{n}" / file).read_bytes() for n in (1, 2, 5)}) == 1
+    if not chats:
+        assert Counter("".join(sum(both(tmp_path / "with-5"), []))) == Counter("".join(texts))
 
 
 # --- preparing twice, and being stopped -------------------------------------------------------------------
