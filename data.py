@@ -246,7 +246,7 @@ def read_token_file(path, file, encoding):
         raise ValueError("data.py made it: train.py --data takes it as it is")
     tokens = np.memmap(path, "<u2", "r", offset)
     if tokens.max() > end_of_text or not tokens[1:2000:2].any():                    # uint32 has zeros there
-        raise ValueError(f"its largest id is {tokens.max()}, this tokenizer's {end_of_text}; or it is not uint16")
+        raise ValueError(f"largest id is {tokens.max()}, this tokenizer's {end_of_text}; or it is no uint16")
     ends = np.concatenate([at + np.flatnonzero(tokens[at:at + BLOCK] == end_of_text)
                            for at in range(0, len(tokens), BLOCK)])
     for start, end in itertools.pairwise([-1, *ends.tolist(), len(tokens)]):

@@ -169,7 +169,8 @@ UNREADABLE = {                                                    # content, and
     "latin1.txt": ("naïve café".encode("latin-1"), "'utf-8' codec"),
     "late.txt": (b"good words\n" * 90_000 + b"\xff bad", "'utf-8' codec"),
     "half.jsonl": (GOOD + b'{"text": "caf\xe9"}\n' * 150, "line 151: 'utf-8' codec"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "line 150: Compressed file ended before"), "no-gzip.jsonl.gz": (b"plain", "gzip"),
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "ended before"),
+    "no-gzip.jsonl.gz": (b"plain", "gzip"),
     "chat.jsonl": (b'{"messages": []}\n', "--chats"),
     "two-percent.jsonl": (GOOD + b'{"txt": "a"}\n' * 3, 'line 151: no "text"')}
 
@@ -264,7 +265,8 @@ BYTE_EOT, LLM_C = 256, 20240520                                   # of the token
 def test_token_files_of_others_are_copied(tmp_path, header):
     """<|endoftext|> behind documents, as nanoGPT has it, or before."""
     texts = [f"document {i} of many" for i in range(300)]
-    ids = [t for text in texts for t in ([BYTE_EOT] * header + list(text.encode()) + [BYTE_EOT] * (not header))]
+    ids = [t for text in texts for t in
+           [BYTE_EOT] * header + list(text.encode()) + [BYTE_EOT] * (not header)]
     save(tmp_path / "a.bin", other_tokens(ids, [LLM_C, 1, len(ids)] if header else ()))
     meta = prepare(tmp_path, tmp_path / "a.bin")
     train, val = both(tmp_path / "out")
@@ -285,8 +287,8 @@ def ours(path):
     (lambda path: other_tokens([1, 2, 3])[:-1], "was cut"),
     (lambda path: other_tokens([1, 2, 3], [LLM_C, 1, 4]), "was cut"),
     (lambda path: other_tokens([1, 2, 3], [LLM_C, 2, 3]), "was cut"),
-    (lambda path: other_tokens([1, BYTE_EOT, 257]), "its largest id is 257"),
-    (lambda path: other_tokens([1, 0, 2, 0, 3, 0]), "not uint16"), (ours, "data.py made it"),
+    (lambda path: other_tokens([1, BYTE_EOT, 257]), "largest id is 257"),
+    (lambda path: other_tokens([1, 0, 2, 0, 3, 0]), "no uint16"), (ours, "data.py made it"),
     (lambda path: b"", "empty")])
 def test_token_files_that_do_not_fit_are_refused(tmp_path, harm, words):
     save(tmp_path / "a.bin", harm(tmp_path / "ours.bin"))
