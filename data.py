@@ -153,7 +153,7 @@ def read_documents(files, request, label, problems, encoding=None):
                 if not isinstance(content, str):
                     names = ", ".join(record) if isinstance(record, dict) else "no names"
                     raise ValueError(f'no "{field}" in it that is text, but {names}; --field NAME reads '
-                                     "another, --chats conversations")
+                                     "another; conversations are read with --chats")
             raw = (content.tobytes() if isinstance(content, np.ndarray)
                    else (json.dumps(content) if chats else content).encode())
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
