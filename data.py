@@ -263,7 +263,7 @@ def n_bytes(files):
 
 def find_files(sources, chats, folder=None):
     """The files of all sources, none twice.  InputError if a source has none."""
-    suffixes, found, others = RECORD_SUFFIXES + ((".json",) if chats else TEXT_SUFFIXES), {}, {}
+    suffixes, found, others = (".json",) * chats + TEXT_SUFFIXES * (not chats) + RECORD_SUFFIXES, {}, {}
     for source in map(str, sources):
         if chats and source == "functions":
             there = [write_functions(folder / "functions.jsonl")]
@@ -761,7 +761,8 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """End the program with one line; exit code 2 is a wrong setting or an unreadable input."""
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):                                # a console that is full or closed
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
