@@ -323,7 +323,8 @@ def encode_documents(encoding, documents):
         if isinstance(content, list):                      # a conversation
             return encode_chat(encoding, content), sum(len(text.encode()) for _, text in content)
         if isinstance(content, str):
-            tokens, size = encoding.encode_ordinary(content), len(content.encode())
+            tokens = encoding.encode_to_numpy(content, allowed_special=set(), disallowed_special=())
+            size = len(content.encode())
         else:                                              # tokens already
             tokens, size = content, len(encoding.decode_bytes(content.tolist()))
         return np.concatenate([end_of_text[:begins], tokens]), size
