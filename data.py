@@ -762,28 +762,40 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """End the program with one line; exit code 2 is a wrong setting or an unreadable input."""
-    with suppress(OSError):                                # a console that is full or closed
-        print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+class Console:
+    """stdout or stderr, without which a program goes on: Ctrl-C also ends the tee that a run writes to."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError):                     # a terminal without Unicode prints what it can
+            self.stream.reconfigure(errors="replace", line_buffering=True)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 @contextmanager
 def one_line_errors(rank=0):
     """Turn what is wrong with the user's input or files (InputError, OSError) into one line, exit code 2.  Of
-    many processes rank 0 alone speaks, the others of errors only.  A closed stream takes nothing."""
-    null, old, who = open(os.devnull, "w"), None, f"rank {rank}: " if rank else ""
-    out, err = null if rank else sys.stdout or null, sys.stderr or null
-    for stream in (out, err):
-        with suppress(AttributeError):                     # a terminal without Unicode prints what it can
-            stream.reconfigure(errors="replace", line_buffering=True)
+    many processes rank 0 alone speaks, the others of errors only."""
+    out, who, old = (None, f"rank {rank}: ", None) if rank else (sys.stdout, "", None)
     with suppress(ValueError):                             # not the main thread
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)       # it cleans up, as Ctrl-C
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(Console(out)), redirect_stderr(Console(sys.stderr)):
         try:
             yield
-        except BrokenPipeError:                            # `| head` has read enough
-            os.dup2(null.fileno(), 1)                      # nor does Python's last flush fail
-            raise SystemExit(1) from None
         except (InputError, OSError) as error:             # OSError: of a file, not one that a fork raises
             theirs = isinstance(error, InputError) or error.errno and not isinstance(error, ConnectionError)
             if os.environ.get("NANOSIGMA_TRACEBACK") or not theirs:

@@ -876,6 +876,12 @@ def introduce(run):
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
+    n, epochs = text.n_windows, s.steps * s.batch_size / text.n_windows
+    if s.batch_size > n:
+        print(f"warning: a step takes all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit")
+    elif epochs > 4 and not run.corpus.has_chats:
+        print(f"warning: {epochs:.0f} epochs: after some four, text is learned by heart; "
+              f"--steps {max(1, 4 * n // s.batch_size)} would fit")
     if run.step:
         print(f"resuming from step {run.step}")
         before = parallel.read_meta(Path(s.out) / f"step-{run.step}")["top_k"]

@@ -34,12 +34,13 @@ def slow_kneser_ney(tokens, V):
     one = Counter(gram[1:] for gram in two)
 
     def table(grams):
-        ones, twos = sum(n == 1 for n in grams.values()), sum(n == 2 for n in grams.values())
+        ones = max(1, sum(n == 1 for n in grams.values()))
+        twos = sum(n == 2 for n in grams.values())
         total, distinct = defaultdict(int), defaultdict(int)
         for gram, n in grams.items():
             total[gram[:-1]] += n
             distinct[gram[:-1]] += 1
-        return grams, ones / max(1, ones + 2 * twos), total, distinct
+        return grams, ones / (ones + 2 * twos), total, distinct
     tables = [table(one), table(two), table(three)]
 
     def prob(a, b, c):
