@@ -226,7 +226,7 @@ def read_file(path, file, request, encoding):
     if name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
         raise ValueError("it is a page of HTML: save its text instead")
     if name.endswith(TEXT_SUFFIXES):
-        texts = re.split(r"<\|endoftext\|>[ \t\r]*(?:\n|\Z)", file.read().decode("utf-8-sig"))
+        texts = re.split(r"(?m)^<\|endoftext\|>\r?$\n?", file.read().decode("utf-8-sig"))
         yield from ((f"document {i}", text) for i, text in enumerate(texts, 1))
     elif start.startswith(b"["):                           # whatever its suffix: not lines, but a list
         items = json.loads(file.read().decode("utf-8-sig"))

@@ -878,7 +878,7 @@ def introduce(run):
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
     n, epochs = text.n_windows, s.steps * s.batch_size / text.n_windows
     if s.batch_size > n:
-        print(f"warning: a step takes all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit")
+        print(f"warning: a step has all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit")
     elif epochs > 4 and not run.corpus.has_chats:
         print(f"warning: {epochs:.0f} epochs: after some four, text is learned by heart; "
               f"--steps {max(1, 4 * n // s.batch_size)} would fit")

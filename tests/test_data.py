@@ -113,14 +113,14 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
 
 
 def test_lines_that_are_endoftext_part_documents(tmp_path):
-    """As in TinyStories, also at the end of a line; inside of one it stays text."""
+    """As in TinyStories; elsewhere it stays text."""
     stories = [f"story {i}\n<|endoftext|> is text here\n" for i in range(400)]
     save(tmp_path / "a.txt", "<|endoftext|>\n".join(stories))
-    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo<|endoftext|> \nthree<|endoftext|>")
+    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo <|endoftext|>\nis text")
     meta = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt")
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 403
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 402
     train, val = both(tmp_path / "out")
-    assert Counter(train + val) == Counter([*stories, "one\r\n", "two", "three"])
+    assert Counter(train + val) == Counter([*stories, "one\r\n", "two <|endoftext|>\nis text"])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

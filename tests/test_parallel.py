@@ -367,21 +367,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(ranks, tmp_path, name, rank)
     assert re.search("could not write .*step-2: .*MB are free; .*Input/output error", said[0])
 
 
-def save_apart(grid, folder):
-    """.. where rank 1 has a folder of its own -> what this rank raises."""
-    out = folder / str(grid.rank)
-    out.mkdir()
-    with pytest.raises((ValueError, SystemExit)) as raised:
-        save_checkpoint(out, 1, training_state(make_run(grid, torch.float32).masters), 2, grid)
-    return str(raised.value), os.listdir(out)
-
-
-def test_a_folder_that_ranks_do_not_share_is_refused(ranks, tmp_path):
-    first, second = (a.value for a in ranks(2, save_apart, tmp_path, layout=(1, 1)))
-    assert "rank 0 does not see __1_0.distcp: --out must lie" in first[0] and first[1] == []
-    assert second[0] == "2"
-
-
 # --- training ---------------------------------------------------------------------------------------------
 
 def losses(out):
