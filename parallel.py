@@ -129,8 +129,8 @@ def check_shared(layout, out):
 def check_layout(world, ep, replicate, n_expert, device):
     """InputError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes, "
-                         f"{world}: choose other --ep and --replicate")
+        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes "
+                         f"({world}); choose other --ep and --replicate")
     if n_expert % ep:
         raise InputError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
