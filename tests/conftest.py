@@ -52,7 +52,7 @@ def small(**changes):
 
 def small_run(corpus, out, more=""):
     """train.py's arguments for a run of that size."""
-    return ["--data", str(corpus), "--out", str(out), *SIZES, *more.split()]
+    return ["--data", str(corpus), "--out", str(out), *SIZES, "--save_every", "99", *more.split()]
 
 
 def write_corpus(folder, files=30, seed=0):
@@ -146,7 +146,44 @@ def refused(capsys):
     return check
 
 
-# --- many processes ---------------------------------------------------------------------------------------
+# --- other processes --------------------------------------------------------------------------------------
+
+WARM = multiprocessing.get_context("forkserver")                  # its processes are forks of one with torch
+WARM.set_forkserver_preload(["conftest", "torch._dynamo.backends.debugging"])
+
+
+class Forked(WARM.Process):
+    """function(*args) in a process of its own, in a folder with its files stdout and stderr."""
+
+    def __init__(self, folder, function, *args):
+        self.folder = folder
+        super().__init__(target=work_in, args=(folder, function, args), daemon=True)
+        self.start()
+
+    def out(self):
+        return (self.folder / "stdout").read_text() if (self.folder / "stdout").exists() else ""
+
+    def wait_for(self, words, seconds=240):
+        end = time.monotonic() + seconds
+        while words not in self.out():
+            assert self.is_alive() and time.monotonic() < end, (self.folder / "stderr").read_text()
+            time.sleep(0.01)
+
+    def end(self, seconds=60):
+        """-> exit code (of a signal its negative number, None if it still runs), what it wrote to stderr."""
+        self.join(seconds)
+        return self.exitcode, (self.folder / "stderr").read_text()
+
+
+def work_in(folder, function, args):
+    os.chdir(folder)
+    os.environ.update(ENV)
+    torch.set_num_threads(1)
+    for number, name in ((1, "stdout"), (2, "stderr")):           # also of its own children
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", 1), open(2, "w", 1)
+    function(*args)
+
 
 class Answer(NamedTuple):
     """What a function did on one rank."""
@@ -173,11 +210,9 @@ class Ranks:
         """function(*args) on `world` processes, with torchrun's variables -> [Answer of each rank].
 
         layout (ep, replicate): function(grid, *args), with a parallel.Layout on the CPU."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train"])
         for rank in range(0 if self.workers else 4):
-            ours, theirs = context.Pipe()
-            self.workers.append((context.Process(target=work, args=(theirs, rank), daemon=True), ours))
+            ours, theirs = WARM.Pipe()
+            self.workers.append((WARM.Process(target=work, args=(theirs, rank), daemon=True), ours))
             self.workers[-1][0].start()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -124,7 +124,8 @@ def test_load_drawing_fits_80_columns_and_shows_every_expert():
 def switched(corpus, tmp_path_factory):
     """A run that switches to fewer experts at its half."""
     out = tmp_path_factory.mktemp("runs") / "switched"
-    train.main(small_run(corpus, out, "--steps 12 --initial_top_k 3 --switch 0.5 --eval_every 2 --keep 9"))
+    train.main(small_run(corpus, out, "--steps 12 --initial_top_k 3 --switch 0.5 --eval_every 2 --keep 9 "
+                                      "--save_every 3"))
     return out
 
 

@@ -37,7 +37,8 @@ CASES = {
     "muon, idle experts": dict(chosen=[1], optimizer="muon"),
     "muon, odd": dict(optimizer="muon", d_model=15, d_expert=15, n_expert=10),
     "muon, dense": dict(optimizer="muon", n_expert=1),
-    "recomputed": dict(recomputed=True, accumulate=2, balance="top1", tie_embeddings=True),
+    "recomputed": dict(recomputed=True, accumulate=2, documents=True, balance="loss-free", bias_rate=0.1,
+                       tie_embeddings=True, chosen=[1, 2], top_k=3),
     "odd widths and number": dict(d_model=15, d_expert=15, n_expert=10),          # shards of unequal size
 }
 
@@ -86,8 +87,7 @@ def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, shared=F
     finally:
         torch.set_default_dtype(torch.float32)
         model_module.MoE = MoE
-    if recomputed:
-        model.recompute = True
+    model.recompute = recomputed and grid.world > 1               # and equals what is kept
     masters = parallel.MasterWeights(model, dtype)
     for block in model.blocks:
         block.moe.router.temperature = s.temperature

@@ -3,22 +3,26 @@
 Only NaN is injected; signals, files, limits and file systems are real."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, curve, prepared, rows, small_run, train_until, train_with, write_corpus
+import torch.distributed.run
+from conftest import ENV, Forked, curve, prepared, rows, small_run, train_until, train_with, write_corpus
 from test_exact import make_run, whole
 
 import data
@@ -56,28 +60,55 @@ def test_killed_workers_come_back_on_the_same_curve_until_ctrl_c(ranks, corpus, 
 
     Bit for bit the run that nobody killed."""
     (tmp_path / "killed.py").write_text(KILLED_IN_SECOND_SAVE)
-    more = "--steps 100000 --save_every 7 --ep 2 --eval_every 10 --balance loss-free"
+    more = "--steps 100000 --save_every 3 --ep 2 --eval_every 4 --balance loss-free"
     killed, whole_run = (small_run(corpus, tmp_path / name, more) for name in ("run", "whole"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-              "1", "--monitor-interval", "0.2", str(tmp_path / "killed.py")]
-    with subprocess.Popen([sys.executable, *launch, *killed], env=ENV, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        watch = threading.Timer(240, process.terminate)           # or readline() would wait for ever
-        watch.start()
-        shown = ""
-        while "step 20:" not in shown:
-            assert process.poll() is None, process.stderr.read()
-            shown += process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-        watch.cancel()
+    launch = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.2"]
+    torchrun = Forked(tmp_path, torch.distributed.run.main, [*launch, "killed.py", *killed])
+    torchrun.wait_for("step 8:")
+    os.kill(torchrun.pid, signal.SIGINT)
+    _, err = torchrun.end()
     last, step = parallel.checkpoints(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").glob("step-*")} == {f"step-{last}", f"step-{step}"}
-    assert "resuming from step 7\n" in shown and f"stopped and saved after step {step}" in out, err
-    _, again = re.findall(r"new keys in the store: (\d+)", shown)
-    assert int(again) > 0                                         # else they read the addresses of the dead
+    shown = torchrun.out()
+    assert "resuming from step 3\n" in shown and f"stopped and saved after step {step}" in shown, err
+    _, again = sorted(map(int, re.findall(r"new keys in the store: (\d+)", shown)))
+    assert again > 0                                              # else they read the addresses of the dead
     ranks(2, train_until, whole_run, step)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def wait_in(module, name, argv):
+    """main(argv), in which a function of data.py or parallel.py waits."""
+    def wait(*args, **kwargs):
+        print("waiting")
+        time.sleep(60)
+    setattr(sys.modules[module], name, wait)
+    (data if module == "data" else train).main(argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module, name", [("data", "save_encoding"), ("parallel", "build_model")])
+def test_a_signal_before_the_first_step_leaves_nothing_half_made(corpus, tmp_path, module, name, number):
+    write_corpus(tmp_path / "text", files=3)
+    argv = ("--source text --name x --tokenizer bytes".split() if module == "data"
+            else small_run(corpus, "run", "--steps 2"))
+    process = Forked(tmp_path, wait_in, module, name, argv)
+    process.wait_for("waiting")
+    os.kill(process.pid, number)
+    code, err = process.end()
+    assert code == 1 and err.splitlines()[-1] == "error: interrupted"
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob("data/*"))
+    assert not list(tmp_path.glob("data/.*"))
+
+
+def test_a_signal_in_the_first_validation_saves(corpus, tmp_path, monkeypatch):
+    def validation(run, real=train.validation):
+        if run.step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run)
+    monkeypatch.setattr(train, "validation", validation)
+    train.main(small_run(corpus, tmp_path / "run", "--steps 9"))
+    assert parallel.checkpoints(tmp_path / "run") == [1]
 
 
 def stopped(argv, pid):
@@ -106,14 +137,6 @@ def test_a_process_that_hangs_is_an_error_with_the_step(ranks, corpus, tmp_path)
 
 # --- broken checkpoints -----------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def three_checkpoints(corpus, tmp_path_factory):
-    """A run of 6 steps with its checkpoints of steps 2, 4 and 6."""
-    out = tmp_path_factory.mktemp("faults") / "run"
-    train.main(small_run(corpus, out, "--steps 6 --save_every 2 --keep 3"))
-    return out
-
-
 def cut(path, rng):
     path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
 
@@ -130,39 +153,39 @@ def remove(path, rng):
 
 @pytest.mark.parametrize("harm", [cut, flip, remove])
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
-def test_a_corrupt_checkpoint_is_set_aside(three_checkpoints, tmp_path, capsys, file, harm):
-    out = shutil.copytree(three_checkpoints, tmp_path / "run")
-    harm(out / "step-6" / file, random.Random(0))
-    broken = {p.name: p.read_bytes() for p in (out / "step-6").iterdir()}
-    train.main(["--out", str(out), "--keep", "2"])
+def test_a_corrupt_checkpoint_is_set_aside(finished, tmp_path, capsys, file, harm):
+    out = shutil.copytree(finished, tmp_path / "run")
+    harm(out / "step-12" / file, random.Random(0))
+    broken = {p.name: p.read_bytes() for p in (out / "step-12").iterdir()}
+    train.main(["--out", str(out)])
     shown = capsys.readouterr()
-    assert "corrupt" in shown.err and "step-6.corrupt" in shown.err and "resuming from step 4" in shown.out
-    assert parallel.checkpoints(out) == [4, 6] and curve(out) == curve(three_checkpoints)
-    assert {p.name: p.read_bytes() for p in (out / "step-6.corrupt").iterdir()} == broken
+    assert "corrupt" in shown.err and "step-12.corrupt" in shown.err and "resuming from step 9" in shown.out
+    assert parallel.checkpoints(out) == [9, 12] and curve(out) == curve(finished)
+    assert {p.name: p.read_bytes() for p in (out / "step-12.corrupt").iterdir()} == broken
 
 
-def test_if_no_checkpoint_is_whole_nothing_begins_anew(three_checkpoints, tmp_path, capsys):
-    out = shutil.copytree(three_checkpoints, tmp_path / "run")
+def test_if_no_checkpoint_is_whole_nothing_begins_anew(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
     log = (out / "log.jsonl").read_text()
-    for step in (2, 4, 6):
+    for step in (9, 12):
         cut(out / f"step-{step}" / "__0_0.distcp", random.Random(step))
     for _ in range(2):
         with pytest.raises(SystemExit) as error:
             train.main(["--out", str(out)])
         last = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 2 and "no checkpoint" in last and ".corrupt" in last
-        assert sorted(p.name for p in out.glob("step-*")) == [f"step-{step}.corrupt" for step in (2, 4, 6)]
+        assert sorted(p.name for p in out.glob("step-*")) == [f"step-{step}.corrupt" for step in (12, 9)]
         assert (out / "log.jsonl").read_text() == log
 
 
-def test_what_cannot_be_read_now_is_not_set_aside(three_checkpoints, tmp_path, monkeypatch, refused):
-    out = shutil.copytree(three_checkpoints, tmp_path / "run")
+def test_what_cannot_be_read_now_is_not_set_aside(finished, tmp_path, monkeypatch, refused):
+    out = shutil.copytree(finished, tmp_path / "run")
 
     def checksums(path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
     monkeypatch.setattr(parallel, "checksums", checksums)
     refused(train.main, ["--out", out], "Too many open files")
-    assert parallel.checkpoints(out) == [2, 4, 6]
+    assert parallel.checkpoints(out) == [9, 12]
 
 
 def test_all_ranks_fall_back_together(ranks, corpus, tmp_path):
@@ -191,18 +214,6 @@ def write_manifest(path):
         file for file in path.iterdir() if file.name != "manifest.json")))
 
 
-def test_nothing_in_a_checkpoint_is_unpickled_but_descriptions_of_tensors(three_checkpoints, tmp_path):
-    path, planted = tmp_path / "run/step-6", tmp_path / "planted"
-    shutil.copytree(three_checkpoints, tmp_path / "run")
-    (path / ".metadata").write_bytes(pickle.dumps(Malicious(planted)))
-    write_manifest(path)                                          # whoever plants it can do that, too
-    with pytest.raises(ValueError, match="asks for posix.mkdir"):
-        evaluation.load_run(tmp_path / "run")
-    with pytest.raises(SystemExit):
-        train.main(["--out", str(tmp_path / "run"), "--steps", "8"])
-    assert not planted.exists()
-
-
 def test_what_is_no_tensor_is_not_read(tmp_path):
     """torch would unpickle a checkpoint's entry that says it is bytes."""
     torch.distributed.checkpoint.save({"model.norm.weight": Malicious(tmp_path / "planted")},
@@ -214,23 +225,26 @@ def test_what_is_no_tensor_is_not_read(tmp_path):
     assert not (tmp_path / "planted").exists()
 
 
-def harm_description(path, change):
-    """change() the descriptions of tensors in .metadata, as somebody may who also writes the manifest."""
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    change(metadata)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    write_manifest(path)
+def plant(raw):
+    """Write .metadata, as somebody may who also writes the manifest."""
+    def harm(path):
+        (path / ".metadata").write_bytes(raw)
+        write_manifest(path)
+    return harm
 
 
-def move_storage(to):
-    def change(metadata):
-        for part in metadata.storage_data.values():
-            part.relative_path = to
-    return change
+def describe(change):
+    """.. with another description of the tensors."""
+    def harm(path):
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        change(metadata)
+        plant(pickle.dumps(metadata))(path)
+    return harm
 
 
-def drop_chunk(metadata):
-    metadata.state_dict_metadata["model.norm.weight"].chunks.clear()
+def store_in(name):
+    return describe(lambda metadata: [setattr(part, "relative_path", name)
+                                      for part in metadata.storage_data.values()])
 
 
 SET = pickle.dumps({"cache": {"x": 1}}, 2)[2:-1]                  # the state that BUILD sets
@@ -242,11 +256,12 @@ BUILDS = {
 
 
 @pytest.mark.parametrize("harm, words", [
-    *((lambda path, raw=raw: ((path / ".metadata").write_bytes(b"\x80\x02" + raw), write_manifest(path)),
-       ".metadata changes") for raw in BUILDS.values()),
-    (lambda path: harm_description(path, move_storage("../secret")), "manifest.json does not name ../secret"),
-    (lambda path: harm_description(path, move_storage("/etc/passwd")), "manifest.json does not name /etc"),
-    (lambda path: harm_description(path, drop_chunk), "its parts of model.norm.weight do not cover it"),
+    *((plant(b"\x80\x02" + raw), ".metadata changes") for raw in BUILDS.values()),
+    (plant(pickle.dumps(Malicious("planted"))), "asks for posix.mkdir"),
+    (store_in("../secret"), "manifest.json does not name ../secret"),
+    (store_in("/etc/passwd"), "manifest.json does not name /etc"),
+    (describe(lambda metadata: metadata.state_dict_metadata["model.norm.weight"].chunks.clear()),
+     "its parts of model.norm.weight do not cover it"),
     (lambda path: (path / "manifest.json").write_text(json.dumps(
         json.loads((path / "manifest.json").read_text()) | {"../../secret": {"bytes": 1, "sha256": ""}})),
      "../../secret does not match manifest.json"),
@@ -254,21 +269,24 @@ BUILDS = {
     (lambda path: (path / "manifest.json").write_text("[" * 9999), "RecursionError"),
     (lambda path: (path / "manifest.json").write_text('{".metadata": 7}'), ".metadata, meta.json does not")],
     ids=lambda value: value if isinstance(value, str) else "")
-def test_a_checkpoint_of_somebody_else_is_refused(three_checkpoints, tmp_path, harm, words):
+def test_a_checkpoint_of_somebody_else_is_refused(finished, in_folder, harm, words):
     """Nothing is called or changed, no path leaves the folder, nothing stays without a value."""
-    path = shutil.copytree(three_checkpoints, tmp_path / "run") / "step-6"
+    path = shutil.copytree(finished, in_folder / "run") / "step-12"
     harm(path)
     with pytest.raises(ValueError) as error:
         evaluation.load_run(path)
     assert "is corrupt or of another model" in str(error.value) and words in str(error.value)
+    assert os.listdir() == ["run"]
 
 
-def test_files_that_the_manifest_does_not_name_do_not_count(three_checkpoints, tmp_path):
-    out = shutil.copytree(three_checkpoints, tmp_path / "run")
-    (out / "step-6/.DS_Store").write_bytes(b"x")
-    (out / "step-6/.ipynb_checkpoints").mkdir()
-    train.main(["--out", str(out), "--steps", "7"])
-    assert parallel.checkpoints(out)[-1] == 7 and not list(out.glob("*corrupt"))
+@pytest.mark.parametrize("chunks, size, whole", [
+    ([((0,), (4,)), ((4,), (2,))], (6,), True), ([((0,), (4,)), ((2,), (2,))], (6,), False),
+    ([((-6,), (12,))], (6,), False), ([((100,), (6,))], (6,), False), ([], (3,), False),
+    ([((0, 0), (2, 3)), ((2, 0), (2, 3))], (4, 3), True), ([((), ())], (), True),
+    ([((0, 0), (2, 3)), ((0, 0), (2, 3))], (4, 3), False), ([((0,), (3,)), ((3,), (0,))], (3,), True)])
+def test_chunks_cover_a_tensor_once(chunks, size, whole):
+    chunks = [SimpleNamespace(offsets=offsets, sizes=torch.Size(sizes)) for offsets, sizes in chunks]
+    assert parallel.tiles(chunks, size) == whole
 
 
 # --- bad numbers ------------------------------------------------------------------------------------------
@@ -394,7 +412,7 @@ def test_a_flipped_bit_in_a_copy_ends_the_run(ranks, corpus, tmp_path, what, bit
     assert "step 8: the weights of rank 3 are not those of the first" in first.err
 
 
-# --- disks, memory, data ----------------------------------------------------------------------------------
+# --- logs, disks, memory ----------------------------------------------------------------------------------
 
 def test_a_directory_that_was_begun_is_gone_on_with(corpus, tmp_path):
     """A kill before there are settings, then one before the first checkpoint."""
@@ -408,22 +426,126 @@ def test_a_directory_that_was_begun_is_gone_on_with(corpus, tmp_path):
     assert len(rows(tmp_path)) == 2
 
 
-OUT_OF_MEMORY = """
-import resource
-import torch, train
-held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
-train.main()
-"""
+def damage(raw):
+    """A row that is no UTF-8, and such as are no objects or of no step."""
+    lines = raw.splitlines(keepends=True)
+    lines[3] = lines[3][:50] + b"\0\xff" * 20 + b"\n"
+    return b"".join([b"[1]\n", *lines, b"[" * 5000 + b"\n", b'{"step": "x"}\n'])
+
+
+@pytest.mark.parametrize("harm, lost", [
+    (lambda raw: raw.replace(b"\n", b"\r\n"), 0), (lambda raw: raw[:-7], 12),
+    (lambda raw: raw + b'{"step": 13, "lo', 0), (lambda raw: raw.replace(b"\n", b"\n\n"), 0), (damage, 3)],
+    ids=["windows", "torn", "torn later", "blank rows", "damaged"])
+def test_a_directory_that_others_touch_is_gone_on_with(finished, tmp_path, harm, lost):
+    """A damaged row costs no other row, files of the system no checkpoint; nothing goes through a link."""
+    out, theirs = shutil.copytree(finished, tmp_path / "run"), tmp_path / "theirs.txt"
+    (out / "log.jsonl").write_bytes(harm((out / "log.jsonl").read_bytes()))
+    (out / "step-12/.DS_Store").write_bytes(b"x")
+    (out / "step-12/.ipynb_checkpoints").mkdir()
+    theirs.write_text("all of it\n")
+    os.symlink(theirs, out / "settings.tmp")
+    train.main(["--out", str(out), "--steps", "14"])
+    assert [row["step"] for row in rows(out)] == [step for step in range(1, 15) if step != lost]
+    assert evaluation.read_log(out)[0]["settings"]["steps"] == 12 and not list(out.glob("*corrupt"))
+    evaluation.main(["routing", str(out)])
+    assert theirs.read_text() == "all of it\n"
+
+
+def test_a_log_is_never_cut_to_nothing(finished, tmp_path):
+    """Of a run whose checkpoints are gone."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    for step in out.glob("step-*"):
+        shutil.rmtree(step)
+    old = (out / "log.jsonl").read_bytes()
+    train.main(["--out", str(out), "--steps", "2"])
+    assert [path.read_bytes() for path in out.glob("log-*.jsonl")] == [old] and len(rows(out)) == 2
+
+
+def test_a_second_start_that_waited_changes_nothing(corpus, tmp_path, monkeypatch, refused):
+    """It was planned before another process trained the run."""
+    argv, real = small_run(corpus, tmp_path / "run", "--steps 2"), parallel.build_model
+
+    def overtaken(*args):
+        monkeypatch.setattr(parallel, "build_model", real)
+        train.main(argv)
+        return real(*args)
+    monkeypatch.setattr(parallel, "build_model", overtaken)
+    refused(train.main, argv + ["--lr", "0.5"], "another process has changed")
+    assert parallel.read_settings(tmp_path / "run")["settings"]["lr"] != 0.5
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_a_file_system_without_fsync_of_folders_or_locks(corpus, tmp_path, monkeypatch, capsys):
+    def fsync(descriptor, real=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be flushed"):
+        train.main(small_run(corpus, tmp_path / "run", "--steps 2"))
+    assert parallel.checkpoints(tmp_path / "run")[-1] == 2
+    assert capsys.readouterr().err.count("no lock protects") == 1
+
+
+def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path):
+    """On a real file system of its own, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs privileges")
+    try:
+        argv = small_run(corpus, disk / "run", "--steps 150 --save_every 1 --keep 99")
+        code, err = Forked(tmp_path, train.main, argv).end()
+        last = err.splitlines()[-1]
+        assert code == 2 and last.startswith("error: could not write") and "MB are free" in last, err
+        assert "Traceback" not in err
+        kept = parallel.checkpoints(disk / "run")
+        assert kept and kept == list(range(1, len(kept) + 1))
+        for step in kept:
+            parallel.verify(disk / "run" / f"step-{step}")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_that_was_moved_is_not_saved_elsewhere(corpus, tmp_path, refused):
+    def moved(real, run, step, *rest):
+        if step == 1:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return real(run, step, *rest)
+    argv = small_run(corpus, tmp_path / "run", "--steps 4 --save_every 2")
+    refused(lambda argv: train_with(argv, moved), argv, "was moved or deleted")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_that_fails_half_way_is_not_in_the_way(finished, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    argv = ["export", "--ckpt", str(finished), "--to", str(tmp_path / "hf")]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "save_tokenizer", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluation.main(argv)
+    assert list(tmp_path.iterdir()) == []
+    evaluation.main(argv)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["max_position_embeddings"] == 16
+
+
+def train_in_little_memory(argv):
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
+    train.main(argv)
 
 
 def test_out_of_memory_is_one_line(corpus, tmp_path):
-    (tmp_path / "limited.py").write_text(OUT_OF_MEMORY)
     argv = small_run(corpus, tmp_path / "run", "--steps 4 --batch_size 400000")
-    done = subprocess.run([sys.executable, tmp_path / "limited.py", *argv], env=ENV, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
+    code, err = Forked(tmp_path, train_in_little_memory, argv).end()
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: rank 0: out of memory; --accumulate")
 
 
 # --- two nodes --------------------------------------------------------------------------------------------

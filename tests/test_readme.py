@@ -1,18 +1,21 @@
 """README and docs: programs take their commands, links lead somewhere, the arithmetic is the code's."""
 
 import importlib
+import inspect
 import re
 import shlex
-from pathlib import Path
+from dataclasses import replace
+from textwrap import indent
 
 import pytest
+from conftest import ROOT, rows, small_run
 from torch.distributed.run import get_args_parser
 
+import model
 import parallel
 import train
 from model import PRESETS, count_parameters, flops_per_token
 
-ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 README = PAGES[ROOT / "README.md"]
 FENCE = re.compile(r"```\w*\n(.*?)```", re.S)
@@ -90,6 +93,30 @@ def test_what_is_said_of_files_is_so():
             found = module
             for part in name.split("."):
                 found = getattr(found, part)
+
+
+def train_with_a_shared_expert(argv):
+    """train.main, in which MoE has README's lines as they stand there."""
+    init, forward = re.search(r"```python\n# MoE.__init__.*?\n(.*?)\n# MoE.forward.*?\n(.*?)```", README,
+                              re.S).groups()
+    real, source, last = model.MoE, inspect.getsource(model.MoE), "self.experts = Experts(config)\n"
+    source = source[:source.rindex("        return ")] + indent(forward, " " * 8)
+    source = source.replace(last, last + indent(init, " " * 8) + "\n")
+    exec(source, fork := vars(model) | {"replace": replace})
+    try:
+        model.MoE = fork["MoE"]
+        train.main(argv)
+    finally:
+        model.MoE = real
+
+
+def test_the_shared_expert_trains_on_one_process_and_on_two(ranks, corpus, tmp_path):
+    """With the preset's own optimizer."""
+    argv = small_run(corpus, tmp_path / "one", "--optimizer muon --d_expert 6 --steps 3 --accumulate 2")
+    train_with_a_shared_expert(argv)
+    ranks(2, train_with_a_shared_expert, [*argv, "--out", str(tmp_path / "two"), "--ep", "2"])
+    one, two = ([row["loss"] for row in rows(tmp_path / out)] for out in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 3
 
 
 def number(cell):

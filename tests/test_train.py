@@ -1,5 +1,6 @@
 """Schedules, the training step against a slow reference, the loop, its log, and resuming."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -9,19 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV, ROOT, curve, prepared, rows, small, small_run, train_until, train_with
+from conftest import SIZES, Forked, curve, prepared, rows, small, small_run, train_until, train_with
 from test_exact import make_run as make_run_of
 
 import data
 import eval as evaluation
+import model as model_module
 import parallel
 import train
-from model import Model, flops_per_token
+from model import Block, Model, flops_per_token
 from router import active_experts, drawn_top_k, noise_floor
 from train import Corpus, Settings, learning_rate, log_row, train_step
 
@@ -132,21 +137,21 @@ def test_what_is_reported_is_of_the_whole_step():
     assert row["lbl"] == pytest.approx(sum(row["lbl_layer"]) / 2)
 
 
-@pytest.mark.parametrize("balance", [dict(balance="lbl"), dict(balance="top1", temperature=0.3),
-                                     dict(balance="loss-free", bias_rate=0.01), dict(balance="quantile")],
-                         ids=lambda b: b["balance"])
-def test_every_method_balances(balance):
-    """Forty steps on random tokens: the worst expert is far less loaded than without it."""
-    worst = []
-    for changes in (balance, dict(balance="none")):
-        run = make_run(lbl_coef=0.3, n_expert=12, **changes)
-        run.settings.steps = 40
-        with torch.no_grad():
-            for block in run.model.blocks:
-                block.moe.router.weight[0] += 0.5                 # a favourite expert
-        rows = [logged(run, i) for i in range(40)]
-        worst.append(np.mean([max(row["load_max"]) for row in rows[-10:]]))
-    assert worst[0] < 0.6 * worst[1]
+def worst_load(**balance):
+    """The largest load after forty steps on random tokens with a favourite expert."""
+    run = make_run(lbl_coef=0.3, n_expert=12, **balance)
+    run.settings.steps = 40
+    with torch.no_grad():
+        for block in run.model.blocks:
+            block.moe.router.weight[0] += 0.5
+    return np.mean([max(logged(run, i)["load_max"]) for i in range(40)][-10:])
+
+
+def test_every_method_balances():
+    none = worst_load(balance="none")
+    for balance in (dict(balance="lbl"), dict(balance="top1", temperature=0.3), dict(balance="quantile"),
+                    dict(balance="loss-free", bias_rate=0.01)):
+        assert worst_load(**balance) < 0.6 * none, balance
 
 
 def test_biases_move_once_per_step_by_the_load_of_the_whole_step():
@@ -197,16 +202,17 @@ def test_a_run_explains_itself(finished, corpus):
     pytest.param("--device cuda --deterministic true", id="gpu", marks=pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a GPU"))])
 def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes):
-    whole, cut = (small_run(corpus, tmp_path / name, f"--steps 12 {changes}") for name in ("whole", "cut"))
+    whole, cut = (small_run(corpus, tmp_path / name, f"--steps 8 --save_every 2 {changes}")
+                  for name in ("whole", "cut"))
     train.main(whole)
 
     def crash(real, run, step, stop):
-        if step == 8:
+        if step == 5:
             raise KeyError
         return real(run, step, stop)
-    with pytest.raises(KeyError):                                 # after step 8; the checkpoint is of step 6
+    with pytest.raises(KeyError):                                 # after step 5; the checkpoint is of step 4
         train_with(cut, crash)
-    assert parallel.checkpoints(tmp_path / "cut") == [3, 6] and rows(tmp_path / "cut")[-1]["step"] == 8
+    assert parallel.checkpoints(tmp_path / "cut") == [2, 4] and rows(tmp_path / "cut")[-1]["step"] == 5
     train.main(["--out", str(tmp_path / "cut")])                  # everything else comes from the run
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
@@ -219,47 +225,107 @@ def test_a_complete_run_is_left_alone(finished, capsys, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_state_of_another_optimizer_is_refused(finished, tmp_path, refused):
-    """A fork's optimizer would begin without its momentum, in silence."""
-    out = shutil.copytree(finished, tmp_path / "run")
-    saved = (out / "settings.json").read_text().replace('"steps": 12', '"steps": 14')
-    (out / "settings.json").write_text(saved.replace('"adamw"', '"muon"'))
-    refused(train.main, ["--out", out], "exp_avg.blocks.0.attn.out.weight, .., which this code's")
+def test_a_resumed_run_says_with_what_and_is_one_run_at_wandb(finished, corpus, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "finished")
+    train.main(["--out", str(out), "--steps", "14"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    again, = [line for line in lines[1:] if "resumed" in line]
+    assert again["step"] == 12 and again["resumed"].keys() <= lines[0].keys()
+    assert [row["step"] for row in rows(out)] == list(range(1, 15))
+    prepared(*small_run(corpus, tmp_path / "other/finished"))     # a run of the same name
+    same, resumed, other = (parallel.read_settings(each)["wandb_id"]
+                            for each in (finished, out, tmp_path / "other/finished"))
+    assert same == resumed != other and len(other) == 32
 
 
-def test_what_is_shown(corpus, tmp_path, capsys):
-    train.main(small_run(corpus, tmp_path / "run", "--steps 4 --eval_every 1"))
-    out = capsys.readouterr().out
-    assert len(re.findall(r"held out \d", out)) >= 4 and "step 0: held out" in out
-    assert len(re.findall(r"step \d/4: loss [\d.]+, lr .* tokens/s, [\d.]+ minutes left", out)) == 4
-    for part in ("layer 0", "layer 1", "sample:", "log.jsonl", "step-4", "try next", "eval.py loss"):
-        assert part in out
+class DropoutBlock(Block):
+    """A fork with dropout."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = torch.nn.Dropout(0.3)
+
+    def forward(self, x, *args, **kwargs):
+        y, *statistics = super().forward(x, *args, **kwargs)
+        return x + self.dropout(y - x), *statistics
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_init_from_starts_with_the_weights_of_another_run(finished, corpus, tmp_path, dtype, capsys):
-    train.main(["--data", str(corpus), "--out", str(tmp_path / "next"), "--init_from", str(finished),
-                "--steps", "1", "--seq_len", "16", "--sample_tokens", "0", "--dtype", dtype])
-    start = float(re.search(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[1])
-    assert start == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-4 if dtype == "float32" else 0.02)
+def test_dropout_is_drawn_by_the_step_and_not_at_all_in_validation(corpus, tmp_path, monkeypatch):
+    """The same held-out loss twice; resumed bit for bit; recomputed as not recomputed."""
+    monkeypatch.setattr(model_module, "Block", DropoutBlock)
+    how = "--steps 4 --save_every 2 --eval_every 2"
+    for name, more in (("whole", ""), ("recomputed", "--activation_checkpointing true")):
+        train.main(small_run(corpus, tmp_path / name, f"{how} {more}"))
+    assert curve(tmp_path / "whole") == curve(tmp_path / "recomputed")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/step-4")
+    train.main(["--out", str(tmp_path / "cut")])
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    twice = [evaluation.compare_losses([tmp_path / "whole"])[0][-1][1] for _ in range(2)]
+    assert twice[0] == twice[1] == pytest.approx(rows(tmp_path / "whole")[-1]["val_loss"], rel=1e-6)
 
 
-def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path, capsys):
-    """The paper's Table 3: two runs continue one checkpoint, one with the K that it has, one with another.
+class ScaleBlock(Block):
+    """A fork with another parameter, and with a frozen matrix."""
 
-    Selection biases are kept, also where a balance loss takes over and they do not move again."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale_norm = model_module.RMSNorm(config.d_model)
+        self.moe.experts.w_in.requires_grad_(False)
+
+
+def test_new_and_frozen_parameters_of_a_fork_start_from_a_run(finished, corpus, tmp_path, monkeypatch, capsys,
+                                                              refused):
+    argv = ["--data", corpus, "--init_from", finished, "--steps", "2", "--dtype", "bfloat16", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "Block", ScaleBlock)
+        train.main(list(map(str, [*argv, tmp_path / "fork"])))
+        said = "lacks model.blocks.0.scale_norm.weight, model.blocks.1.scale_norm.weight: they keep their"
+        assert said in capsys.readouterr().out
+    argv[3] = tmp_path / "fork"
+    refused(train.main, [*argv, tmp_path / "back"], "holds model.blocks.0.scale_norm.weight, .., which this")
+
+
+def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("x = 1\n")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *args], cwd=tmp_path, check=True,
+                       capture_output=True)
+    assert train.commit() is None
+    git("init")
+    assert train.commit() is None                                 # a repository of something else
+    git("add", "train.py")
+    git("commit", "-m", "x")
+    assert re.fullmatch(r"[0-9a-f]{40}", train.commit())
+    (tmp_path / "train.py").write_text("x = 2\n")
+    assert train.commit().endswith(" + changes")
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_a_continued_model_computes_what_it_computed(corpus, tmp_path, capsys, dtype, error):
+    """Before a switch, under quantile balancing, by a run with another balance: the same held-out loss."""
+    first = "--steps 8 --save_every 4 --eval_every 4 --initial_top_k 3,2 --switch 0.9 --balance quantile"
+    train.main(small_run(corpus, tmp_path / "first", first))
+    before = rows(tmp_path / "first")[3]["val_loss"]
+    train.main(["--init_from", str(tmp_path / "first/step-4"), "--balance", "lbl", "--steps", "1", "--out",
+                str(tmp_path / "next"), "--data", str(corpus), "--dtype", dtype])
+    start = float(re.findall(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[-1])
+    assert start == pytest.approx(before, abs=error)
+
+
+def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path):
+    """The paper's Table 3: two runs continue one checkpoint, one with the K that it has, one with another."""
     first, free, starts = tmp_path / "first", "--steps 4 --balance loss-free --bias_rate 0.1", []
     train.main(small_run(corpus, first, f"{free} --initial_top_k 3,2 --switch 0.9 --save_every 3"))
-    for name, changes in (("keep", free), ("convert", f"{free} --initial_top_k 1"), ("lbl", "--balance lbl")):
-        run = prepared(*small_run(corpus, tmp_path / name, changes), "--init_from", f"{first}/step-3")
-        assert run.step == 0
+    for name, changes, top_k in (("keep", "", [3, 2]), ("convert", "--initial_top_k 1", [1, 1])):
+        run = prepared(*small_run(corpus, tmp_path / name, f"{free} {changes} --init_from {first}/step-3"))
         starts.append([t.clone() for t in parallel.training_state(run.masters).values()])
-        assert train_step(run, 0).top_k == ([1, 1] if name == "convert" else [3, 2])
-    kept, converted, balanced = starts
+        assert run.step == 0 and train_step(run, 0).top_k == top_k
     saved = list(evaluation.load_run(first / "step-3")[0].buffers())
-    torch.testing.assert_close(kept, converted, rtol=0, atol=0)
-    torch.testing.assert_close(kept[-2:], saved, rtol=0, atol=0)
-    torch.testing.assert_close(kept, balanced, rtol=0, atol=0)
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
+    torch.testing.assert_close(starts[0][-2:], saved, rtol=0, atol=0)
     assert all(bias.any() for bias in saved)
 
 
@@ -276,33 +342,48 @@ def test_experts_grow_and_keep_the_function(corpus, tmp_path, gate, kept, capsys
 
 
 def test_layers_and_experts_grow_in_place():
+    """l1 l1 l2 l2, and experts likewise; only copies get noise."""
     old, config = small(n_layer=2, n_expert=3), small(n_layer=4, n_expert=6)
     weights = dict(Model(old, 0).named_parameters())
     for name, p in Model(config, 1).named_parameters():
-        exact = train.grown(name, config, old, weights, 0.0, 0)
-        noisy = train.grown(name, config, old, weights, 0.01, 0)
-        assert exact.shape == p.shape == noisy.shape
-        if not name.startswith("blocks."):
-            assert torch.equal(exact, weights[name]) and torch.equal(noisy, exact)
-            continue
-        _, layer, rest = name.split(".", 2)
-        source = weights[f"blocks.{int(layer) // 2}.{rest}"]      # l1 l1 l2 l2
-        each = range(len(p))
-        grows = len(p) != len(source)
-        for i in each:
-            first = int(layer) % 2 == 0 and (i % 2 == 0 or not grows)
-            assert torch.equal(exact[i], source[i // 2 if grows else i])
-            assert torch.equal(noisy[i], exact[i]) == first or p.dim() == 1      # norms are all 1: no spread
-        assert torch.equal(noisy, train.grown(name, config, old, weights, 0.01, 0))
-        if p.dim() > 1:
-            change = (noisy - exact).square().mean().sqrt() / source.std()
-            assert 0.005 < change < 0.011 or int(layer) % 2 == 0
+        exact, noisy, again = (train.grown(name, config, old, weights, noise, 0) for noise in (0, 0.01, 0.01))
+        first, _, rest = name.removeprefix("blocks.").partition(".")
+        source, is_copy = weights.get(name), torch.zeros(len(p), dtype=torch.bool)
+        if name.startswith("blocks."):
+            source, is_copy = weights[f"blocks.{int(first) // 2}.{rest}"], is_copy | int(first) % 2
+            if len(source) != len(p):
+                source, is_copy = source.repeat_interleave(2, 0), is_copy | torch.arange(len(p)) % 2
+        assert torch.equal(exact, source) and torch.equal(noisy, again)
+        if p.dim() > 1:                                           # norms are all 1: no spread
+            assert torch.equal((noisy != exact).flatten(1).any(1), is_copy > 0)
+            change = (noisy - exact)[is_copy > 0].square().mean().sqrt() / source.std()
+            assert not is_copy.any() or 0.009 < change < 0.011
 
 
 def test_a_token_file_alone_is_enough_to_train(corpus, tmp_path):
     (tmp_path / "alone.bin").write_bytes((corpus / "train.bin").read_bytes())
     train.main(small_run(tmp_path / "alone.bin", tmp_path / "run", "--steps 2"))
     assert len(rows(tmp_path / "run")) == 2 and "val_loss" not in rows(tmp_path / "run")[-1]
+
+
+def test_conversations_from_the_beginning_and_too_little_to_hold_out(in_folder, capsys):
+    """No run to tune: the preset's own steps and rate; a foreign train.bin in the folder is not looked at."""
+    Path("train.bin").write_bytes(b"of nanoGPT")
+    Path("a.jsonl").write_text("".join(json.dumps(
+        {"instruction": f"say {i}", "output": f"{i}"}) + "\n" for i in range(6)))
+    data.main(["--chats", "--source", "a.jsonl", "--tokenizer", "bytes", "--name", "a"])
+    plan = train.make_plan(["--data", "data/a", *SIZES, "--out", "run"], 1)
+    assert (plan.settings.steps, plan.settings.lr) == (800, train.TRAINING["laptop"]["lr"])
+    train.main(["--data", "data/a", *SIZES, "--seq_len", "32", "--out", "run", "--steps", "2"])
+    assert "nothing is held out" in capsys.readouterr().out and len(rows("run")) == 2
+
+
+def test_validation_takes_no_more_rows_than_a_micro_batch(corpus, tmp_path, monkeypatch):
+    seen, real = [], Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, tokens, *args: seen.append(len(tokens)) or real(
+        self, tokens, *args))
+    train.main(small_run(corpus, tmp_path / "run", "--steps 1 --accumulate 4 --sample_tokens 0"))
+    assert max(seen) == 2
 
 
 @pytest.mark.parametrize("balance, temperature", [("top1", 0.3), ("lbl", 1.0)])
@@ -346,10 +427,15 @@ def test_two_processes_cannot_train_the_same_run(finished, tmp_path, refused):
     assert (out / "step-12").exists()                             # not set aside: it is not ours
 
 
-def test_what_a_checkpoint_was_trained_with_stays_its_own(corpus, tmp_path, capsys):
+def test_what_is_shown_and_what_a_checkpoint_was_trained_with(corpus, tmp_path, capsys):
     """More --steps move the switch behind step 4: that step is still one of K = 1, and the change is said."""
     out = tmp_path / "run"
-    train.main(small_run(corpus, out, "--steps 4 --initial_top_k 3,2 --switch 0.5"))
+    train.main(small_run(corpus, out, "--steps 4 --initial_top_k 3,2 --switch 0.5 --eval_every 1"))
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"held out \d", shown)) >= 4 and "step 0: held out" in shown
+    assert len(re.findall(r"step \d/4: loss [\d.]+, lr .* tokens/s, [\d.]+ minutes left", shown)) == 4
+    for part in ("layer 0", "layer 1", "sample:", "log.jsonl", "step-4", "try next", "eval.py loss"):
+        assert part in shown
     train.main(["--out", str(out), "--steps", "12", "--save_every", "6", "--keep", "9"])
     shown = capsys.readouterr().out
     assert "resuming from step 4\nexperts activated per layer: [1, 1] so far, [3, 2] from here on" in shown
@@ -369,68 +455,57 @@ def test_groups_keep_a_factor_of_their_own():
 def test_an_ignored_hangup_stays_ignored():
     """As under nohup."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with train.Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, old)
+    with train.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, old) is signal.SIG_IGN and not stop.requested
 
 
-SLOW_TO_SAVE = """
-import time
-import parallel, train
-real = parallel.publish
-parallel.publish = lambda *args: print("writing", flush=True) or time.sleep(60) or real(*args)
-train.main()
-"""
+def save_slowly(argv):
+    real = parallel.checksums
+    parallel.checksums = lambda *args: print("writing") or time.sleep(60) or real(*args)
+    train.main(argv)
 
 
 def test_the_second_interrupt_ends_at_once(corpus, tmp_path):
     """.. also while a checkpoint is written, which SIGTERM and the first one wait for."""
-    (tmp_path / "slow.py").write_text(SLOW_TO_SAVE)
-    argv = small_run(corpus, tmp_path / "run", "--steps 100000 --save_every 5")
-    with subprocess.Popen([sys.executable, tmp_path / "slow.py", *argv], env=ENV, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while "writing" not in process.stdout.readline():
-            assert process.poll() is None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            process.send_signal(number)
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT
-    assert "Traceback" not in err and parallel.checkpoints(tmp_path / "run") == []
+    run = Forked(tmp_path, save_slowly, small_run(corpus, tmp_path / "run", "--steps 99 --save_every 5"))
+    run.wait_for("writing")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(run.pid, number)
+        assert run.end(0.5)[0] is None
+    os.kill(run.pid, signal.SIGINT)
+    code, err = run.end()
+    assert code == -signal.SIGINT and "Traceback" not in err and parallel.checkpoints(tmp_path / "run") == []
 
 
 def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
     """The same numbers; without the package one line says what is missing, and no directory is made."""
-    argv = small_run(corpus, tmp_path / "run", "--steps 2 --wandb true")
-    wandb = pytest.importorskip("wandb", reason="needs the extra log")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    sent, real = [], wandb.sdk.wandb_run.Run.log
-    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log",
-                        lambda self, row, step: sent.append(row) or real(self, row, step=step))
+    argv, sent = small_run(corpus, tmp_path / "run", "--steps 2 --wandb true"), []
+    wandb = SimpleNamespace(init=lambda id, **_: contextlib.nullcontext(
+        SimpleNamespace(log=lambda row, step: sent.append((id, step, row["loss"], row["load_max"])))))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     train.main(argv)
-    assert len(sent) == 2 and sent[1]["loss"] == rows(tmp_path / "run")[1]["loss"]
-    assert sent[1]["load_max"] == rows(tmp_path / "run")[1]["load_max"]
-    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+    id = parallel.read_settings(tmp_path / "run")["wandb_id"]
+    assert sent == [(id, row["step"], row["loss"], row["load_max"]) for row in rows(tmp_path / "run")]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit):
         train.main([*argv, "--out", str(tmp_path / "none")])
     assert "pip install -e '.[log]'" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
+def test_numbers_that_are_not_finite_are_null_in_the_log_and_no_text(tmp_path):
     run = make_run()
     row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5]}
     with open(tmp_path / "log.jsonl", "a+b", buffering=0) as run.log:
         train.write_row(run, row)
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
         "step": 1, "loss": None, "norms": [None, 0.5]}
+    with torch.no_grad():
+        for p in run.masters.named.values():
+            p.fill_(float("nan"))
+    assert all(map(math.isnan, train.stable_ranks(run.masters)))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.generate(run.model, torch.zeros(1, 2, dtype=torch.int64), 3)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
@@ -445,163 +520,91 @@ def test_a_signal_saves_and_the_run_goes_on_later(corpus, tmp_path, capsys, name
     assert [row["step"] for row in rows(out)] == list(range(1, 10))
 
 
-def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path):
-    """On a real file system of its own, where one can be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs privileges")
-    try:
-        argv = small_run(corpus, disk / "run", "--steps 150 --save_every 1 --keep 99")
-        command = [sys.executable, ROOT / "train.py", *argv]
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and last.startswith("error: could not write"), done.stderr
-        assert "MB are free" in last and "Traceback" not in done.stderr
-        kept = parallel.checkpoints(disk / "run")
-        assert kept and kept == list(range(1, len(kept) + 1))
-        for step in kept:
-            parallel.verify(disk / "run" / f"step-{step}")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+# --- devices ---------------------------------------------------------------------------------------------
 
-
-# --- devices that cannot do what is asked for -------------------------------------------------------------
-
-def test_a_device_without_bf16_trains_in_fp32_unless_asked(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    for asked, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+def test_a_device_without_bf16_trains_in_fp32_unless_asked_and_nothing_else_compiles(monkeypatch):
+    for native, asked, dtype in ((False, "auto", torch.float32), (False, "bfloat16", torch.bfloat16),
+                                 (True, "float32", torch.float32), (True, "auto", torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, native=native: native or including_emulation)
         assert train.compute_dtype(Settings(dtype=asked), small(n_expert=1), "cuda") == dtype
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    found = [train.compute_dtype(Settings(), small(n_expert=1), device) for device in ("cuda", "cpu")]
-    assert found == [torch.bfloat16, torch.float32]
+        assert train.compiles(Settings(), "cuda", dtype) == (dtype == torch.bfloat16)
+    assert train.compute_dtype(Settings(), small(n_expert=1), "cpu") == torch.float32
+    assert not train.compiles(Settings(), "cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("width, dtype, said", [
-    ("8", "float32", None), ("6", "float32", "widths must be multiples of 4"),
-    ("12", "bfloat16", "widths must be multiples of 8")])
-def test_widths_that_grouped_mm_refuses_are_said_once(corpus, tmp_path, capsys, width, dtype, said):
-    train.main(small_run(corpus, tmp_path / "run", f"--steps 2 --d_expert {width} --dtype {dtype}"))
+    (8, "float32", ""), (6, "float32", "the experts run one after the other"),
+    (6, "float32", "widths must be multiples of 4"), (12, "bfloat16", "widths must be multiples of 8")])
+def test_widths_that_grouped_mm_refuses_are_said(capsys, width, dtype, said):
+    train.compute_dtype(Settings(dtype=dtype), small(d_expert=width), "cpu")
     out = capsys.readouterr().out
-    assert out.count("the experts run one after the other") == bool(said) and (not said or said in out)
+    assert said in out and bool(said) == bool(out)
+
+
+def test_validation_needs_no_float64_on_the_device(monkeypatch):
+    """MPS has none: what becomes float64 was fetched with cpu() before."""
+    fetched, cpu, double = [], torch.Tensor.cpu, torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: fetched.append(cpu(t).clone()) or fetched[-1])
+
+    def to_float64(t):
+        assert any(t is each for each in fetched), "Cannot convert a MPS Tensor to float64"
+        return double(t)
+    monkeypatch.setattr(torch.Tensor, "double", to_float64)
+    tokens = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
+    evaluation.validate(Model(small()), data.Sampler(tokens, 16, 0), 1, rows=3)
 
 
 # --- compiled blocks --------------------------------------------------------------------------------------
 
-@pytest.fixture
-def cheap_compiler(monkeypatch):
+@contextlib.contextmanager
+def cheap_compiler():
     """--compile true with a backend that only captures graphs -> dynamo's counters."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     real = parallel.compile_and_recompute
-    monkeypatch.setattr(parallel, "compile_and_recompute",
-                        lambda *args: real(*args, backend="aot_eager"))
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
-def test_blocks_compile_once_for_each_k_shape_and_grad_mode(corpus, tmp_path, cheap_compiler):
-    """A run with recomputation, validations and a switch: no graph breaks, and the numbers of the eager run.
-
-    Two blocks share 4 graphs (K = 3 and 1, with gradients and without); the loss of a chunk has 2, and the
-    addition of gradients one for each shape."""
-    how = ("--dtype bfloat16 --d_expert 16 --steps 4 --eval_every 2 --eval_tokens 512 --sample_tokens 0 "
-           "--initial_top_k 3 --switch 0.5 --balance top1 --activation_checkpointing true --accumulate 2")
-    train.main(small_run(corpus, tmp_path / "compiled", f"{how} --compile true"))
-    compiled = cheap_compiler["stats"]["unique_graphs"]
-    assert not cheap_compiler["graph_break"]
-    assert 4 <= compiled <= 4 + 2 + 5
-    train.main(small_run(corpus, tmp_path / "eager", how))
-    assert cheap_compiler["stats"]["unique_graphs"] == compiled                       # auto: not on a CPU
-    for a, b in zip(rows(tmp_path / "compiled"), rows(tmp_path / "eager"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-3)
-
-
-def test_packed_rows_with_padding_compile_once(cheap_compiler):
-    """Whatever the documents and however much padding: shapes do not change."""
-    model = Model(small(d_expert=16, d_model=64, vocab_size=256))
-    masters = parallel.MasterWeights(model, torch.bfloat16)
-    parallel.compile_and_recompute(model, masters, True, False)
-    graphs = []
-    for seed in range(4):
-        doc = torch.randint(-1, 3, (4, 16), generator=torch.Generator().manual_seed(seed)).sort(-1).values
-        tokens = torch.randint(0, 256, (4, 16))
-        out = model(tokens, tokens, doc=doc.flip(-1))
-        (out.loss / 64).backward()
-        assert out.n_tokens == int((doc >= 0).sum()) == int(out.load[0].sum())
-        graphs.append(cheap_compiler["stats"]["unique_graphs"])
-    assert not cheap_compiler["graph_break"] and graphs[1] == graphs[3]
-
-
-def test_what_cannot_be_compiled_is_said(corpus, tmp_path, refused):
-    argv = small_run(corpus, tmp_path / "run", "--compile true --dtype float32")
-    refused(train.main, argv, "compile (true) needs --dtype bfloat16")
-
-
-def run_with_cheap_compiler(argv):
-    """train.main on this rank -> what dynamo counted."""
-    real = parallel.compile_and_recompute
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     try:
         parallel.compile_and_recompute = lambda *args: real(*args, backend="aot_eager")
-        train.main(argv)
+        yield torch._dynamo.utils.counters
     finally:
         parallel.compile_and_recompute = real
-    counters = torch._dynamo.utils.counters
-    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+        torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("layout", ["--ep 2", "--replicate 2"])
-def test_many_processes_compile_what_lies_between_the_hooks(ranks, corpus, tmp_path, layout):
-    """With recomputation, validations and a switch of K: no breaks, few graphs, the numbers of the eager run.
-
-    Attention: with gradients and without; routers: each K; experts: any number of rows; the loss."""
-    how = (f"--dtype bfloat16 --d_expert 16 --eval_every 2 --eval_tokens 512 --initial_top_k 3 --switch 0.5 "
-           f"--activation_checkpointing true --accumulate 2 {layout}")
-    found = []
-    for name, more in (("compiled", "true"), ("eager", "false")):
-        argv = small_run(corpus, tmp_path / name, f"{how} --steps 10 --compile {more}")
-        found.append([a.value for a in ranks(2, run_with_cheap_compiler, argv)])
-    compiled, eager = found
-    assert not any(breaks for _, breaks in compiled) and {n for n, _ in eager} == {0}
-    assert all(5 <= n <= 16 for n, _ in compiled)                 # .. of 20 micro-batches and 5 validations
-    for a, b in zip(rows(tmp_path / "compiled")[:4], rows(tmp_path / "eager")):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=2e-3)
+def graphs_of(argv):
+    """train.main -> how many graphs dynamo captured, and where it broke."""
+    with cheap_compiler() as counters:
+        train.main(argv)
+        return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-def test_what_is_compiled_without_being_asked():
-    """On CUDA, in bf16."""
-    where = (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", torch.bfloat16))
-    found = [train.compiles(Settings(), *each) for each in where]
-    assert found == [True, False, False]
+COMPILED = ("--dtype bfloat16 --d_expert 16 --seq_len 64 --steps 4 --eval_every 2 --eval_tokens 512 "
+            "--initial_top_k 3 --switch 0.5 --balance top1 --activation_checkpointing true --accumulate 2")
 
 
-@pytest.mark.parametrize("K", [1, 3])
-def test_recomputation_routes_as_before(K):
-    """With selection biases and padding: torch raises CheckpointError if a second forward pass differs."""
-    grads = []
-    for recomputed in (False, True):
-        model = Model(small(top_k=K), seed=0)
-        for block in model.blocks:
-            block.moe.router.bias.copy_(torch.linspace(-0.05, 0.05, 6))
-        if recomputed:
-            model.recompute = True
-        tokens = torch.arange(48).view(3, 16)
-        out = model(tokens, tokens, doc=torch.tensor([0] * 9 + [1] * 4 + [-1] * 3).expand(3, 16))
-        (out.loss + out.prob_sum.square().sum()).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.equal(*grads)
+@pytest.fixture(scope="module")
+def not_compiled(tmp_path_factory):
+    """A run on packed conversations, and their folder."""
+    root = tmp_path_factory.mktemp("eager")
+    records = ({"instruction": f"say {i}", "output": "word " * (1 + i % 9)} for i in range(200))
+    (root / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data.prepare(root / "chats", [str(root / "a.jsonl")], "bytes", chats=True)
+    assert graphs_of(small_run(root / "chats", root / "run", COMPILED)) == (0, {})    # auto: not on a CPU
+    return root
 
 
-def test_a_batch_cut_ahead_is_only_taken_for_its_step(corpus, tmp_path):
-    """The next step takes what was cut while the device computed; any other cuts its own."""
-    run = prepared(*small_run(corpus, tmp_path / "run", "--steps 9"))
-    cut, real = [], run.corpus.train.rows
-    run.corpus.train.rows = lambda first, *rest: cut.append(first) or real(first, *rest)
-    for step in (0, 1, 4):
-        train_step(run, step)
-    assert cut == [0, 8, 16, 32, 40]
+@pytest.mark.parametrize("world, layout", [(1, ""), (2, "--ep 2"), (2, "--replicate 2")])
+def test_a_compiled_run_has_few_graphs_and_the_numbers_of_an_eager_one(
+        ranks, tmp_path, not_compiled, world, layout):
+    """With recomputation, validations, a switch of K and any padding, no graph breaks.
+
+    One process: two blocks share 4 graphs (K = 3 and 1, with gradients and without), the loss of a chunk has
+    2, and the addition of gradients one for each shape.  Many: attention and the loss with gradients and
+    without, routers for each K, experts for any number of rows."""
+    argv = small_run(not_compiled / "chats", tmp_path / "run", f"{COMPILED} --compile true {layout}")
+    for answer in ranks(world, graphs_of, argv, limit=300):
+        n, breaks = answer.value
+        assert not breaks and 4 <= n <= 12                        # 8 micro-batches, 2 validations
+    for a, b in zip(rows(tmp_path / "run"), rows(not_compiled / "run"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3 if layout else 1e-3)
+        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=2e-3 if layout else 1e-3)
