@@ -5,6 +5,7 @@
     python eval.py chat    --ckpt out/laptop-chat                  a run that was tuned on conversations
     python eval.py routing out/laptop out/other --png pictures     which expert takes which token, how evenly
     python eval.py export  --ckpt out/laptop --to folder           for transformers and what reads its format
+    python eval.py average --ckpt out/laptop/step-600 out/laptop/step-800 --to out/mean
 
 A run is a directory that train.py made (its newest checkpoint is taken) or one of the step-N folders in it.
 """
@@ -587,6 +588,24 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
     return model
 
 
+# --- averages ---------------------------------------------------------------------------------------------
+
+def average_command(args):
+    """Average the weights of checkpoints of a run (arXiv 2507.17634), for eval.py and --init_from."""
+    paths, to, sums = list(map(newest, args.ckpt)), Path(args.to), {}
+    if len({(run_folder(path), *parallel.read_meta(path)["top_k"]) for path in paths}) > 1:
+        raise InputError("checkpoints of several runs, or with another K, have no average of use")
+    for path in paths:
+        weights = parallel.training_state(parallel.MasterWeights(load_run(path)[0]))
+        sums = {name: t / len(paths) + sums.get(name, 0) for name, t in weights.items()}
+    to.mkdir(parents=True)
+    for file in ("settings.json", "encoding.json"):
+        shutil.copy(run_folder(paths[0]) / file, to)
+    meta = max(map(parallel.read_meta, paths), key=lambda meta: meta["step"])
+    parallel.save_checkpoint(to, meta["step"], sums, keep=1, meta=meta)
+    print(f"{to}: the mean of {len(paths)} checkpoints; python eval.py loss --ckpt {to}")
+
+
 # --- command line -----------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -614,6 +633,8 @@ def main(argv=None):
     add("--data", help="folder made by data.py (default: each run's own)")
     add("--png", metavar="FOLDER", help="draw pictures into this folder (extra plot)")
     command("export", export_command, required=True)("--to", required=True, help="folder, which is made")
+    add = command("average", average_command, nargs="+", required=True)
+    add("--to", required=True, help="run directory, which is made")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         args.device = parallel.pick_device(args.device)

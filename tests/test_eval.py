@@ -83,6 +83,20 @@ def test_loss_command_prints_all_models_on_the_same_text(finished, corpus, tmp_p
     assert table[2][3] == pytest.approx(last * n / math.log(2) / n_bytes, rel=1e-6)
 
 
+def test_an_average_of_checkpoints_is_the_mean_of_their_weights(corpus, tmp_path, capsys, refused):
+    out, mean = tmp_path / "run", tmp_path / "mean"
+    train.main(small_run(corpus, out, "--steps 6 --save_every 2 --keep 3 --balance loss-free"))
+    paths = [str(out / f"step-{step}") for step in (2, 4, 6)]
+    evaluation.main(["average", "--ckpt", *paths, "--to", str(mean)])
+    states = [evaluation.load_run(path)[0].state_dict() for path in (*paths, mean)]
+    for name, t in states.pop().items():
+        torch.testing.assert_close(t, sum(state[name] for state in states) / 3, msg=name)
+    evaluation.main(["loss", "--ckpt", str(mean)])
+    train.main(small_run(corpus, tmp_path / "next", f"--steps 1 --init_from {mean} --batch_size 8"))
+    refused(train.main, small_run(corpus, mean, "--steps 9"), "of another model")
+    refused(evaluation.main, ["average", "--ckpt", mean, out, "--to", tmp_path / "no"], "several runs")
+
+
 def test_a_row_for_each_top_k(finished, capsys):
     evaluation.main(["loss", "--ckpt", str(finished), "--top_k", "1,2,6"])
     rows = capsys.readouterr().out.splitlines()[4:]
