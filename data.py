@@ -527,8 +527,9 @@ def load_tokens(path):
 
 @functools.lru_cache(2)                                    # a batch can lie across two epochs
 def permutation(n, seed, epoch):
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
-    return order.astype(np.int32) if n < 1 << 31 else order
+    order = np.arange(n, dtype=np.int32 if n < 1 << 31 else np.int64)
+    np.random.Generator(np.random.PCG64([seed, epoch])).shuffle(order)
+    return order
 
 
 class Sampler:
