@@ -482,13 +482,21 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     InputError if that fails, as on a full disk, on one rank; the others end.  Older ones stay whole."""
     out, path, tmp = Path(out), Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
 
+    def seal():                                                   # flush and hash at once
+        files = list(tmp.glob(f"__{layout.rank}_*"))              # of this rank
+        with ThreadPoolExecutor() as threads:
+            flushed = threads.map(fsync, files)
+            sums = checksums(files)
+            list(flushed)                                         # raises what one of them did
+        return sums
+
     def publish():
         (tmp / "meta.json").write_text(json.dumps(meta))
         manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
         for sums in sums_of_ranks:
             manifest |= sums
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):   # torch has synced the rest
+        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):   # torch has flushed .metadata
             fsync(written)
         os.rename(tmp, path)
         fsync(out)
@@ -497,9 +505,8 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
 
     try:
         on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in out.glob("step-*.tmp")])
-        run_dcp(dcp.save, state, layout, checkpoint_id=tmp)
-        sums = on_all_ranks(layout, lambda: checksums(tmp.glob(f"__{layout.rank}_*")))    # of its own files
-        sums_of_ranks = gather(layout, sums)
+        run_dcp(dcp.save, state, layout, storage_writer=dcp.FileSystemWriter(tmp, sync_files=False))
+        sums_of_ranks = gather(layout, on_all_ranks(layout, seal))
         on_rank_0(layout, publish)
     except (InputError, OSError) as error:
         free = shutil.disk_usage(out).free / 1e6
