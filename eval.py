@@ -165,6 +165,8 @@ def trigram(train, text, V, limit=20_000_000):
 
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_p=1.0, *args, **kwargs):
     """Continue tokens [B, T] by sampling -> [B, T + new].  Arguments as in stream()."""
+    if "top_k" in kwargs:
+        raise TypeError("top_k is the likeliest tokens elsewhere; experts per token are k_per_layer here")
     new = stream(model, tokens, max_new_tokens, temperature, top_p, *args, **kwargs)
     return torch.cat([tokens, *(column[:, None] for column in new)], 1)
 

@@ -347,7 +347,8 @@ def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
         if kind == "muon" and p.dim() > 1 and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
             group = muon_pairs if name.endswith("w_in") else muon
         group["params"].append(p)
-    optimizer = Muon([matrices, norms, muon, muon_pairs], lr=lr, betas=betas, fused=True)
+    groups = [group for group in (matrices, norms, muon, muon_pairs) if group["params"]]
+    optimizer = Muon(groups, lr=lr, betas=betas, fused=True)
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"momentum": torch.zeros_like(p)} if "momentum" in group else {

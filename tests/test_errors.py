@@ -112,7 +112,7 @@ CASES = [
         "batch_size": None, "seed": 1.5, "keep": "x", "data": None, "seq_len": 0, "beta1": True,
         "wandb": 1}.items()),
     (saved("settings", "optimizer", "muon"), "resume",            # whose momentum would begin at 0
-     "exp_avg.blocks.0.attn.out.weight, .., which this code's"),
+     ", .., which this code's model and optimizer"),
     (lambda _: os.mkdir("void"), "data.py --source void", "void is empty"),
     (lambda _: Path("void.txt").touch(), "data.py --source void.txt", "void.txt is empty"),
     (lambda _: os.mkfifo("a.txt"), "data.py --source a.txt", "a.txt is empty, or missing"),

@@ -438,7 +438,7 @@ def test_what_is_shown_and_what_a_checkpoint_was_trained_with(corpus, tmp_path, 
         assert part in shown
     train.main(["--out", str(out), "--steps", "12", "--save_every", "6", "--keep", "9"])
     shown = capsys.readouterr().out
-    assert "resuming from step 4\nexperts activated per layer: [1, 1] so far, [3, 2] from here on" in shown
+    assert "resuming from step 4\nexperts per layer: [1, 1] so far, [3, 2] from here on" in shown
     assert parallel.read_settings(out)["settings"]["steps"] == 12
     assert [row["step"] for row in rows(out)] == list(range(1, 13))
     assert [evaluation.load_run(out / f"step-{step}")[2] for step in (4, 6, 12)] == [[1, 1], [3, 2], [1, 1]]
