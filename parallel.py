@@ -635,6 +635,8 @@ class TensorDescriptions(pickle._Unpickler):
     def find_class(self, module, name):
         if module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath                                       # where it was written, on any system
+        if (module, name) == ("builtins", "getattr"):             # as Python 3.11.2 pickles Enums
+            return lambda _, member: dcp.metadata._MEM_FORMAT_ENCODING[member]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or f"{module}.{name}" in self.ALLOWED:
             return super().find_class(module, name)

@@ -4,6 +4,7 @@ Only NaN is injected; signals, files, limits and file systems are real."""
 
 import errno
 import fcntl
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +225,25 @@ def test_what_is_no_tensor_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="BytesStorageMetadata"):
         parallel.load_checkpoint(tmp_path / "step-1", {"model.norm.weight": torch.zeros(4)})
     assert not (tmp_path / "planted").exists()
+
+
+class Member:
+    """getattr(of, name), as Python 3.11.2 pickles a member of an Enum."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_a_member_of_an_enum_is_read_by_name_and_no_other_attribute():
+    def read(*args):
+        return parallel.TensorDescriptions(io.BytesIO(pickle.dumps(Member(*args)))).load()
+    enum = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    assert all(read(enum, member.name) is member for member in enum)
+    with pytest.raises(KeyError):
+        read(PurePosixPath, "joinpath")
 
 
 def plant(raw):
