@@ -42,7 +42,7 @@ from tqdm import tqdm
 TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")                  # .json: chats only
-NOT_READ = ("make a .jsonl with an object a line of tables and .json, a .txt of pages; .json is read with "
+NOT_READ = ("turn tables and .json into .jsonl (an object a line), pages into .txt; .json is read with "
             "--chats, a token file (.bin) if it is named itself, with its --tokenizer")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, as offsets from the vocabulary's size
@@ -67,12 +67,10 @@ def prepare(out, sources=("stdlib",), tokenizer="bpe", vocab_size=None, chats=Fa
     request = {"sources": list(sources), "tokenizer": tokenizer, "chats": chats, "vocab_size": vocab_size,
                "field": field}
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as tmp:
-            (Path(tmp) / out.name).mkdir()
-            write_folder(Path(tmp) / out.name, request)
-            if not out.exists():                           # another run may have been faster
-                os.rename(Path(tmp) / out.name, out)
+        with new_folder(out) as folder:
+            write_folder(folder, request)
+    else:
+        print(f"{out} is there already; delete it to read its sources again")
     meta = load_meta(out)
     if {"field": "text"} | meta["request"] != request:     # older folders have no field
         raise InputError(f"{out} was prepared with other settings ({meta['request']}); choose another "
@@ -95,7 +93,7 @@ def write_folder(folder, request):
         raise InputError("token files need the --tokenizer that made them, as in --tokenizer gpt2")
     if name == "bpe":                                      # on every n-th document, some 16M characters
         documents = read_documents(files, request, "reading", defaultdict(list))
-        texts = ("".join(text for _, text in content) if chats else content
+        texts = ("".join(text for _, text in content) if chats else content[:BPE_CHARS]
                  for held_out, _, content in documents if not held_out)
         stride = max(1, n_bytes(files) // BPE_CHARS)
         encoding = build_encoding(name, vocab_size, itertools.islice(texts, 0, None, stride))
@@ -130,7 +128,7 @@ def load_meta(folder):
 
 
 def file_sha256(path):
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+    return hashlib.sha256(np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b"").hexdigest()
 
 
 # --- from files to documents ------------------------------------------------------------------------------
@@ -149,16 +147,17 @@ def read_documents(files, request, label, problems, encoding=None):
                 record = json.loads(record.decode("utf-8-sig"))
             content = read_chat(record) if chats else record
             if not chats and not isinstance(record, (str, np.ndarray)):
-                content = record.get(field) if isinstance(record, dict) else None
+                names = ", ".join(record) if isinstance(record, dict) else "no names"
+                content = record.get(field, 0) if isinstance(record, dict) else 0
+                content = "" if content is None else content        # null
                 if not isinstance(content, str):
-                    names = ", ".join(record) if isinstance(record, dict) else "no names"
                     raise ValueError(f'no "{field}" in it that is text, but {names}; --field NAME reads '
                                      "another; conversations are read with --chats")
             raw = (content.tobytes() if isinstance(content, np.ndarray)
                    else (json.dumps(content) if chats else content).encode())
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
             problems["documents"].append(f"{where}: {error}")
-            if len(problems["documents"]) == 1000 > n:     # not at the end of 50 GB
+            if len(problems["documents"]) > max(999, n):   # not at the end of 50 GB
                 break
             continue
         if isinstance(content, str) and not content.strip():
@@ -176,7 +175,7 @@ def read_documents(files, request, label, problems, encoding=None):
         if bad > 0.01 * total:
             raise InputError(f"{bad:,} of {total:,} {kind} cannot be read, more than 1 %: {examples}")
         if bad and encoding:
-            print(f"skipped {bad:,} of {total:,} {kind}: {examples}", file=sys.stderr)
+            print(f"skipped {bad:,} of {total:,} {kind}, or their rest: {examples}", file=sys.stderr)
 
 
 def read_records(files, request, label, problems, encoding):
@@ -194,7 +193,8 @@ def read_records(files, request, label, problems, encoding):
                         yield place, record
             except ImportError as error:
                 raise InputError(f"{path}: {error}; pip install -e '.[data]'") from None
-            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+            except (OSError, EOFError, ValueError, LookupError, NotImplementedError, RecursionError,
+                    zlib.error) as error:
                 problems["files"].append(f"{place}: {error}")
             before += size
 
@@ -226,7 +226,8 @@ def read_file(path, file, request, encoding):
     if name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
         raise ValueError("it is a page of HTML: save its text instead")
     if name.endswith(TEXT_SUFFIXES):
-        texts = re.split(r"(?m)^<\|endoftext\|>\r?$\n?", file.read().decode("utf-8-sig"))
+        parts = itertools.groupby(file, lambda line: line.rstrip(b"\r\n") == b"<|endoftext|>")
+        texts = (b"".join(lines).decode("utf-8-sig") for separates, lines in parts if not separates)
         yield from ((f"document {i}", text) for i, text in enumerate(texts, 1))
     elif start.startswith(b"["):                           # whatever its suffix: not lines, but a list
         items = json.loads(file.read().decode("utf-8-sig"))
@@ -244,6 +245,9 @@ def read_token_file(path, file, encoding):
         raise ValueError(f"it was cut, or is no such file: {size} bytes, its header says {header[1:]}")
     if header[:2] == [MAGIC % 2**32, MAGIC >> 32]:
         raise ValueError("data.py made it: train.py --data takes it as it is")
+    if len(encoding._mergeable_ranks) != end_of_text or end_of_text >= 1 << 16:
+        raise ValueError("token files are read as uint16: of gpt2 or another tokenizer of less than 65,536, "
+                         "without gaps")
     tokens = np.memmap(path, "<u2", "r", offset)
     if tokens.max() > end_of_text or not tokens[1:2000:2].any():                    # uint32 has zeros there
         raise ValueError(f"largest id is {tokens.max()}, this tokenizer's {end_of_text}; or it is no uint16")
@@ -284,7 +288,7 @@ def find_files(sources, chats, folder=None):
     kinds = Counter("linked folder" if path.is_dir() else path.suffix or "without a suffix"
                     for real, path in others.items() if real not in found).most_common(9)
     if kinds:
-        print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds))
+        print("not read: " + ", ".join(f"{n:,} {kind}" for kind, n in kinds) + f"; {NOT_READ}")
     return list(found.values())
 
 
@@ -696,7 +700,7 @@ def read_chat(record):
     for name in UNSUPPORTED:
         for part in (record, *messages):
             if part.get(name) not in (None, 1, "", [], {}):
-                raise ValueError(f"{name} {part[name]} is not supported")
+                raise ValueError(f"{name} {str(part[name])[:40]} is not supported")
     chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     for number, (role, content) in enumerate(chat, 1):
         if str(role) not in ROLES:
@@ -747,8 +751,23 @@ def read_json(path, what, extract=lambda saved: saved):
         if Path(path).exists() and not Path(path).is_file():      # a pipe would wait for ever
             raise ValueError("it is not a file")
         return extract(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as e:
-        raise InputError(f"{path} is not {what} ({type(e).__name__}: {e})") from None
+    except (FileNotFoundError, NotADirectoryError, AttributeError, LookupError, OverflowError, RecursionError,
+            TypeError, ValueError) as e:                   # what cannot be read just now is an OSError
+        raise InputError(f"{path} is not {what} ({type(e).__name__}: {e})") from e
+
+
+@contextmanager
+def new_folder(path):
+    """A folder to fill, which has its name once all is in it.  InputError if the name is taken."""
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} is there already: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as tmp:
+        (Path(tmp) / path.name).mkdir()
+        yield Path(tmp) / path.name
+        if not path.exists():                              # another process may have been faster
+            os.rename(Path(tmp) / path.name, path)
 
 
 class Parser(argparse.ArgumentParser):
@@ -768,7 +787,7 @@ def fail(message, code=2):
 
 
 class Console:
-    """stdout or stderr, without which a program goes on: Ctrl-C also ends the tee that a run writes to."""
+    """stdout or stderr that never raises: Ctrl-C also ends the tee that a run writes to."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")

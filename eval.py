@@ -80,7 +80,10 @@ def open_data(ckpt, source=None):
     folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
     if train.name == "val.bin" or not (folder / "val.bin").exists():
         raise InputError(f"{source} has no held-out text (val.bin); --data takes a folder made by data.py")
-    val = data.open_sampler(folder / "val.bin", s["seq_len"])
+    try:
+        val = data.open_sampler(folder / "val.bin", s["seq_len"])
+    except data.TooShort as error:
+        raise InputError(f"{folder} has too little held-out text ({error}); --data takes another") from None
     return s, folder, data.load_encoding(folder), data.load_tokens(train), val
 
 
@@ -453,16 +456,12 @@ def export_command(args):
     special, weights = {"bos_token_id": end, "pad_token_id": end}, to_hf(model)
     if encoding.n_vocab != len(encoding._mergeable_ranks) + len(data.SPECIAL):
         raise InputError("the numbers of this tokenizer have gaps, which its tokenizer.json would not keep")
-    to.mkdir(parents=True)
-    try:
-        hub.save_torch_state_dict(weights, to)
-        save_tokenizer(encoding, to, window)
-        (to / "generation_config.json").write_text(json.dumps(special | {
+    with data.new_folder(to) as made:
+        hub.save_torch_state_dict(weights, made)
+        save_tokenizer(encoding, made, window)
+        (made / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
+        (made / "generation_config.json").write_text(json.dumps(special | {
             "eos_token_id": [end, turn], "do_sample": True, "temperature": 0.8, "top_p": 0.95}, indent=2))
-        (to / "config.json").write_text(json.dumps(config | special | {"eos_token_id": end}, indent=2))
-    except BaseException:                                         # half a model is none
-        shutil.rmtree(to)
-        raise
     if model.config.gate == "softmax" and model.config.n_expert > 1:
         print("note: llama.cpp renormalises the gate softmax, a different model; --gate normalized is exact")
     print(f"{to}: {sum(t.numel() for t in weights.values()):,} parameters")
@@ -594,18 +593,21 @@ def from_hf(state, model, put=lambda name, p, whole: p.copy_(whole)):
 
 def average_command(args):
     """Average the weights of checkpoints of a run (arXiv 2507.17634), for eval.py and --init_from."""
-    paths, to, sums = list(map(newest, args.ckpt)), Path(args.to), {}
-    if len({(run_folder(path), *parallel.read_meta(path)["top_k"]) for path in paths}) > 1:
-        raise InputError("checkpoints of several runs, or with another K, have no average of use")
+    paths, sums = sorted({newest(ckpt).resolve() for ckpt in args.ckpt}), {}
+    metas = [parallel.read_meta(path) for path in paths]
+    if len(paths) < 2 or len({(path.parent, *meta["top_k"]) for path, meta in zip(paths, metas)}) > 1:
+        raise InputError("give two or more step-N folders of one run, with the same K")
+    if run_folder(args.to) != Path(args.to):
+        raise InputError(f"--to makes a run directory, not a step-N in one: {args.to}")
     for path in paths:
         weights = parallel.training_state(parallel.MasterWeights(load_run(path)[0]))
         sums = {name: t / len(paths) + sums.get(name, 0) for name, t in weights.items()}
-    to.mkdir(parents=True)
-    for file in ("settings.json", "encoding.json"):
-        shutil.copy(run_folder(paths[0]) / file, to)
-    meta = max(map(parallel.read_meta, paths), key=lambda meta: meta["step"])
-    parallel.save_checkpoint(to, meta["step"], sums, keep=1, meta=meta)
-    print(f"{to}: the mean of {len(paths)} checkpoints; python eval.py loss --ckpt {to}")
+    meta = max(metas, key=lambda meta: meta["step"])
+    with data.new_folder(args.to) as made:
+        for file in ("settings.json", "encoding.json", "log.jsonl"):
+            shutil.copy(paths[0].parent / file, made)
+        parallel.save_checkpoint(made, meta["step"], sums, keep=1, meta=meta)
+    print(f"{args.to}: the mean of {len(paths)} checkpoints; python eval.py loss --ckpt {args.to}")
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -621,9 +623,12 @@ def main(argv=None):
         sub.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
         return sub.add_argument
 
+    def numbers(text):
+        return [int(k) for k in text.split(",")]
+
     add = command("loss", loss_command, nargs="+", required=True)
     add("--data", help="folder made by data.py (default: the first run's own)")
-    add("--top_k", type=lambda text: [int(k) for k in text.split(",")], metavar="K,K", help="a row for each")
+    add("--top_k", type=numbers, metavar="K,K", help="a row for each")
     for name, function, opening in ("sample", sample_command, "--prompt"), ("chat", chat_command, "--system"):
         add = command(name, function, required=True)
         add(opening, default="", metavar="TEXT", help="what it begins with")

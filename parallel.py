@@ -22,12 +22,12 @@ import pickle
 import re
 import shutil
 import sys
-import tempfile
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path, PurePath
 
@@ -71,10 +71,11 @@ def init_distributed(timeout=120):
     """Form one group of the processes that torchrun started -> Layout.
 
     torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    told = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name) or 1) > 1 and "RANK" not in os.environ:
-            raise InputError(f"{name} is {os.environ[name]}, but nothing tells this process its rank: start "
-                             f"it with torchrun (docs/scaling.md), or unset {name}")
+        if int(os.environ.get(name) or 1) > 1 and not told:
+            raise InputError(f"{name} is {os.environ[name]}, but nothing tells this process its rank and "
+                             f"where the others are: start it with torchrun (docs/scaling.md) or unset it")
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return SINGLE_PROCESS
     wait, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -101,8 +102,10 @@ def on_all_ranks(layout, work):
     value, error, code = None, None, None
     try:
         value = work()
-    except BaseException as raised:                               # --help ends with SystemExit(0)
-        error, code = raised, raised.code or 0 if isinstance(raised, SystemExit) else 2
+    except SystemExit as end:                                     # --help ends with 0
+        error, code = end, end.code or 0
+    except BaseException as raised:
+        error, code = raised, 2 if isinstance(raised, (InputError, OSError)) else 1
     for rank, end in enumerate(gather(layout, code)):
         if end is not None:
             raise error if rank == layout.rank else SystemExit(end)
@@ -110,17 +113,18 @@ def on_all_ranks(layout, work):
 
 
 def on_rank_0(layout, work):
-    """.. on rank 0 alone -> its value, on every rank."""
+    """As on_all_ranks, but on rank 0 alone -> its value, on every rank."""
     return gather(layout, on_all_ranks(layout, work if layout.rank == 0 else lambda: None))[0]
 
 
 def check_shared(layout, out):
-    """InputError on rank 0 if a rank does not see what that writes into a run directory; the others end."""
-    probe = on_rank_0(layout, lambda: tempfile.mkdtemp(prefix=".shared-", dir=out))
-    seen = gather(layout, os.path.isdir(probe))
+    """InputError on rank 0 if a rank does not see a file that rank 0 writes into a run directory."""
+    probe = gather(layout, Path(out) / f".shared-{uuid.uuid4().hex}")[0]
+    on_rank_0(layout, probe.touch)
+    seen = gather(layout, probe.exists())
 
     def answer():
-        os.rmdir(probe)
+        probe.unlink()
         if not all(seen):
             raise InputError(f"not all nodes see {out}: --out must lie on a file system that they share")
     on_rank_0(layout, answer)
@@ -497,33 +501,37 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
         for sums in sums_of_ranks:
             manifest |= sums
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for written in (tmp / "meta.json", tmp / "manifest.json", tmp):   # torch has flushed .metadata
-            fsync(written)
+        for written in (".metadata", "meta.json", "manifest.json", "."):
+            fsync(tmp / written)
         os.rename(tmp, path)
         fsync(out)
         for old in checkpoints(out)[:-keep]:                      # only now
             shutil.rmtree(out / f"step-{old}", ignore_errors=True)
 
     try:
-        on_rank_0(layout, lambda: [shutil.rmtree(crashed) for crashed in out.glob("step-*.tmp")])
+        on_rank_0(layout, lambda: [crashed.unlink() if crashed.is_symlink() else shutil.rmtree(crashed)
+                                   for crashed in out.glob("step-*.tmp")])
         run_dcp(dcp.save, state, layout, storage_writer=dcp.FileSystemWriter(tmp, sync_files=False))
         sums_of_ranks = gather(layout, on_all_ranks(layout, seal))
         on_rank_0(layout, publish)
     except (InputError, OSError) as error:
         free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(tmp, ignore_errors=True)
-        raise InputError(f"could not write {path}: {free:,.1f} MB are free; {error}") from None
+        raise InputError(f"could not write {path}: {free:,.1f} MB are free; {error}") from error
 
 
 def run_dcp(action, state, layout, **storage):
     """dcp.save or dcp.load.  An error, of which they tell every rank, is InputError on rank 0, and the others
-    end."""
+    end.  What is no error of the files is raised as it is."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")           # with one process
     try:
         action(state, process_group=layout.files, no_dist=layout.world == 1, **storage)
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))            # of a rank; its traceback
-        raise (InputError(cause) if layout.rank == 0 else SystemExit(2)) from None
+        bugs = (NameError, TypeError, AttributeError) if action is dcp.save else ()
+        if isinstance(cause, (KeyboardInterrupt, MemoryError, *bugs)):
+            raise cause from None
+        raise (InputError(repr(cause)) if layout.rank == 0 else SystemExit(2)) from cause
 
 
 def load_newest(out, steps, state, layout=SINGLE_PROCESS):
@@ -534,13 +542,17 @@ def load_newest(out, steps, state, layout=SINGLE_PROCESS):
             path = Path(out) / f"step-{step}"
             try:
                 verify(path)
-                if read_meta(path)["step"] != step:
-                    raise InputError(f"it is of step {read_meta(path)['step']}")
+                found = read_meta(path)["step"]
+                if found != step:
+                    raise InputError(f"it is of step {found}")
                 return step
             except InputError as error:
-                corrupt = f"{path.name}.corrupt" + "+" * len(list(path.parent.glob(f"{path.name}.corrupt*")))
-                os.rename(path, path.with_name(corrupt))
-                print(f"checkpoint {path} is corrupt ({error}); it is now {corrupt}", file=sys.stderr)
+                corrupt = f"{path}.corrupt"
+                while os.path.exists(corrupt):                    # this step was corrupt before
+                    corrupt += "+"
+                os.rename(path, corrupt)
+                print(f"checkpoint {path} is corrupt ({error}); it is now {Path(corrupt).name}",
+                      file=sys.stderr)
         raise InputError(f"no checkpoint of {out} is whole; all are kept as step-N.corrupt")
 
     step = on_rank_0(layout, newest_whole)
@@ -563,7 +575,7 @@ def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=F
         planner = dcp.DefaultLoadPlanner(allow_partial_load=may_lack)
         run_dcp(dcp.load, state, layout, storage_reader=reader, planner=planner)
     except InputError as error:
-        raise InputError(f"checkpoint {path} is corrupt or of another model: {error}") from None
+        raise InputError(f"checkpoint {path} is corrupt or of another model: {error}") from error
 
 
 def verify(path):
@@ -608,7 +620,7 @@ def read_descriptions(path, state, resume):
                 raise ValueError(f"manifest.json does not name {part.relative_path}")
         return metadata
     except Exception as error:                                    # somebody may have made it up
-        raise InputError(error) from None
+        raise InputError(f"{type(error).__name__}: {error}") from error
 
 
 def tiles(chunks, size):
@@ -655,7 +667,7 @@ def write_durably(path, text):
     """Write a file so that after a crash it is the old one or the new one."""
     tmp = path.with_suffix(".tmp")
     tmp.unlink(missing_ok=True)                                   # it may be a link
-    tmp.write_text(text)
+    tmp.write_text(text, encoding="utf-8")
     fsync(tmp)
     os.replace(tmp, path)
 
@@ -669,6 +681,11 @@ def fsync(path):
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
                 raise
-            warnings.warn(f"{path} cannot be flushed: a power cut may lose a checkpoint", stacklevel=1)
+            say_once("this file system cannot flush its files: a power cut may lose a checkpoint")
         finally:
             os.close(descriptor)
+
+
+@lru_cache
+def say_once(text):
+    print(text, file=sys.stderr)

@@ -462,7 +462,7 @@ class Settings:
             if name in fractions and value > 1:
                 raise InputError(f"{name} must be at most 1, got {value}")
         for name in ("initial_top_k", "top_k_choices"):
-            if not all(1 <= k <= config.n_expert for k in getattr(self, name)):
+            if not all(type(k) is int and 1 <= k <= config.n_expert for k in getattr(self, name)):
                 raise InputError(f"{name} ({getattr(self, name)}) must be 1 to {config.n_expert} (n_expert)")
         if len(self.initial_top_k) > config.n_layer:
             raise InputError(f"initial_top_k {self.initial_top_k} is longer than n_layer ({config.n_layer})")
@@ -540,7 +540,7 @@ def resolve(typed):
     if exists:
         values |= saved_values(out)
         for name in sorted(name for name in typed if name != "out" and typed[name] != values[name]):
-            if name in (*SIZES, "preset", "seed", "batch_size", "seq_len"):
+            if name in (*SIZES, "preset", "optimizer", "seed", "batch_size", "seq_len"):
                 raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
                                  f"--{name} to resume it, or choose another --out")
             print(f"changed: {name} {values[name]} -> {typed[name]}")
@@ -690,7 +690,7 @@ def make_plan(argv, world):
     for other in [s.out] * exists + [parallel.run_folder(source)] * bool(source):
         evaluation.same_tokenizer(other, corpus.file.parent)
     saved = parallel.read_settings(s.out) if exists else {}
-    if exists and (saved["data_sha256"], saved.get("val_sha256", val_sha256)) != (sha256, val_sha256):
+    if exists and (saved.get("data_sha256"), saved.get("val_sha256", val_sha256)) != (sha256, val_sha256):
         raise InputError(f"data {s.data} is not what {s.out} was made with; choose another --out")
     if not steps and any(Path(s.out).glob("step-*.corrupt*")):
         raise InputError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
@@ -801,10 +801,11 @@ def open_directory(run, plan, stack):
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
                 "data_sha256": plan.data_sha256, "val_sha256": plan.val_sha256,
                 "wandb_id": before.get("wandb_id") or uuid.uuid4().hex}
-    if any(before.get(name) != value for name, value in settings.items()):
+    if not before or run.step < s.steps:                          # nothing new trains in a complete run
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     if run.corpus.encoding and not (out / "encoding.json").exists():
-        shutil.copy(run.corpus.file.parent / "encoding.json", out / "encoding.json")
+        encoding = (run.corpus.file.parent / "encoding.json").read_text(encoding="utf-8")
+        parallel.write_durably(out / "encoding.json", encoding)
     run.log.seek(0)
     kept = 0
     for line in run.log.readlines():                              # the last one may be cut short by a crash
@@ -871,15 +872,16 @@ def introduce(run):
           f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
           f"{text.n_windows / s.batch_size:,.2f} steps; Ctrl-C saves and ends, the same command resumes")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0              # not on Windows
-    if run.device == "cpu" and torch.get_num_threads() > 1 and load > os.cpu_count():
-        print(f"the load is {load:.0f} on {os.cpu_count()} cores: OMP_NUM_THREADS=1 may be faster")
+    cores = os.cpu_count() or 1
+    if run.device == "cpu" and torch.get_num_threads() > 1 and load > cores:
+        print(f"the load is {load:.0f} on {cores} cores: OMP_NUM_THREADS=1 may be faster")
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
     n, epochs = text.n_windows, s.steps * s.batch_size / text.n_windows
-    if s.batch_size > n:
+    if s.batch_size > n and not run.step:
         print(f"warning: a step has all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit")
-    elif epochs > 4 and not run.corpus.has_chats:
+    elif epochs > 4 and not run.corpus.has_chats and not run.step:
         print(f"warning: {epochs:.0f} epochs: after some four, text is learned by heart; "
               f"--steps {max(1, 4 * n // s.batch_size)} would fit")
     if run.step:
@@ -904,9 +906,10 @@ def report(run, seconds):
     if corpus.val is not None:
         loss, statistics = run.validated
         guess = math.log(run.config.vocab_size)
-        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})\n"
-              f"load of each expert on held-out text; half height is the uniform share:\n"
-              f"{evaluation.draw_load(statistics.load)}")
+        print(f"\nheld-out loss {loss:.4f} nats per token (a uniform guess: {guess:.4f})")
+        if run.config.n_expert > 1:
+            print("load of each expert on held-out text; half height is the uniform share:\n"
+                  + evaluation.draw_load(statistics.load))
     if corpus.encoding and s.sample_tokens and run.layout.world == 1 and not chats:
         run.model.eval()
         torch.use_deterministic_algorithms(False)                 # sampling has no such kernels

@@ -165,8 +165,10 @@ class Forked(WARM.Process):
 
     def wait_for(self, words, seconds=240):
         end = time.monotonic() + seconds
+        alive = True
         while words not in self.out():
-            assert self.is_alive() and time.monotonic() < end, (self.folder / "stderr").read_text()
+            assert alive and time.monotonic() < end, (self.folder / "stderr").read_text()
+            alive = self.is_alive()                               # it may write its last words and end
             time.sleep(0.01)
 
     def end(self, seconds=60):

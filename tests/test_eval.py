@@ -94,7 +94,7 @@ def test_an_average_of_checkpoints_is_the_mean_of_their_weights(corpus, tmp_path
     evaluation.main(["loss", "--ckpt", str(mean)])
     train.main(small_run(corpus, tmp_path / "next", f"--steps 1 --init_from {mean} --batch_size 8"))
     refused(train.main, small_run(corpus, mean, "--steps 9"), "of another model")
-    refused(evaluation.main, ["average", "--ckpt", mean, out, "--to", tmp_path / "no"], "several runs")
+    refused(evaluation.main, ["average", "--ckpt", mean, out, "--to", tmp_path / "no"], "of one run")
 
 
 def test_a_row_for_each_top_k(finished, capsys):

@@ -1,6 +1,7 @@
 """What goes wrong, for real: killed, stopped and restarted processes, broken files, bad numbers.
 
-Only NaN is injected; signals, files, limits and file systems are real."""
+Signals, files, limits and a full disk are real; NaN, the flipped bit and errors of a file system are
+injected."""
 
 import errno
 import fcntl
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import PosixPath
+from pathlib import Path, PosixPath
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,10 +184,15 @@ def test_if_no_checkpoint_is_whole_nothing_begins_anew(finished, tmp_path, capsy
 def test_what_cannot_be_read_now_is_not_set_aside(finished, tmp_path, monkeypatch, refused):
     out = shutil.copytree(finished, tmp_path / "run")
 
-    def checksums(path):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
-    monkeypatch.setattr(parallel, "checksums", checksums)
-    refused(train.main, ["--out", out], "Too many open files")
+    def unreadable(path, *args, real=Path.read_text, **kwargs):
+        if Path(path).name == "manifest.json":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return real(path, *args, **kwargs)
+    for place in ((parallel, "file_sha256", lambda path: unreadable("manifest.json")),
+                  (Path, "read_text", unreadable)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place)
+            refused(train.main, ["--out", out], "Too many open files")
     assert parallel.checkpoints(out) == [9, 12]
 
 
@@ -507,10 +513,11 @@ def test_a_file_system_without_fsync_of_folders_or_locks(corpus, tmp_path, monke
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="cannot be flushed"):
-        train.main(small_run(corpus, tmp_path / "run", "--steps 2"))
+    parallel.say_once.cache_clear()
+    train.main(small_run(corpus, tmp_path / "run", "--steps 2 --save_every 1"))
     assert parallel.checkpoints(tmp_path / "run")[-1] == 2
-    assert capsys.readouterr().err.count("no lock protects") == 1
+    shown = capsys.readouterr().err
+    assert shown.count("no lock protects") == shown.count("cannot flush its files") == 1
 
 
 def test_a_full_disk_ends_in_one_line_and_what_was_saved_stays(corpus, tmp_path):

@@ -164,7 +164,7 @@ def test_a_field_that_a_fork_added_is_not_dropped(monkeypatch):
 
 @pytest.mark.parametrize("more, message", [
     (["--gate", "sigmoid"], "not sigmoid and [1, 1]"), (["--balance", "loss-free"], "no selection biases"),
-    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "File exists")])
+    (["--initial_top_k", "3", "--switch", "1"], "not softmax and [3, 1]"), ([], "is there already")])
 def test_what_cannot_be_exported_is_said(corpus, tmp_path, refused, more, message):
     """Before anything is written; nothing is overwritten."""
     train.main(["--data", str(corpus), "--out", str(tmp_path / "run"), *SIZES, "--steps", "2", *more])

@@ -174,7 +174,7 @@ def test_durable_then_renamed_then_the_old_one_is_deleted(tmp_path, monkeypatch)
                             calls.append((name, Path(path).name)) or real(path, *args, **kwargs))
     save_checkpoint(tmp_path, 2, training_state(masters), keep=1)
     calls = [call for call in calls if call[1] != ".metadata.tmp"]                # torch's own
-    files = "__0_0.distcp", "meta.json", "manifest.json", "step-2.tmp"
+    files = "__0_0.distcp", ".metadata", "meta.json", "manifest.json", "step-2.tmp"
     assert calls == [*(("fsync", name) for name in files), ("rename", "step-2.tmp"), ("fsync", tmp_path.name),
                      ("rmtree", "step-1")]
 
