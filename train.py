@@ -890,7 +890,7 @@ def introduce(run):
         if before != top_k_at(run.step, s, config):               # the switch, which --steps may move
             print(f"experts per layer: {before} so far, {top_k_at(run.step, s, config)} from here on")
     elif run.corpus.val is not None:
-        print("step 0: held out ..", end="\r", flush=True)        # may take a while
+        print("step 0: held out ..", end="\r" if sys.stdout.isatty() else "\n", flush=True)    # takes a while
         print(f"step 0: held out {validation(run):.4f}")
     if run.corpus.val is None:
         print("nothing is held out: no loss but that of training is known")
