@@ -310,7 +310,8 @@ def test_a_checkpoint_of_somebody_else_is_refused(finished, in_folder, harm, wor
     ([((0,), (4,)), ((4,), (2,))], (6,), True), ([((0,), (4,)), ((2,), (2,))], (6,), False),
     ([((-6,), (12,))], (6,), False), ([((100,), (6,))], (6,), False), ([], (3,), False),
     ([((0, 0), (2, 3)), ((2, 0), (2, 3))], (4, 3), True), ([((), ())], (), True),
-    ([((0, 0), (2, 3)), ((0, 0), (2, 3))], (4, 3), False), ([((0,), (3,)), ((3,), (0,))], (3,), True)])
+    ([((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 0), (2, 2))], (4, 4), False),
+    ([((0,), (3,)), ((3,), (0,))], (3,), True)])
 def test_chunks_cover_a_tensor_once(chunks, size, whole):
     chunks = [SimpleNamespace(offsets=offsets, sizes=torch.Size(sizes)) for offsets, sizes in chunks]
     assert parallel.tiles(chunks, size) == whole
@@ -457,7 +458,7 @@ def damage(raw):
     """A row that is no UTF-8, and such as are no objects or of no step."""
     lines = raw.splitlines(keepends=True)
     lines[3] = lines[3][:50] + b"\0\xff" * 20 + b"\n"
-    return b"".join([b"[1]\n", *lines, b"[" * 5000 + b"\n", b'{"step": "x"}\n'])
+    return b"".join([b"[1]\n", *lines, b"[" * 5000 + b"\n", b'{"step": "x", "load_max": []}\n'])
 
 
 @pytest.mark.parametrize("harm, lost", [
@@ -474,6 +475,7 @@ def test_a_directory_that_others_touch_is_gone_on_with(finished, tmp_path, harm,
     os.symlink(theirs, out / "settings.tmp")
     train.main(["--out", str(out), "--steps", "14"])
     assert [row["step"] for row in rows(out)] == [step for step in range(1, 15) if step != lost]
+    assert re.search(rb'^{"step": 12, "resumed"', (out / "log.jsonl").read_bytes(), re.M)
     assert evaluation.read_log(out)[0]["settings"]["steps"] == 12 and not list(out.glob("*corrupt"))
     evaluation.main(["routing", str(out)])
     assert theirs.read_text() == "all of it\n"
