@@ -19,27 +19,23 @@ GRIDS = [(4, 1, 2), (4, 2, 1), (4, 2, 2), (3, 1, 1), (3, 3, 1), (2, 1, 2)]
 SIZES = dict(n_expert=12)                                         # 4, 3 and 2 divide it
 CASES = {
     "plain": dict(),
-    "96 experts": dict(n_expert=96, top_k=3),
-    "sigmoid": dict(gate="sigmoid", lbl_coef=0.5, clip=0.05),
-    "normalized": dict(gate="normalized", top_k=3, tie_embeddings=True),
-    "top-1 loss": dict(balance="top1", lbl_coef=0.5, z_coef=0.1, top_k=3),
+    "96 experts, top-1 loss": dict(n_expert=96, top_k=3, balance="top1", lbl_coef=0.5, z_coef=0.1),
+    "sigmoid, accumulate": dict(gate="sigmoid", accumulate=3, balance="top1", lbl_coef=0.5, clip=0.05),
+    "normalized, micro": dict(gate="normalized", top_k=3, tie_embeddings=True, accumulate=2, lbl_coef=0.5,
+                              lbl_scope="micro"),
     "loss-free": dict(balance="loss-free", bias_rate=0.01, initial_top_k=[3], switch_fraction=0.1,
                       batch_size=10),
-    "muon": dict(optimizer="muon", clip=0.05, accumulate=2),
     "quantile": dict(balance="quantile", initial_top_k=[3], accumulate=2),
-    "accumulate": dict(accumulate=3, balance="top1", lbl_coef=0.5),
-    "micro": dict(accumulate=2, lbl_scope="micro", lbl_coef=0.5),
     "no data": dict(batch_size=2, lbl_coef=0.5),                  # for some ranks
-    "documents": dict(documents=True, z_coef=0.1, lbl_coef=0.5, accumulate=2),
+    "documents, recomputed": dict(documents=True, recomputed=True, accumulate=2, z_coef=0.1, lbl_coef=0.5,
+                                  chosen=[1, 2], top_k=3, tie_embeddings=True),
     "one expert chosen": dict(chosen=[1]),                        # the others, and ranks, get nothing
-    "few experts chosen": dict(chosen=[2, 3, 11], top_k=3, batch_size=3),
+    "few experts chosen, odd widths": dict(chosen=[2, 3, 9], top_k=3, batch_size=3, d_model=15, d_expert=15,
+                                           n_expert=10),          # shards of unequal size
     "shared expert": dict(shared=True, accumulate=2, optimizer="muon"),       # the README's fork
     "muon, idle experts": dict(chosen=[1], optimizer="muon"),
-    "muon, odd": dict(optimizer="muon", d_model=15, d_expert=15, n_expert=10),
+    "muon, odd": dict(optimizer="muon", d_model=15, d_expert=15, n_expert=10, clip=0.05, accumulate=2),
     "muon, dense": dict(optimizer="muon", n_expert=1),
-    "recomputed": dict(recomputed=True, accumulate=2, documents=True, balance="loss-free", bias_rate=0.1,
-                       tie_embeddings=True, chosen=[1, 2], top_k=3),
-    "odd widths and number": dict(d_model=15, d_expert=15, n_expert=10),          # shards of unequal size
 }
 
 
