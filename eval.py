@@ -60,7 +60,8 @@ def read_log(out):
         with suppress(ValueError, RecursionError):                # a crash may cut the last one
             lines.append(json.loads(line))
     # not the lines that say where it was resumed
-    return [row for row in lines if isinstance(row, dict) and ("settings" in row or "load_max" in row)]
+    return [row for row in lines if isinstance(row, dict)
+            and ("settings" in row or "load_max" in row and type(row.get("step")) is int)]
 
 
 def same_tokenizer(out, folder):
