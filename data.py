@@ -32,6 +32,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex  # comes with tiktoken, which splits text with the same syntax
@@ -616,6 +617,42 @@ def open_sampler(path, seq_len, seed=0):
     """The sampler for the tokens of a file, which may be conversations."""
     tokens, (_, vocab_size, _, chats) = load_tokens(path), read_header(path)
     return ChatSampler(tokens, seq_len, seed, vocab_size) if chats else Sampler(tokens, seq_len, seed)
+
+
+class Corpus(NamedTuple):
+    """The tokens of a run."""
+
+    train: Sampler
+    val: Sampler = None         # of the held-out tokens, if there are any
+    vocab_size: int = 0
+    encoding: object = None     # the tokenizer, if there is one beside the token file
+    file: Path = None           # of the training tokens
+
+    has_chats = property(lambda self: isinstance(self.train, ChatSampler))
+
+    def checksums(self):
+        """sha256 of training and held-out tokens (None: there are none).  InputError if they, or the
+        tokenizer, are not what meta.json beside them says."""
+        if self.file.name == "train.bin" and self.file.with_name("meta.json").exists():
+            meta = load_meta(self.file.parent)
+            return meta["train"]["sha256"], self.val and meta["val"]["sha256"]
+        return file_sha256(self.file), self.val and file_sha256(self.file.with_name("val.bin"))
+
+
+def open_corpus(source, seq_len, seed=0):
+    """A folder made by data.py, or a token file of one -> Corpus."""
+    source = Path(source)
+    file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
+    if not file.exists():
+        raise InputError(f"no data in {source}: python data.py --source PATH --name NAME makes data/NAME")
+    if file.name == "val.bin":
+        raise InputError(f"{file} is held-out text: --data takes a folder made by data.py, or its train.bin")
+    train, val = open_sampler(file, seq_len, seed), None
+    if (folder / "val.bin").exists():
+        with suppress(TooShort):                           # nothing is held out
+            val = open_sampler(folder / "val.bin", seq_len)
+    encoding = load_encoding(folder) if (folder / "encoding.json").exists() else None
+    return Corpus(train, val, read_header(file)[1], encoding, file)
 
 
 def assistant_mask(tokens, vocab_size):

@@ -75,17 +75,14 @@ def same_tokenizer(out, folder):
 
 
 def open_data(ckpt, source=None):
-    """-> settings of a run; folder, tokenizer, training tokens and held-out sampler of its data or source."""
+    """-> settings of a run, Corpus of its data or of source.  InputError if nothing is held out there."""
     s = read_settings(run_folder(ckpt))["settings"]
-    source = Path(source or s["data"])
-    folder, train = (source.parent, source) if source.is_file() else (source, source / "train.bin")
-    if train.name == "val.bin" or not (folder / "val.bin").exists():
-        raise InputError(f"{source} has no held-out text (val.bin); --data takes a folder made by data.py")
-    try:
-        val = data.open_sampler(folder / "val.bin", s["seq_len"])
-    except data.TooShort as error:
-        raise InputError(f"{folder} has too little held-out text ({error}); --data takes another") from None
-    return s, folder, data.load_encoding(folder), data.load_tokens(train), val
+    corpus = data.open_corpus(source or s["data"], s["seq_len"])
+    folder = corpus.file.parent
+    if not corpus.val:
+        raise InputError(f"{folder} has no held-out text of a window ({s['seq_len']} tokens); --data takes a "
+                         "folder made by data.py")
+    return s, corpus._replace(encoding=data.load_encoding(folder))
 
 
 # --- loss -------------------------------------------------------------------------------------------------
@@ -115,9 +112,9 @@ def validate(model, sampler, top_k, device="cpu", limit=None, rows=32, layout=pa
 def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     """Baselines and runs on the same held-out text (or answers), cut as the first run was trained; a row for
     each K in top_ks -> rows (name, nats, perplexity, bits per byte), number of targets, folder of data."""
-    (_, folder, encoding, train, val), losses = open_data(ckpts[0], source), []
+    (_, (train, val, _, encoding, file)), losses = open_data(ckpts[0], source), []
     for ckpt in ckpts:
-        model, _, top_k = load_run(ckpt, device, folder)
+        model, _, top_k = load_run(ckpt, device, file.parent)
         for k in top_ks or [top_k]:
             if top_ks and not 1 <= k <= model.config.n_expert:
                 raise InputError(f"top_k must be from 1 to {model.config.n_expert}, got {k}")
@@ -125,13 +122,13 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
     positions = val.target_positions(windows)
     positions = positions[positions > 1]                          # a trigram needs two tokens
-    prob = trigram(train, val.tokens, encoding.n_vocab)[positions - 2]
+    prob = trigram(train.tokens, val.tokens, encoding.n_vocab)[positions - 2]
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
             ("interpolated trigram", float(-np.log(prob).mean())), *losses]
     targets = val.tokens[positions]
     text = targets[targets < encoding.n_vocab - len(data.SPECIAL)]       # special tokens stand for no bytes
     per_byte = len(targets) / len(encoding.decode_bytes(text.tolist())) / math.log(2)
-    return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), folder
+    return [(name, loss, math.exp(loss), loss * per_byte) for name, loss in rows], len(targets), file.parent
 
 
 def loss_command(args):
@@ -294,8 +291,8 @@ def chat_command(args):
 
 def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     """Route the held-out tokens (at most `limit`) of a run's own data, or of another folder."""
-    s, folder, encoding, _, val = open_data(ckpt, source)
-    model, _, top_k = load_run(ckpt, device, folder)
+    s, (_, val, _, encoding, file) = open_data(ckpt, source)
+    model, _, top_k = load_run(ckpt, device, file.parent)
     chosen = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, chosen):
         block.moe.router.register_forward_hook(

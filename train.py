@@ -46,7 +46,7 @@ import data
 import eval as evaluation
 import parallel
 import router
-from data import InputError
+from data import Corpus, InputError
 from model import PRESETS, ModelConfig, count_parameters, flops_per_token, grouped_mm_limitation
 
 # --- from the command line to the report ------------------------------------------------------------------
@@ -60,7 +60,7 @@ class Run:
     model: torch.nn.Module
     masters: parallel.MasterWeights     # the fp32 parameters
     optimizer: torch.optim.Optimizer
-    corpus: "Corpus"
+    corpus: Corpus
     device: str
     dtype: torch.dtype          # of the matrix products
     layout: parallel.Layout = parallel.SINGLE_PROCESS
@@ -605,49 +605,13 @@ def inherited_values(source, typed):
 
 # --- opening a run ----------------------------------------------------------------------------------------
 
-class Corpus(NamedTuple):
-    """The text of a run."""
-
-    train: data.Sampler
-    val: data.Sampler = None    # of the held-out tokens, if there are any
-    vocab_size: int = 0
-    encoding: object = None     # the tokenizer, if there is one beside the token file
-    file: Path = None
-
-    has_chats = property(lambda self: isinstance(self.train, data.ChatSampler))
-
-
-def open_corpus(s):
-    """-> Corpus.  InputError if it does not fit the settings."""
-    source = Path(s.data)
-    file, folder = (source, source.parent) if source.is_file() else (source / "train.bin", source)
-    if not file.exists():
-        raise InputError(f"no data in {s.data}: python data.py --source PATH --name NAME makes data/NAME")
-    train, val = data.open_sampler(file, s.seq_len, s.seed), None
-    if (folder / "val.bin").exists():
-        with contextlib.suppress(data.TooShort):                  # nothing is held out
-            val = data.open_sampler(folder / "val.bin", s.seq_len)
-    encoding = data.load_encoding(folder) if (folder / "encoding.json").exists() else None
-    return Corpus(train, val, data.read_header(file)[1], encoding, file)
-
-
 def open_same_corpus(s, plan):
-    """.. on any rank; one of each node compares the data with those of rank 0."""
-    corpus = open_corpus(s)
+    """-> Corpus, on every rank; one of each node compares it with that of rank 0."""
+    corpus = data.open_corpus(s.data, s.seq_len, s.seed)
     first = os.environ.get("GROUP_RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0"
-    if first and data_checksums(corpus) != (plan.data_sha256, plan.val_sha256):
+    if first and corpus.checksums() != (plan.data_sha256, plan.val_sha256):
         raise InputError(f"{s.data} on this node, {platform.node()}, is not that of rank 0's node")
     return corpus
-
-
-def data_checksums(corpus):
-    """sha256 of the training and of the held-out tokens, if there are some.  InputError if they, or the
-    tokenizer, are not what meta.json beside them says."""
-    file, val = corpus.file, corpus.file.with_name("val.bin")
-    if file.name == "train.bin" and file.with_name("meta.json").exists():
-        meta = data.load_meta(file.parent)
-        return meta["train"]["sha256"], corpus.val and meta["val"]["sha256"]
-    return data.file_sha256(file), corpus.val and data.file_sha256(val)
 
 
 class Plan(NamedTuple):
@@ -675,8 +639,8 @@ def make_plan(argv, world):
     if not Path(s.data).exists() and Path(s.data) in (Path("data/stdlib"), Path("data/installed")):
         print("preparing the corpus, once:")
         data.prepare(s.data, [Path(s.data).name])
-    corpus = open_corpus(s)
-    sha256, val_sha256 = data_checksums(corpus)
+    corpus = data.open_corpus(s.data, s.seq_len, s.seed)
+    sha256, val_sha256 = corpus.checksums()
     if tunes and "steps" not in typed:
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products

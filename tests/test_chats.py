@@ -302,7 +302,7 @@ def test_tuning_takes_over_what_the_run_was_trained_with(in_folder, finished, ch
     """And by itself gets a directory of its own, a lower learning rate, and four epochs."""
     argv = ["--init_from", str(finished), "--data", str(chats), "--seq_len", "64"]
     plan = train.make_plan(list(argv), 1)
-    n = train.open_corpus(plan.settings).train.n_windows
+    n = data.open_corpus(plan.settings.data, plan.settings.seq_len).train.n_windows
     assert 4 * n <= 8 * plan.settings.steps < 4 * n + 8
     assert train.make_plan([*argv, "--steps", "5"], 1).settings.steps == 5
     shutil.copytree(finished, "base")
@@ -406,7 +406,7 @@ def test_longer_context_is_another_run(tuned, chats, in_folder):
     (data.main, ["--source", "chats.jsonl"], "read with --chats"),
     (train.main, ["--data", "chats.jsonl"], "chats.jsonl is not a token file"),
     (train.main, ["--init_from", "BASE", "--data", "CHATS", "--seq_len", "4"], "(4) is too short: none of "),
-    (evaluation.main, ["loss", "--ckpt", "BASE", "--data", "chats.jsonl"], "has no held-out text (val.bin)")])
+    (evaluation.main, ["loss", "--ckpt", "BASE", "--data", "chats.jsonl"], "is not a token file; data.py makes one of text or conversations")])
 def test_a_mistake_is_one_line(main, args, message, finished, chats, in_folder, refused):
     write(Path("chats.jsonl"), made_up(60))
     refused(main, [{"BASE": finished, "CHATS": chats}.get(arg, arg) for arg in args], message)
