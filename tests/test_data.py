@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,6 +296,22 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path, harm, words):
     with pytest.raises(ValueError, match=words):
         prepare(tmp_path, tmp_path / "a.bin")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("vocabulary", [range(70_000), [*range(9), *range(12, 300)]], ids=["uint32", "gaps"])
+def test_token_files_are_of_a_tokenizer_without_gaps_that_uint16_holds(tmp_path, vocabulary):
+    (tmp_path / "a.bin").write_bytes(np.arange(300, dtype="<u4").tobytes())
+    encoding = SimpleNamespace(n_vocab=max(vocabulary) + 6, _mergeable_ranks={i: i for i in vocabulary})
+    with open(tmp_path / "a.bin", "rb") as file, pytest.raises(ValueError, match="read as uint16"):
+        next(data.read_token_file(tmp_path / "a.bin", file, encoding))
+
+
+def test_a_folder_that_is_there_says_that_its_sources_are_not_read_again(tmp_path, capsys):
+    save(tmp_path / "a.txt", "a text\n" * 99)
+    prepare(tmp_path, tmp_path / "a.txt")
+    assert "is there already" not in capsys.readouterr().out
+    prepare(tmp_path, tmp_path / "a.txt")
+    assert "out is there already; delete it" in capsys.readouterr().out
 
 
 # --- the held-out part ------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ ON_A_RUN = {
     "eval.py sample --ckpt run --top_p 0": "top_p", "eval.py sample --ckpt run --tokens -100": "above 0",
     "eval.py sample --ckpt run --prompt " + 99 * "word,": "trained on 16 at a time",
     "eval.py loss --ckpt run --top_k 1,99": "top_k must be from 1 to 6",
-    "eval.py routing run --data small/val.bin": "takes a folder"}
+    "eval.py routing run --data small/val.bin": "takes a folder",
+    "train.py --data small/val.bin": "small/val.bin is held-out text"}
 SAMPLE = "eval.py sample --ckpt run"
 CASES = [
     # (what is prepared, the command, what the line must say)
@@ -129,6 +130,7 @@ CASES = [
      "encoding.json does not fit"),
     *((lambda _, name=name: os.environ.update({name: "2"}), "train.py", f"{name} is 2, but nothing tells")
       for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")),
+    (lambda _: os.environ.update(WORLD_SIZE="2", RANK="0"), "train.py", "but nothing tells"),
     (lambda _: (os.mkdir("run"), Path("run/thesis.txt").write_text("all")), "train.py", "run is not empty"),
     (lambda _: (os.mkdir("run"), Path("run/log.jsonl").write_text("{}\n")), "train.py", "run is not empty"),
     (run(lambda: link("run/log.jsonl")), "resume", "log.jsonl is a link"),

@@ -196,6 +196,18 @@ def test_what_cannot_be_read_now_is_not_set_aside(finished, tmp_path, monkeypatc
     assert parallel.checkpoints(out) == [9, 12]
 
 
+def test_an_interrupt_while_loading_is_no_corruption(finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemReader, "read_data", interrupt)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--out", str(out), "--steps", "14"])
+    assert end.value.code == 1 and capsys.readouterr().err == "error: interrupted\n"
+    assert parallel.checkpoints(out) == [9, 12]
+
+
 def test_all_ranks_fall_back_together(ranks, corpus, tmp_path):
     out = tmp_path / "run"
     argv = small_run(corpus, out, "--steps 6 --save_every 3 --ep 2")

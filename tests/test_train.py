@@ -452,6 +452,13 @@ def test_groups_keep_a_factor_of_their_own():
     assert b == pytest.approx(0.1 * a) and a == learning_rate(8, run.settings)
 
 
+def test_a_complete_run_keeps_the_settings_that_it_was_trained_with(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    train.main(["--out", str(out), "--lr", "0.5"])
+    assert "is complete" in capsys.readouterr().out
+    assert parallel.read_settings(out) == parallel.read_settings(finished)
+
+
 def test_an_ignored_hangup_stays_ignored():
     """As under nohup."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
