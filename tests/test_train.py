@@ -220,7 +220,7 @@ def test_a_resumed_run_is_bit_identical(corpus, tmp_path, changes):
 def test_a_complete_run_is_left_alone(finished, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")                               # left behind; one process speaks anyway
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-    train.main(["--out", str(finished)])
+    train.main(["--out", str(finished), "--lr", "0.5"])           # nothing trains with it
     assert "complete" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
@@ -450,13 +450,6 @@ def test_groups_keep_a_factor_of_their_own():
     train_step(run, 8)
     a, b = (group["lr"] for group in run.optimizer.param_groups)
     assert b == pytest.approx(0.1 * a) and a == learning_rate(8, run.settings)
-
-
-def test_a_complete_run_keeps_the_settings_that_it_was_trained_with(finished, tmp_path, capsys):
-    out = shutil.copytree(finished, tmp_path / "run")
-    train.main(["--out", str(out), "--lr", "0.5"])
-    assert "is complete" in capsys.readouterr().out
-    assert parallel.read_settings(out) == parallel.read_settings(finished)
 
 
 def test_an_ignored_hangup_stays_ignored():
