@@ -75,7 +75,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    # six minutes on two CPU cores; as in the paper, experts are half as wide as the residual stream
+    # minutes on two CPU cores; as in the paper, experts are half as wide as the residual stream
     "laptop": ModelConfig(
         vocab_size=2048, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, d_model=64, n_expert=96, d_expert=32,
         tie_embeddings=True, max_seq_len=512),

@@ -104,8 +104,8 @@ def save(path, content):
 
 @pytest.mark.parametrize("line", ["word\r\n", "日本語。\n", "x", " "])
 def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
-    """3 MB, in blocks of the real size; tiktoken overflows at a million spaces."""
-    text = "a" + line * (3_000_000 // len(line.encode())) + "b"
+    """1.2 MB, in blocks of the real size; tiktoken overflows at a million spaces."""
+    text = "a" + line * (1_200_000 // len(line.encode())) + "b"
     save(tmp_path / "a.txt", text)
     meta = prepare(tmp_path, tmp_path / "a.txt")
     (train,), (val,) = both(tmp_path / "out")

@@ -256,14 +256,18 @@ def test_a_console_without_unicode_shows_what_it_can(finished, monkeypatch):
     assert b"layer 1" in shown.buffer.getvalue()
 
 
-@pytest.mark.parametrize("streams", [">&- 2>&- <&-", ">/dev/full 2>&1", "2>&1 | true"])
-def test_streams_that_take_nothing_end_nothing(corpus, in_folder, streams):
+def test_streams_that_take_nothing_end_nothing(corpus, in_folder):
+    """Closed, full, and a pipe whose reader has gone."""
     write_corpus(Path("text"), files=3)
-    Path("all.py").write_text(f"""import data, train, eval
-data.main("--source text --tokenizer bytes".split())
-train.main({small_run(corpus, "run", "--steps 2")})
-eval.main("chat --ckpt run".split())
+    Path("all.py").write_text(f"""import sys, data, train, eval
+name = sys.argv[1]
+data.main(["--source", "text", "--tokenizer", "bytes", "--name", name])
+train.main({small_run(corpus, "run", "--steps 2")} + ["--out", name])
+eval.main(["chat", "--ckpt", name])
 """)
-    command = f"{sys.executable} all.py {streams}"
-    assert not subprocess.run(command, shell=True, env=ENV, stdin=subprocess.DEVNULL).returncode
-    assert checkpoints("run")[-1] == 2
+    started = {name: subprocess.Popen(f"{sys.executable} all.py {name} {streams}", shell=True, env=ENV,
+                                      stdin=subprocess.DEVNULL)
+               for name, streams in (("closed", ">&- 2>&- <&-"), ("full", ">/dev/full 2>&1"),
+                                     ("gone", "2>&1 | true"))}
+    for name, process in started.items():
+        assert not process.wait(120) and checkpoints(name)[-1] == 2

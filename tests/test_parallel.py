@@ -248,9 +248,11 @@ def sent(grid, accumulate, recomputed, dtype):
                                  dtype.itemsize, recomputed)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("how", [(1, False, torch.float32), (2, True, torch.bfloat16)],
-                         ids=["plain", "recomputed, bf16"])
+PLAIN, RECOMPUTED = (1, False, torch.float32), (2, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout, how", [
+    ((1, 1), PLAIN), ((2, 1), RECOMPUTED), ((4, 1), PLAIN), ((2, 2), RECOMPUTED), ((1, 4), RECOMPUTED)], ids=str)
 def test_bytes_sent_equal_the_formula(ranks, layout, how):
     answers = [a.value for a in ranks(4, sent, *how, layout=layout)]
     counted, formula = ({kind: sum(each[i][kind] for each in answers) for kind in answers[0][1]}
@@ -329,14 +331,12 @@ def load_into(grid, out):
     return {name: whole(t) for name, t in state.items()}
 
 
-@pytest.mark.parametrize("saved", [(4, 2, 1), (3, 1, 3)], ids=str)
-def test_any_grid_loads_what_any_other_saved(ranks, tmp_path, saved):
-    world, *layout = saved
-    want = ranks(world, save_after, tmp_path, layout=layout)[0].value
+def test_any_grid_loads_what_another_saved(ranks, tmp_path):
+    want = ranks(4, save_after, tmp_path, layout=(2, 1))[0].value
     assert checkpoints(tmp_path) == [2] and any(t.any() for n, t in want.items() if n.endswith("bias"))
-    assert len(list((tmp_path / "step-2").glob("*.distcp"))) == world
+    assert len(list((tmp_path / "step-2").glob("*.distcp"))) == 4
     loaded = [load_into(SINGLE_PROCESS, tmp_path)]
-    for world, *layout in ((2, 2, 1), (3, 3, 1), (4, 4, 1), (4, 1, 2)):
+    for world, *layout in ((2, 2, 1), (3, 3, 1), (4, 1, 2)):
         loaded += [a.value for a in ranks(world, load_into, tmp_path, layout=layout)]
     for found in loaded:
         torch.testing.assert_close(found, want, rtol=0, atol=0)

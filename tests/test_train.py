@@ -593,7 +593,7 @@ def not_compiled(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("world, layout", [(1, ""), (2, "--ep 2"), (2, "--replicate 2")])
+@pytest.mark.parametrize("world, layout", [(1, ""), (2, "--ep 2")])
 def test_a_compiled_run_has_few_graphs_and_the_numbers_of_an_eager_one(
         ranks, tmp_path, not_compiled, world, layout):
     """With recomputation, validations, a switch of K and any padding, no graph breaks.
