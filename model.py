@@ -3,7 +3,7 @@
     tokens [B,T] -> embedding [B,T,D]
       per layer:  x + attention(norm(x))       grouped-query attention, QK-norm, rotary positions
                   x + moe(norm(x))
-         moe:     router     h [N,D] -> weights [N,K], experts [N,K], load [E], statistics
+         moe:     router     h [N,D] -> weights [N,K], experts [N,K], rows per expert [E], statistics
                   dispatch   rows sorted by expert [R,D]
                   experts    SwiGLU on stacked weights [E,D,2F] and [E,F,D], one grouped product each -> [R,D]
                   combine    back to token order, times weights, summed over K -> [N,D]

@@ -163,9 +163,9 @@ def balance_objective(balance, global_sums, n_tokens, local_sums):
     gradient crosses a collective."""
     loss, names = BALANCE[balance]
     sums = [getattr(global_sums, name).detach() for name in names]
-    variable = {name: t.requires_grad_() for name, t in zip(names, sums) if t.is_floating_point()}
-    slopes = torch.autograd.grad(loss(*sums, n_tokens).sum(), list(variable.values()))
-    return sum((slope * getattr(local_sums, name)).sum() for name, slope in zip(variable, slopes))
+    leaves = {name: t.requires_grad_() for name, t in zip(names, sums) if t.is_floating_point()}  # in place
+    slopes = torch.autograd.grad(loss(*sums, n_tokens).sum(), list(leaves.values()))
+    return sum((slope * getattr(local_sums, name)).sum() for name, slope in zip(leaves, slopes))
 
 
 @torch.no_grad()

@@ -218,13 +218,12 @@ def train_step(run, step, stop=None):
         bad[layout.rank] = ~out.loss.isfinite()
         flag = out.loss.new_full((), stop is not None and stop.requested)
         micro_loss, flag, bad, *micro = parallel.all_sum(layout, [out.loss, flag, bad, *out.statistics])
-        sums = router.Statistics(*map(torch.add, sums, micro) if sums else micro)
+        micro = router.Statistics(*micro)
+        sums = router.Statistics(*map(torch.add, sums, micro)) if sums else micro
         loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
         objective = out.loss / max(1, n_targets)
         if router.BALANCE[s.balance] and s.lbl_coef:
-            seen, n_seen = sums, tokens_so_far
-            if s.lbl_scope == "micro":
-                seen, n_seen = router.Statistics(*micro), n
+            seen, n_seen = (micro, n) if s.lbl_scope == "micro" else (sums, tokens_so_far)
             balance = router.balance_objective(s.balance, seen, n_seen, out.statistics)
             objective = objective + s.lbl_coef * n_seen / n_tokens * balance      # all tokens weigh the same
         if s.z_coef:
