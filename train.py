@@ -91,8 +91,9 @@ def main(argv=None):
             dtype = compute_dtype(s, config, device)
             parallel.make_meshes(layout, s.ep, s.replicate, device, s.timeout)
             model = parallel.build_model(config, layout, device, dtype, s.seed)
+            sums = (router.BALANCE[s.balance] or (None, ()))[1]   # what the balance loss is a function of
             for block in model.blocks:
-                block.moe.router.temperature = s.temperature if s.balance == "top1" else 1.0
+                block.moe.router.temperature = s.temperature if "sharp_sum" in sums else 1.0
                 block.moe.router.collect_margins = s.balance == "quantile"
             masters = parallel.MasterWeights(model, dtype)
             parallel.compile_and_recompute(model, masters, compiles(s, device, dtype),
