@@ -13,7 +13,6 @@ A prepared folder holds train.bin and val.bin (a header, then the tokens of all 
 import argparse
 import ast
 import base64
-import bisect
 import functools
 import gzip
 import hashlib
@@ -92,12 +91,13 @@ def write_folder(folder, request):
     files = find_files(request["sources"], chats, folder)
     if name == "bpe" and any(path.suffix == ".bin" for path in files):
         raise InputError("token files need the --tokenizer that made them, as in --tokenizer gpt2")
-    if name == "bpe":                                      # on every n-th document, some 16M characters
+    if name == "bpe":                                      # on every n-th block, some 16M characters
         documents = read_documents(files, request, "reading", defaultdict(list))
-        texts = ("".join(text for _, text in content) if chats else content[:BPE_CHARS]
+        texts = ("".join(text for _, text in content) if chats else content
                  for held_out, _, content in documents if not held_out)
+        blocks = (text[at:at + BLOCK] for text in texts for at in range(0, len(text), BLOCK))
         stride = max(1, n_bytes(files) // BPE_CHARS)
-        encoding = build_encoding(name, vocab_size, itertools.islice(texts, 0, None, stride))
+        encoding = build_encoding(name, vocab_size, itertools.islice(blocks, 0, None, stride))
     save_encoding(encoding, folder / "encoding.json")
     count = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
@@ -515,7 +515,8 @@ class TokenWriter:
 def read_header(path):
     """-> bytes per token, vocabulary, count, 1 for conversations.  InputError if foreign or cut short."""
     header = np.fromfile(path, "<i8", 6).tolist() if os.path.isfile(path) else []
-    if len(header) < 6 or header[:2] != [MAGIC, VERSION] or header[2] not in (2, 4) or header[3] >= 1 << 31:
+    if (len(header) < 6 or header[:2] != [MAGIC, VERSION] or header[2] not in (2, 4)
+            or not 0 <= header[3] < 1 << 31 or header[4] < 0):
         raise InputError(f"{path} is not a token file; data.py makes one of text or conversations")
     size, expected = os.path.getsize(path), HEADER + header[4] * header[2]
     if size != expected:
@@ -658,23 +659,29 @@ def open_corpus(source, seq_len, seed=0):
 def assistant_mask(tokens, vocab_size):
     """Which of some conversations' tokens the assistant says, the <|end|> that closes an answer included:
     [n] bool.  Text never becomes a special token, so the tokens alone tell."""
-    kind = np.asarray(tokens).astype(np.int64) - vocab_size
-    opens = (kind >= END_OF_TEXT) & (kind != END)
-    last = np.maximum.accumulate(np.where(opens, np.arange(len(kind)), 0))
-    return (kind[last] == ASSISTANT) & ~opens
+    tokens = np.asarray(tokens)
+    opens = (tokens >= vocab_size + END_OF_TEXT) & (tokens != vocab_size + END)
+    at = np.flatnonzero(opens)
+    answers = np.append(False, tokens[at] == vocab_size + ASSISTANT)       # the first: before any opens
+    return np.repeat(answers, np.diff(at, prepend=0, append=len(tokens))) & ~opens
 
 
 def pack_best_fit(spans, capacity):
     """Best-fit decreasing: put conversations (start, end) into few windows -> [those of each window]."""
-    windows, rooms = [], []                                # rooms: (places left, window), sorted
+    windows, with_room, rooms = [], defaultdict(list), 0   # windows with so much room; a bit for each room
     for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
-        at = bisect.bisect_left(rooms, (end - start - 1, 0))        # the fullest window that has room
-        if at == len(rooms):
-            rooms.append((capacity, len(windows)))
+        need = end - start - 1
+        fits = rooms >> need
+        if fits:                                           # the fullest window that has room: the lowest bit
+            room = need + (fits & -fits).bit_length() - 1
+            w = heapq.heappop(with_room[room])
+            rooms ^= (not with_room[room]) << room
+        else:
+            room, w = capacity, len(windows)
             windows.append([])
-        room, w = rooms.pop(at)
         windows[w].append((start, end))
-        bisect.insort(rooms, (room - (end - start - 1), w))
+        heapq.heappush(with_room[room - need], w)
+        rooms |= 1 << room - need
     return windows
 
 

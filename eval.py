@@ -41,8 +41,15 @@ from router import Statistics, load_balancing_loss, noise_floor, zipf_bound
 def load_run(ckpt, device="cpu", folder=None):
     """-> model, settings.json, K [L].  InputError if corrupt, or not of the tokenizer of a data folder."""
     path, saved = newest(ckpt), read_settings(run_folder(ckpt))
+    c, n_bytes = saved["config"], sum(file.stat().st_size for file in path.glob("*.distcp"))
+    least = c.vocab_size + c.n_layer * (c.n_expert * c.d_expert + c.n_head * c.head_dim)      # rows of D
+    if 4 * c.d_model * least > n_bytes:                           # before memory is taken
+        raise InputError(f"checkpoint {path} is corrupt: smaller than the model of its settings.json")
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
+        if saved.get("val_sha256") not in (None, data.file_sha256(Path(folder) / "val.bin")):
+            print(f"note: {ckpt} may have trained on text that {folder} holds out: its own was another",
+                  file=sys.stderr)
     top_k = data.read_json(path / "meta.json", "that of a checkpoint of this model",       # as it was trained
                            lambda meta: saved["config"].layer_top_k(list(map(int, meta["top_k"]))))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32        # as training computes
@@ -72,6 +79,8 @@ def same_tokenizer(out, folder):
         theirs, ours = data.load_encoding(theirs), data.load_encoding(ours)
         if (theirs._mergeable_ranks, theirs._pat_str) != (ours._mergeable_ranks, ours._pat_str):
             raise InputError(f"the tokenizer of {out} is not that of {folder}")
+    elif ours.exists():
+        print(f"note: {out} has no tokenizer; its own must be that of {folder}", file=sys.stderr)
 
 
 def open_data(ckpt, source=None):
@@ -115,14 +124,17 @@ def compare_losses(ckpts, source=None, device="cpu", top_ks=None):
     (_, (train, val, _, encoding, file)), losses = open_data(ckpts[0], source), []
     for ckpt in ckpts:
         model, _, top_k = load_run(ckpt, device, file.parent)
+        if val.seq_len > model.config.max_seq_len:
+            raise InputError(f"{ckpt} has a context of {model.config.max_seq_len} tokens, {ckpts[0]} was "
+                             f"trained on {val.seq_len}: name the run with the shortest first")
         for k in top_ks or [top_k]:
             if top_ks and not 1 <= k <= model.config.n_expert:
                 raise InputError(f"top_k must be from 1 to {model.config.n_expert}, got {k}")
-            loss, _, windows = validate(model, val, k, device)
+            loss, _, windows = validate(model, val, k, device, limit=1 << 24)
             losses.append((f"{ckpt}, K {k}" if top_ks else str(ckpt), loss))
     positions = val.target_positions(windows)
     positions = positions[positions > 1]                          # a trigram needs two tokens
-    prob = trigram(train.tokens, val.tokens, encoding.n_vocab)[positions - 2]
+    prob = trigram(train.tokens, val.tokens, positions, encoding.n_vocab)
     rows = [("uniform over the vocabulary", math.log(encoding.n_vocab)),
             ("interpolated trigram", float(-np.log(prob).mean())), *losses]
     targets = val.tokens[positions]
@@ -139,19 +151,19 @@ def loss_command(args):
         print(f"{name[-32:]:32} {loss:10.4f} {perplexity:10.1f} {bits:9.4f}")
 
 
-def trigram(train, text, V, limit=20_000_000):
-    """Probabilities of text[2:] under an interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24) of
+def trigram(train, text, at, V, limit=20_000_000):
+    """Probabilities of text[at] under an interpolated Kneser-Ney trigram (Chen and Goodman 1999, eq. 24) of
     the tokens in train: a baseline without a network.
 
     p(c|ab) = max(n(abc) - d, 0) / n(ab) + d N(ab) / n(ab) * p(c|b), where N counts distinct successors;
     p(c|b) is the same with every count replaced by the number of distinct tokens before it; p(c) likewise,
     and below it the uniform 1/V.  d = n1 / (n1 + 2 n2), from how many n-grams occur once and twice."""
-    t, text = (np.asarray(tokens).astype(np.int64) for tokens in (train[:limit], text))
+    t, a, b, c = (each.astype(np.int64) for each in (train[:limit], text[at - 2], text[at - 1], text[at]))
     three = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
     two = np.unique(three[0] % (V * V), return_counts=True)       # how many a precede each bc
     one = np.unique(two[0] % V, return_counts=True)
-    p, pairs = 1 / V, text[1:-1] * V + text[2:]
-    for (grams, counts), asked in (one, text[2:]), (two, pairs), (three, text[:-2] * V * V + pairs):
+    p, pairs = 1 / V, b * V + c
+    for (grams, counts), asked in (one, c), (two, pairs), (three, a * V * V + pairs):
         once, twice = max(1, (counts == 1).sum()), (counts == 2).sum()         # 0 would rule out what is new
         d = once / (once + 2 * twice)
         below, context = np.append(0, counts.cumsum()), asked // V * V         # counts before each gram
@@ -300,11 +312,11 @@ def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
     valid = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
-    tokens = tokens.flatten()[valid]
+    tokens, last = tokens.flatten()[valid], parallel.read_meta(newest(ckpt))["step"]
     return SimpleNamespace(
         name="/".join(Path(ckpt).parts[-2:])[-32:], loss=loss, top_k=top_k, encoding=encoding,
         tokens_per_step=s["batch_size"] * s["seq_len"],
-        rows=[row for row in read_log(ckpt)[1:] if row["step"] <= int(newest(ckpt).name[len("step-"):])],
+        rows=[row for row in read_log(ckpt)[1:] if row["step"] <= last],
         statistics=Statistics(*(t.cpu() for t in statistics)),    # [L, ..]
         tokens=tokens,                                            # [N]
         experts=torch.stack([torch.cat(seen)[valid] for seen in chosen]),      # [L, N]: the best of K
@@ -486,6 +498,8 @@ def load_hf_weights(folder):
     if index.exists():
         files = data.read_json(index, "an index", lambda saved: set(saved["weight_map"].values()))
     try:
+        if not all(file == Path(file).name and (folder / file).is_file() for file in files):
+            raise ValueError("its index names what is no file in it")
         return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     except Exception as error:                                    # SafetensorError is an Exception of its own
         raise InputError(f"{folder} has missing or corrupt safetensors ({error!r})") from None
@@ -603,7 +617,8 @@ def average_command(args):
     meta = max(metas, key=lambda meta: meta["step"])
     with data.new_folder(args.to) as made:
         for file in ("settings.json", "encoding.json", "log.jsonl"):
-            shutil.copy(paths[0].parent / file, made)
+            if (paths[0].parent / file).exists():                 # a token file alone has no tokenizer
+                shutil.copy(paths[0].parent / file, made)
         parallel.save_checkpoint(made, meta["step"], sums, keep=1, meta=meta)
     print(f"{args.to}: the mean of {len(paths)} checkpoints; python eval.py loss --ckpt {args.to}")
 

@@ -540,7 +540,7 @@ def resolve(typed):
     if exists:
         values |= saved_values(out)
         for name in sorted(name for name in typed if name != "out" and typed[name] != values[name]):
-            if name in (*SIZES, "preset", "optimizer", "seed", "batch_size", "seq_len"):
+            if name in (*SIZES, "preset", "init_from", "optimizer", "seed", "batch_size", "seq_len"):
                 raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
                                  f"--{name} to resume it, or choose another --out")
             print(f"changed: {name} {values[name]} -> {typed[name]}")
@@ -583,15 +583,16 @@ def saved_values(out):
 def inherited_values(source, typed):
     """{field: value} of the run, its step-N folder or the Hugging Face model that a new run starts from."""
     if parallel.is_hf(source):
-        values = dataclasses.asdict(evaluation.read_hf_config(source))
+        values, top_k = dataclasses.asdict(evaluation.read_hf_config(source)), []
     else:
         values = saved_values(parallel.run_folder(source))
         top_k = parallel.read_meta(parallel.newest(source))["top_k"]
-        # goes on with the K that its layers have, and not where its schedule began
         times = max(1, typed.get("n_layer", 0) // values["n_layer"])              # layers grow in place
         top_k = [] if {*top_k} == {values["top_k"]} else [k for k in top_k for _ in range(times)]
-        if "initial_top_k" not in typed:                          # else a schedule of its own, which switches
-            values |= {"initial_top_k": top_k, "switch_fraction": 1.0}
+    # goes on with the K that its layers have, not where its schedule began, unless another is typed
+    values |= {"initial_top_k": top_k, "switch_fraction": 1.0}
+    if typed.keys() & {"top_k", "initial_top_k", "top_k_choices"}:
+        values |= {"initial_top_k": [], "top_k_choices": [], "switch_fraction": Settings.switch_fraction}
     for name in ("n_layer", "n_expert"):
         if typed.get(name, values[name]) % values[name]:
             raise InputError(f"{name} ({typed[name]}) must be a multiple of the {values[name]} of {source}: "
@@ -608,7 +609,7 @@ def inherited_values(source, typed):
 def open_same_corpus(s, plan):
     """-> Corpus, on every rank; one of each node compares it with that of rank 0."""
     corpus = data.open_corpus(s.data, s.seq_len, s.seed)
-    first = os.environ.get("GROUP_RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0"
+    first = parallel.rank_of_start() > 0 and os.environ.get("LOCAL_RANK") == "0"
     if first and corpus.checksums() != (plan.data_sha256, plan.val_sha256):
         raise InputError(f"{s.data} on this node, {platform.node()}, is not that of rank 0's node")
     return corpus

@@ -397,6 +397,15 @@ def test_held_out_text_trains_no_tokenizer(tmp_path, monkeypatch, chats):
     assert len(seen[1]) == pytest.approx(380 / 4, abs=5)
 
 
+def test_a_tokenizer_is_trained_on_parts_of_all_large_files(tmp_path, monkeypatch):
+    """Not on the first of a few documents alone."""
+    monkeypatch.setattr(data, "BLOCK", 100)
+    monkeypatch.setattr(data, "BPE_CHARS", 2000)
+    save(tmp_path / "a/README.txt", "words")
+    save(tmp_path / "a/book.txt", SENTENCE * 400)
+    assert prepare(tmp_path, tmp_path / "a", tokenizer="bpe", vocab_size=280)["vocab_size"] == 280
+
+
 def test_pythons_own_files_without_tests_and_tables(tmp_path, monkeypatch):
     parts = {part for f in data.python_files("stdlib") for part in f.relative_to(data.LIBRARY).parts[:-1]}
     assert "json" in parts and not parts & {"test", "encodings", "site-packages"}
@@ -499,6 +508,7 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     (lambda raw: raw[:-2], "corrupt"), (lambda raw: raw + b"\0\0", "corrupt"),
     (lambda raw: raw[:500], "corrupt"), (lambda raw: b"", "not a token file"),
     (lambda raw: b"X" + raw[1:], "not a token file"),
+    (lambda raw: raw[:32] + np.int64(-100).tobytes() + raw[40:824], "not a token file"),
     (lambda raw: raw[:8] + b"\x02" + raw[9:], "not a token file")])
 def test_damaged_token_files_are_refused(tmp_path, harm, message):
     writer = data.TokenWriter(tmp_path / "t.bin", 300)

@@ -94,6 +94,7 @@ ON_A_RUN = {
     "train.py --init_from run --out next --n_expert 4": "n_expert (4) must be a multiple of the 6",
     "train.py --init_from run --out next --n_layer 3": "n_layer (3) must be a multiple of the 2",
     "train.py --init_from run --out next --n_layer 4 --d_model 32": "d_model (32) must be that of run",
+    "train.py --init_from run/step-9": "run was made with init_from",
     "train.py --seed 5": "run was made with seed 0, not 5", "train.py --n_expert 4": "made with n_expert",
     "eval.py sample --ckpt run --top_p 0": "top_p", "eval.py sample --ckpt run --tokens -100": "above 0",
     "eval.py sample --ckpt run --prompt " + 99 * "word,": "trained on 16 at a time",
@@ -109,6 +110,8 @@ CASES = [
     (run(lambda: end_held_out_text(b"\5\0")), "resume", "is not what run was made with"),
     (saved("settings", "capacity", 2), "resume", "capacity, which this code lacks"),
     (saved("model", "capacity", 2), SAMPLE, "capacity"),
+    (saved("model", "max_seq_len", 8), "eval.py loss --ckpt run", "run has a context of 8 tokens"),
+    (saved("model", "d_model", 1 << 20), SAMPLE, "is corrupt: smaller than the model"),
     *((saved("settings", name, value), "resume", name) for name, value in {
         "batch_size": None, "seed": 1.5, "keep": "x", "data": None, "seq_len": 0, "beta1": True,
         "wandb": 1}.items()),

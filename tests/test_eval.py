@@ -1,13 +1,14 @@
 """Validation, baselines, text, routing and its pictures."""
 
 import math
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small, small_run
+from conftest import small, small_run, write_corpus
 
 import data
 import eval as evaluation
@@ -59,9 +60,9 @@ def test_trigram_equals_its_definition():
     asked = rng.integers(0, 9, 300)                               # tokens that were never seen, too
     train, slow = np.array(tokens, np.uint16), slow_kneser_ney(tokens, 9)
     want = [slow(*asked[i:i + 3].tolist()) for i in range(298)]
-    np.testing.assert_allclose(evaluation.trigram(train, asked, 9), want, rtol=1e-12)
+    np.testing.assert_allclose(evaluation.trigram(train, asked, np.arange(2, 300), 9), want, rtol=1e-12)
     for context in ([0, 0], [3, 5], [8, 8]):
-        total = sum(evaluation.trigram(train, np.array([*context, c]), 9)[0] for c in range(9))
+        total = sum(evaluation.trigram(train, np.array([*context, c]), np.array([2]), 9)[0] for c in range(9))
         assert total == pytest.approx(1.0, rel=1e-12)
 
 
@@ -95,6 +96,17 @@ def test_an_average_of_checkpoints_is_the_mean_of_their_weights(corpus, tmp_path
     train.main(small_run(corpus, tmp_path / "next", f"--steps 1 --init_from {mean} --batch_size 8"))
     refused(train.main, small_run(corpus, mean, "--steps 9"), "of another model")
     refused(evaluation.main, ["average", "--ckpt", mean, out, "--to", tmp_path / "no"], "of one run")
+
+
+def test_a_run_and_data_that_may_not_belong_together_are_noted(finished, corpus, tmp_path, capsys):
+    other = tmp_path / "other"
+    data.prepare(other, [str(write_corpus(tmp_path / "text", seed=1))], tokenizer=str(finished))
+    evaluation.load_run(finished, folder=other)
+    assert "may have trained on text that" in capsys.readouterr().err
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "encoding.json").unlink()
+    evaluation.load_run(out, folder=corpus)
+    assert capsys.readouterr().err == f"note: {out} has no tokenizer; its own must be that of {corpus}\n"
 
 
 def test_a_row_for_each_top_k(finished, capsys):
@@ -170,7 +182,7 @@ def test_held_out_routing_equals_routing_one_window_at_a_time(switched, corpus, 
 
 def test_the_report_counts_tokens_and_context(switched):
     """Of ids seen more than once, the share that is not with most of its id; the bound where it is one."""
-    run = evaluation.route_held_out(switched)
+    run = evaluation.route_held_out(shutil.copytree(switched / "step-12", switched / "step-12-kept"))
     run.tokens = torch.tensor([97, 97, 97, 97, 98, 98, 99, 100])
     run.experts = torch.tensor([[5, 5, 5, 3, 3, 3, 1, 0], [2] * 8])
     lines = evaluation.describe_routing(run).splitlines()

@@ -220,6 +220,8 @@ def cut(folder):
     (change(num_hidden_layers=1), "not [('model.layers.1."),
     (change(moe_intermediate_size=16), "experts.0.down_proj.weight', (16, 16))"),
     (cut, "has missing or corrupt safetensors"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../hf/model.safetensors"}}'), "its index names what is no file in it"),
     (lambda folder: evaluation.save_tokenizer(data.build_encoding("bytes"), folder, 64), "is not that of"),
     (lambda folder: (folder / "config.json").unlink(), "is not of a directory of this train.py")])
 def test_a_folder_that_does_not_fit(finished, corpus, tmp_path, refused, harm, message):

@@ -404,6 +404,17 @@ def test_a_presets_list_is_cut_to_the_layers_and_experts(in_folder):
     assert settings.initial_top_k == []                           # typed choices replace its schedule
 
 
+def test_a_typed_k_takes_the_place_of_what_a_run_had(finished, in_folder):
+    shutil.copytree(finished, "base")
+    content = json.loads(Path("base/settings.json").read_text())
+    content["settings"] |= {"top_k_choices": [1, 2], "switch_fraction": 1.0}
+    Path("base/settings.json").write_text(json.dumps(content))
+    for more, want in ([], ([], [1, 2], 1.0)), (["--top_k", "2"], ([], [], 0.9)), (
+            ["--initial_top_k", "4,2"], ([4, 2], [], 0.9)):
+        s, *_ = train.resolve(train.parse(["--init_from", "base", *more]))
+        assert (s.initial_top_k, s.top_k_choices, s.switch_fraction) == want
+
+
 def test_utilisation_counts_the_experts_of_this_step(monkeypatch):
     run = make_run()
     run.dtype = torch.bfloat16
