@@ -147,13 +147,14 @@ def read_documents(files, request, label, problems, encoding=None):
             if isinstance(record, bytes):
                 record = json.loads(record.decode("utf-8-sig"))
             content = read_chat(record) if chats else record
-            if not chats and not isinstance(record, (str, np.ndarray)):
+            if isinstance(content, dict):
+                content = record.get(field, record)
+            if content is None or isinstance(content, str) and not content.strip():
+                continue                                   # null, or empty
+            if not chats and not isinstance(content, (str, np.ndarray)):
                 names = ", ".join(record) if isinstance(record, dict) else "no names"
-                content = record.get(field, 0) if isinstance(record, dict) else 0
-                content = "" if content is None else content        # null
-                if not isinstance(content, str):
-                    raise ValueError(f'no "{field}" in it that is text, but {names}; --field NAME reads '
-                                     "another; conversations are read with --chats")
+                raise ValueError(f'no "{field}" in it that is text, but {names}; --field NAME reads another; '
+                                 "conversations are read with --chats")
             raw = (content.tobytes() if isinstance(content, np.ndarray)
                    else (json.dumps(content) if chats else content).encode())
         except (TypeError, ValueError, RecursionError) as error:  # RecursionError: [[[[..
@@ -161,14 +162,11 @@ def read_documents(files, request, label, problems, encoding=None):
             if len(problems["documents"]) > max(999, n):   # not at the end of 50 GB
                 break
             continue
-        if isinstance(content, str) and not content.strip():
-            continue
         n += 1
         if len(raw) > large and not chats:
             cut = len(content) - len(content) // 20
             yield False, True, content[:cut]
-            if cut < len(content):
-                yield True, False, content[cut:]
+            yield True, False, content[cut:]
         else:
             yield hashlib.sha256(raw).digest() < b"\x0d", True, content              # 13 of 256
     for kind, total in (("files", len(files)), ("documents", n + len(problems["documents"]))):
@@ -180,8 +178,7 @@ def read_documents(files, request, label, problems, encoding=None):
 
 
 def read_records(files, request, label, problems, encoding):
-    """Yield (where, record) of all files, as read_file does, under a bar of bytes.  A file that cannot be
-    read, or not to its end, is a problem."""
+    """Yield (where, record) of all files under a bar of bytes.  A file not read to its end is a problem."""
     sizes, before = [path.stat().st_size if path.exists() else 0 for path in files], 0
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=label, leave=False, disable=None) as bar:
         for path, size in zip(files, sizes):
@@ -201,32 +198,29 @@ def read_records(files, request, label, problems, encoding):
 
 
 def read_file(path, file, request, encoding):
-    """Yield (where, record) of an open file; a record is a text, JSON in bytes, what JSON holds, or the
-    tokens of a document."""
+    """Yield (where, record) of an open file: text, JSON in bytes, what JSON holds, or a document's tokens."""
     name = path.name.lower()
+    if name.endswith(".gz"):
+        file = gzip.open(file)
+    elif name.endswith(".zst"):                            # the package zstandard accepts a file that was cut
+        import pyarrow
+        file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    raw = file.peek(1000)[:1000]
+    start = raw.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if name.endswith(".bin"):
         yield from read_token_file(path, file, encoding)
-        return
-    if name.endswith(".parquet"):
+    elif name.endswith(".parquet"):
         import pyarrow.parquet
         table = pyarrow.parquet.ParquetFile(file)
         columns = [request["field"]] if request["field"] in table.schema_arrow.names else None
         rows = (row for batch in table.iter_batches(256, columns=None if request["chats"] else columns)
                 for row in batch.to_pylist())
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
-        return
-    if name.endswith(".gz"):
-        file = gzip.open(file)
-    elif name.endswith(".zst"):                            # the package zstandard accepts a file that was cut
-        import pyarrow
-        file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-    start = file.peek(1000)[:1000]
-    if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    elif b"\0" in raw or raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("it is UTF-16 or no text: iconv -f UTF-16 -t UTF-8 converts it")
-    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
+    elif name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
         raise ValueError("it is a page of HTML: save its text instead")
-    if name.endswith(TEXT_SUFFIXES):
+    elif name.endswith(TEXT_SUFFIXES):
         parts = itertools.groupby(file, lambda line: line.rstrip(b"\r\n") == b"<|endoftext|>")
         texts = (b"".join(lines).decode("utf-8-sig") for separates, lines in parts if not separates)
         yield from ((f"document {i}", text) for i, text in enumerate(texts, 1))
@@ -247,8 +241,7 @@ def read_token_file(path, file, encoding):
     if header[:2] == [MAGIC % 2**32, MAGIC >> 32]:
         raise ValueError("data.py made it: train.py --data takes it as it is")
     if len(encoding._mergeable_ranks) != end_of_text or end_of_text >= 1 << 16:
-        raise ValueError("token files are read as uint16: of gpt2 or another tokenizer of less than 65,536, "
-                         "without gaps")
+        raise ValueError("it is read as uint16: only tokens of less than 65,536 without gaps, as of gpt2")
     tokens = np.memmap(path, "<u2", "r", offset)
     if tokens.max() > end_of_text or not tokens[1:2000:2].any():                    # uint32 has zeros there
         raise ValueError(f"largest id is {tokens.max()}, this tokenizer's {end_of_text}; or it is no uint16")
@@ -324,25 +317,21 @@ def encode_documents(encoding, documents):
     Threads encode (tiktoken releases Python's lock), each eight blocks at a time."""
     end_of_text = np.array([encoding.n_vocab + END_OF_TEXT], np.uint32)
 
-    def encode_block(content, begins):
+    def encode_block(held_out, is_new, content, begins):
         if isinstance(content, list):                      # a conversation
-            return encode_chat(encoding, content), sum(len(text.encode()) for _, text in content)
+            return held_out, is_new, encode_chat(encoding, content), sum(len(t.encode()) for _, t in content)
         if isinstance(content, str):
             tokens = encoding.encode_to_numpy(content, allowed_special=set(), disallowed_special=())
             size = len(content.encode())
         else:                                              # tokens already
             tokens, size = content, len(encoding.decode_bytes(content.tolist()))
-        return np.concatenate([end_of_text[:begins], tokens]), size
-
-    def encode_batch(batch):
-        return [(held_out, is_new, *encode_block(content, begins))
-                for held_out, is_new, content, begins in batch]
+        return held_out, is_new, np.concatenate([end_of_text[:begins], tokens]), size
     blocks = ((held_out, is_new and at == 0, content[at:at + BLOCK], at == 0)
               for held_out, is_new, content in documents for at in range(0, len(content), BLOCK))
     n_threads, ahead = torch.get_num_threads(), deque()
     with ThreadPoolExecutor(n_threads) as pool:
         while batch := list(itertools.islice(blocks, 8)):
-            ahead.append(pool.submit(encode_batch, batch))
+            ahead.append(pool.submit(lambda batch: [encode_block(*block) for block in batch], batch))
             if len(ahead) > 2 * n_threads:                 # bounds the memory
                 yield from ahead.popleft().result()
         for future in ahead:
@@ -462,8 +451,7 @@ def load_encoding(path):
 def read_hf_tokenizer(saved):
     """The content of a tokenizer.json -> pattern, ranks, if it is byte-level BPE as GPT-2's or Qwen's.
 
-    Tokens keep their numbers; its special tokens give way to ours, which come last.  Text is not brought to
-    NFC."""
+    Tokens keep their numbers; ours replace its special tokens and come last.  Text is not brought to NFC."""
     model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
     if (model["type"], normalizer) != ("BPE", "NFC"):
         raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
@@ -549,7 +537,7 @@ class Sampler:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.n_windows = (len(tokens) - 1) // seq_len
         if self.n_windows < 1:
-            raise TooShort(f"seq_len ({seq_len}) is too long for {len(tokens)} tokens")
+            raise InputError(f"seq_len ({seq_len}) is too long for {len(tokens)} tokens")
 
     def rows(self, first, count, rank=0, world=1):
         """This rank's share of sequences first .. first+count-1, as batch() has them."""
@@ -590,14 +578,13 @@ class ChatSampler(Sampler):
         self.n_left_out = int((fitting == 0).sum())
         self.spans = list(zip(starts[fitting > 0].tolist(), last[fitting > 0].tolist()))
         if not self.spans:
-            raise TooShort(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
+            raise InputError(f"seq_len ({seq_len}) is too short: none of {self.n_left_out:,} conversations "
                              "has an answer that ends within it")
         self.windows = pack_best_fit(self.spans, seq_len)
         self.n_windows = len(self.windows)
 
     def batch(self, windows):
-        """-> tokens, targets (-1: none), doc (which conversation of its row a token is of; -1: padding), all
-        [len(windows), T] int64."""
+        """-> tokens, targets (-1: none), doc (its conversation; -1: padding), all [len(windows), T] int64."""
         tokens = np.zeros((len(windows), self.seq_len), np.int64)
         targets, doc = np.full_like(tokens, -1), np.full_like(tokens, -1)
         for row, w in enumerate(windows):
@@ -650,7 +637,8 @@ def open_corpus(source, seq_len, seed=0):
         raise InputError(f"{file} is held-out text: --data takes a folder made by data.py, or its train.bin")
     train, val = open_sampler(file, seq_len, seed), None
     if (folder / "val.bin").exists():
-        with suppress(TooShort):                           # nothing is held out
+        read_header(folder / "val.bin")                    # raises what is wrong with the file
+        with suppress(InputError):                         # too short for a window: nothing is held out
             val = open_sampler(folder / "val.bin", seq_len)
     encoding = load_encoding(folder) if (folder / "encoding.json").exists() else None
     return Corpus(train, val, read_header(file)[1], encoding, file)
@@ -724,8 +712,7 @@ FORMS = {"messages": '[{"role", "content"}]', "conversations": '[{"from", "value
 
 
 def read_chat(record):
-    """A record of a chat file, in one of FORMS, perhaps with a "system" -> [(role, content)].  ValueError
-    says what is wrong."""
+    """A record in one of FORMS, perhaps with a "system" -> [(role, content)].  ValueError: what is wrong."""
     found = [name for name in FORMS if isinstance(record, dict) and record.get(name)]
     if found == ["instruction"]:
         question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
@@ -754,8 +741,7 @@ def read_chat(record):
         content.encode()                                   # UnicodeEncodeError for half a surrogate pair
     chat = [(ROLES[role], content) for role, content in chat]
     if not re.fullmatch("s?(ua)+u?", "".join(role[0] for role, _ in chat)):
-        raise ValueError("no assistant message, or roles out of order: a system message, if any, then user "
-                         "and assistant in turn")
+        raise ValueError("no assistant message, or roles out of order (system, user, assistant, user, ..)")
     return chat
 
 
@@ -783,10 +769,6 @@ def write_functions(path):
 
 class InputError(ValueError):
     """What the user typed or gave is wrong: it ends a program in one line.  Other errors are tracebacks."""
-
-
-class TooShort(InputError):
-    """Tokens hold no window of that length."""
 
 
 def read_json(path, what, extract=lambda saved: saved):
@@ -894,8 +876,7 @@ def main(argv=None):
         name = args.name or Path(sources[0]).name.split(".")[0]
         if not re.fullmatch(r"[\w.-]*\w", name) or name in ("stdlib", "installed") and sources != [name]:
             raise InputError(f"data/{name} cannot be the folder's name; give another --name")
-        prepare(Path("data") / name, sources, args.tokenizer or "bpe", args.vocab_size, args.chats,
-                args.field)
+        prepare(f"data/{name}", sources, args.tokenizer or "bpe", args.vocab_size, args.chats, args.field)
 
 
 if __name__ == "__main__":

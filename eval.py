@@ -89,8 +89,7 @@ def open_data(ckpt, source=None):
     corpus = data.open_corpus(source or s["data"], s["seq_len"])
     folder = corpus.file.parent
     if not corpus.val:
-        raise InputError(f"{folder} has no held-out text of a window ({s['seq_len']} tokens); --data takes a "
-                         "folder made by data.py")
+        raise InputError(f"{folder} has no held-out text of {s['seq_len']} tokens (a window); choose --data")
     return s, corpus._replace(encoding=data.load_encoding(folder))
 
 
@@ -226,8 +225,7 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
         raise InputError(f"temperature must be 0 or more and top_p above 0, got {temperature} and {top_p}")
     if temperature < 1e-6:                                        # whose division would overflow
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature           # no overflow, however cold
-    prob, token = logits.softmax(-1).sort(-1, descending=True)
+    prob, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
     prob = prob * (prob.cumsum(-1) - prob < max(top_p, 1e-6))
     return token.gather(1, torch.multinomial(prob, 1, generator=generator)).squeeze(1)
 
@@ -307,8 +305,7 @@ def route_held_out(ckpt, source=None, device="cpu", limit=1 << 20):
     model, _, top_k = load_run(ckpt, device, file.parent)
     chosen = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, chosen):
-        block.moe.router.register_forward_hook(
-            lambda m, x, routing, seen=seen: seen.append(routing.experts[:, 0].cpu()))
+        block.moe.router.register_forward_hook(lambda m, x, out, s=seen: s.append(out.experts[:, 0].cpu()))
     loss, statistics, windows = validate(model, val, top_k, device, limit)
     tokens, _, *doc = val.batch(windows)
     valid = (doc[0] if doc else tokens).flatten() >= 0          # the routers saw padding, too
@@ -527,8 +524,7 @@ def hf_config(config, top_k=None):
         if getattr(config, field.name) != field.default:
             raise InputError(f"Qwen3-MoE has no place for {field.name} {getattr(config, field.name)}")
     if len(set(top_k)) > 1 or config.gate not in ("softmax", "normalized"):
-        raise InputError("Qwen3-MoE has a softmax or normalized gate and one top_k for all layers, not "
-                         f"{config.gate} and {top_k}")
+        raise InputError(f"Qwen3-MoE: gate softmax or normalized, one top_k; not {config.gate} and {top_k}")
     return {theirs: getattr(config, ours) for ours, theirs in HF_SIZES.items()} | HF_FIXED | {
         "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32", "num_experts_per_tok": top_k[0],
         "intermediate_size": config.d_expert, "max_window_layers": config.n_layer,    # what mlx-lm asks for

@@ -22,7 +22,6 @@ import pickle
 import re
 import shutil
 import sys
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
@@ -41,7 +40,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data import InputError, file_sha256, read_json
+from data import InputError, fail, file_sha256, read_json
 from model import Experts, Model, ModelConfig, Permute, cross_entropy, sort_by_expert
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -118,23 +117,20 @@ def on_rank_0(layout, work):
 
 
 def check_shared(layout, out):
-    """InputError on rank 0 if a rank does not see a file that rank 0 writes into a run directory."""
-    probe = gather(layout, Path(out) / f".shared-{uuid.uuid4().hex}")[0]
+    """End all ranks, with one line, if one does not see a file that rank 0 writes into a run directory."""
+    probe = gather(layout, Path(out) / f".shared-{os.urandom(16).hex()}")[0]
     on_rank_0(layout, probe.touch)
     seen = gather(layout, probe.exists())
-
-    def answer():
-        probe.unlink()
-        if not all(seen):
-            raise InputError(f"not all nodes see {out}: --out must lie on a file system that they share")
-    on_rank_0(layout, answer)
+    on_rank_0(layout, probe.unlink)
+    if not all(seen):
+        why = f"not all nodes see {out}: --out must lie on a file system that they share"
+        on_rank_0(layout, partial(fail, why))
 
 
 def check_layout(world, ep, replicate, n_expert, device):
     """InputError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes "
-                         f"({world}); choose other --ep and --replicate")
+        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
     if n_expert % ep:
         raise InputError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -289,8 +285,7 @@ def compile_and_recompute(model, masters, compiled, recomputed, backend="inducto
 
 
 def reduce_between_copies(model, now):
-    """Whether the next backward pass sums gradients over `replicate`: once a step, in its last micro-batch,
-    is enough.  Over `shard` every one does."""
+    """Whether the next backward pass sums gradients over `replicate`, as the last of a step has to."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(now, recurse=False)
@@ -303,8 +298,7 @@ class MasterWeights:
 
     When the model computes in bfloat16, its matrices are copies of these, refreshed once per step: to cast
     all experts in every forward pass costs more than their products.  A copy's gradient is added to its
-    master's in fp32, so that micro-batches do not round.  Routers and norms stay fp32; FSDP casts its shards.
-    """
+    master's in fp32, so that micro-batches do not round.  Routers and norms stay fp32; FSDP casts shards."""
 
     def __init__(self, model, dtype=torch.float32):
         self.named, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())   # biases
@@ -385,12 +379,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(t, parts=1):
-    """newton_schulz of each matrix of t [.., m, parts * n], gathered if sharded; experts split over ranks
-    stay so."""
+    """newton_schulz of each matrix of t [.., m, parts * n]: gathers shards of matrices, not whole experts."""
     if not isinstance(t, DTensor):
         return torch.cat([newton_schulz(part) for part in t.chunk(parts, -1)], -1)
-    whole = [each if t.dim() == 3 and type(each) is Shard and each.dim == 0 else Replicate()
-             for each in t.placements]
+    whole = [p if t.dim() == 3 and type(p) is Shard and p.dim == 0 else Replicate() for p in t.placements]
     update = orthogonalize(t.redistribute(placements=whole).to_local(), parts)
     update = DTensor.from_local(update, t.device_mesh, whole, shape=t.shape, stride=t.stride())
     return update.redistribute(placements=t.placements)
@@ -487,14 +479,6 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
     InputError if that fails, as on a full disk, on one rank; the others end.  Older ones stay whole."""
     out, path, tmp = Path(out), Path(out) / f"step-{step}", Path(out) / f"step-{step}.tmp"
 
-    def seal():                                                   # flush and hash at once
-        files = list(tmp.glob(f"__{layout.rank}_*"))              # of this rank
-        with ThreadPoolExecutor() as threads:
-            flushed = threads.map(fsync, files)
-            sums = checksums(files)
-            list(flushed)                                         # raises what one of them did
-        return sums
-
     def publish():
         (tmp / "meta.json").write_text(json.dumps(meta))
         manifest = checksums([tmp / "meta.json", tmp / ".metadata"])
@@ -512,7 +496,8 @@ def save_checkpoint(out, step, state, keep, layout=SINGLE_PROCESS, meta=None):
         on_rank_0(layout, lambda: [crashed.unlink() if crashed.is_symlink() else shutil.rmtree(crashed)
                                    for crashed in out.glob("step-*.tmp")])
         run_dcp(dcp.save, state, layout, storage_writer=dcp.FileSystemWriter(tmp, sync_files=False))
-        sums_of_ranks = gather(layout, on_all_ranks(layout, seal))
+        ours = tmp.glob(f"__{layout.rank}_*")                     # of this rank
+        sums_of_ranks = gather(layout, on_all_ranks(layout, lambda: checksums(ours, True)))
         on_rank_0(layout, publish)
     except (InputError, OSError) as error:
         free = shutil.disk_usage(out).free / 1e6
@@ -542,9 +527,8 @@ def load_newest(out, steps, state, layout=SINGLE_PROCESS):
             path = Path(out) / f"step-{step}"
             try:
                 verify(path)
-                found = read_meta(path)["step"]
-                if found != step:
-                    raise InputError(f"it is of step {found}")
+                if read_meta(path)["step"] != step:
+                    raise InputError("its meta.json is of another step")
                 return step
             except InputError as error:
                 corrupt = f"{path}.corrupt"
@@ -581,31 +565,28 @@ def load_checkpoint(path, state, layout=SINGLE_PROCESS, resume=False, may_lack=F
 def verify(path):
     """InputError if the files of a checkpoint are not those of its manifest, OSError if they cannot be read
     just now.  Files that the manifest does not name do not count."""
-    try:
-        manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
+    def differing(manifest):
         names = {".metadata", "meta.json", *manifest}
-        wrong = [name for name in names if name != os.path.basename(name)
-                 or (path / name).is_symlink() or not (path / name).is_file()]
-        if not wrong:
-            found = checksums(path / name for name in names)
-            wrong = [name for name in names if found[name] != manifest.get(name)]
-    except (TypeError, ValueError) as error:
-        raise InputError(error) from None
+        found = checksums(path / name for name in names if name == os.path.basename(name)
+                          and (path / name).is_file() and not (path / name).is_symlink())
+        return sorted(name for name in names if name not in found or found[name] != manifest.get(name))
+    wrong = read_json(path / "manifest.json", "that of a checkpoint", differing)
     if wrong:
-        raise InputError(f"{', '.join(sorted(wrong))} does not match manifest.json")
+        raise InputError(f"{', '.join(wrong)} does not match manifest.json")
 
 
-def checksums(files):
-    """{file name: size and sha256}, as in manifest.json."""
+def checksums(files, flush=False):
+    """{file name: size and sha256}, as in manifest.json.  flush: make them durable meanwhile."""
     files = list(files)
     with ThreadPoolExecutor() as threads:                         # sha256 takes longer than reading
+        flushed = threads.map(fsync, files if flush else ())
         digests = threads.map(file_sha256, files)
+        list(flushed)                                             # raises what one of them did
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha} for file, sha in zip(files, digests)}
 
 
 def read_descriptions(path, state, resume):
-    """.metadata of a checkpoint.  InputError if it does not describe whole tensors in files of its manifest,
-    or describes extra ones."""
+    """.metadata of a checkpoint.  InputError unless of whole tensors in files of its manifest, none extra."""
     try:
         manifest = read_json(path / "manifest.json", "that of a checkpoint", dict)
         with open(path / ".metadata", "rb") as file:

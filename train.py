@@ -26,11 +26,10 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 # before torch: OpenMP threads that spin long while they wait make training several times slower on busy cores
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -88,7 +87,7 @@ def main(argv=None):
             plan = parallel.on_rank_0(layout, lambda: make_plan(argv, layout.world))
             s, config, device = plan.settings, plan.config, plan.device
             corpus = parallel.on_all_ranks(layout, lambda: open_same_corpus(s, plan))
-            dtype = compute_dtype(s, config, device)
+            dtype, compiled = precision(s, config, device)
             parallel.make_meshes(layout, s.ep, s.replicate, device, s.timeout)
             model = parallel.build_model(config, layout, device, dtype, s.seed)
             sums = (router.BALANCE[s.balance] or (None, ()))[1]   # what the balance loss is a function of
@@ -96,8 +95,7 @@ def main(argv=None):
                 block.moe.router.temperature = s.temperature if "sharp_sum" in sums else 1.0
                 block.moe.router.collect_margins = s.balance == "quantile"
             masters = parallel.MasterWeights(model, dtype)
-            parallel.compile_and_recompute(model, masters, compiles(s, device, dtype),
-                                           s.activation_checkpointing)
+            parallel.compile_and_recompute(model, masters, compiled, s.activation_checkpointing)
             optimizer = parallel.make_optimizer(masters, s.optimizer, s.lr, (s.beta1, s.beta2),
                                                 s.weight_decay, s.momentum)
             run = Run(s, config, model, masters, optimizer, corpus, device, dtype, layout)
@@ -105,17 +103,15 @@ def main(argv=None):
             parallel.check_shared(layout, s.out)
             load(run, plan)
             parallel.on_rank_0(layout, lambda: open_directory(run, plan, stack))
-            with Stop() as stop:
-                if introduce(run):
-                    train(run, stop)
-                    report(run, time.perf_counter() - began)
+            stop = stop_on_signals(stack)
+            if introduce(run):
+                train(run, stop)
+                report(run, time.perf_counter() - began)
             if layout.world > 1:
                 torch.distributed.destroy_process_group()
         except (MemoryError, RuntimeError) as error:
-            why = explain(error, run)
-            if not why:
-                raise
-            data.fail(f"rank {parallel.rank_of_start()}: {why}", 1)
+            explain(error, run)
+            raise
 
 
 def train(run, stop):
@@ -123,9 +119,8 @@ def train(run, stop):
     s, quarter, stopping = run.settings, max(1, run.settings.steps // 4), False
     eval_every, save_every = s.eval_every or max(100, quarter), s.save_every or min(1000, quarter)
     clock, n_tokens = time.perf_counter(), 0                      # since the last log, validation or save
-    bar = tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
-               bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}")
-    with bar:
+    with tqdm(total=s.steps, initial=run.step, disable=True if run.layout.rank else None, dynamic_ncols=True,
+              bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}") as bar:
         while run.step < s.steps and not stopping:
             result = train_step(run, run.step, stop)
             run.step += 1
@@ -153,8 +148,7 @@ def train(run, stop):
                           f"{rate:,.0f} tokens/s, {left:.1f} minutes left", flush=True)
                 if validate:
                     row |= {"val_loss": validation(run), "stable_rank": stable_ranks(run.masters)}
-                    bar.write(f"step {run.step}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}",
-                              file=sys.stdout)
+                    bar.write(f"step {run.step}: loss {row['loss']:.4f}, held out {row['val_loss']:.4f}")
                 write_row(run, row)
             if save:
                 save_checkpoint(run)
@@ -180,29 +174,17 @@ def load_batch(run, step):
     return step, [[t.to(run.device, non_blocking=True) for t in part] for part in parts], counts
 
 
-class Step(NamedTuple):
-    """Result of one step.  The same on every rank."""
-
-    step: int
-    top_k: list                 # [L]
-    n_tokens: int               # routed: padding is not
-    loss: torch.Tensor          # [] mean cross-entropy in nats
-    statistics: router.Statistics   # [L, ..] of the whole step
-    norm: torch.Tensor          # [] of the gradient, before clipping
-    skipped: str                # why nothing was changed, or None
-    stop: bool                  # whether a rank was asked to stop
-
-
 def train_step(run, step, stop=None):
-    """One update of the weights -> Step.
+    """One update of the weights -> its result, the same on every rank: step, top_k [L], n_tokens (routed:
+    padding is not), loss [] (mean cross-entropy in nats), statistics [L, ..] of the whole step, norm [] of
+    the gradient before clipping, skipped (why nothing was changed, or None), stop (a rank was asked to).
 
     Every loss is a sum over this rank's micro-batch divided by a count of the whole step, so that ranks and
     micro-batches only ever add up.  The balance loss of a micro-batch sees those before it in the step, of
     all ranks, so that its gradient is that of the whole step's loss if accumulate is 1.
 
     The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
-    while it computes.
-    """
+    while it computes."""
     s, model, layout = run.settings, run.model, run.layout
     # what a fork draws, as for dropout, is a function of the step, too
     torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))
@@ -243,7 +225,8 @@ def train_step(run, step, stop=None):
         run.masters.refresh()
         move_biases(run, sums, top_k)
     run.optimizer.zero_grad()
-    return Step(step, top_k, n_tokens, loss, sums, norm, skipped, bool(flag))
+    return SimpleNamespace(step=step, top_k=top_k, n_tokens=n_tokens, loss=loss, statistics=sums, norm=norm,
+                           skipped=skipped, stop=bool(flag))
 
 
 def move_biases(run, sums, top_k):
@@ -289,26 +272,21 @@ def reason_to_skip(run, loss, norm, nonfinite):
         return f"the {'gradient' if math.isfinite(loss) else 'loss'}{of} is not finite"
 
 
-class Stop:
-    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the loop to save and end.  A second SIGINT kills.  Signals that
-    are ignored already, as by nohup, stay ignored."""
+def stop_on_signals(stack):
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 set stop.requested, so that the loop saves and ends.  A second
+    SIGINT kills.  Signals that are ignored already, as by nohup, stay ignored."""
+    stop = SimpleNamespace(requested=False)
 
-    def __enter__(self):
-        self.requested, self.old = False, {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            with contextlib.suppress(AttributeError, ValueError):         # Windows; not the main thread
-                if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-                    self.old[name] = signal.signal(getattr(signal, name), self.request)
-        return self
-
-    def request(self, number, _):
-        self.requested = True
+    def request(number, _):
+        stop.requested = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *_):
-        for name, old in self.old.items():
-            signal.signal(getattr(signal, name), old)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        with contextlib.suppress(AttributeError, ValueError):     # Windows; not the main thread
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, request))
+    return stop
 
 
 # --- the log ----------------------------------------------------------------------------------------------
@@ -377,8 +355,7 @@ def save_checkpoint(run):
     s = run.settings
     if not (Path(s.out) / "settings.json").exists():
         raise InputError(f"{s.out} was moved or deleted: step {run.step} is not saved")
-    meta = {"step": run.step, "top_k": top_k_at(run.step - 1, s, run.config), "seq_len": s.seq_len,
-            "rope_base": run.config.rope_base}
+    meta = {"step": run.step, "top_k": top_k_at(run.step - 1, s, run.config)}
     parallel.save_checkpoint(s.out, run.step, run.state(), s.keep, run.layout, meta)
 
 
@@ -471,8 +448,7 @@ class Settings:
         if self.seq_len > config.max_seq_len:
             raise InputError(f"seq_len ({self.seq_len}) must not be above max_seq_len ({config.max_seq_len})")
         if self.top_k_choices and (self.initial_top_k or self.balance == "quantile"):
-            raise InputError("top_k_choices must be without initial_top_k, another schedule, and without "
-                             "--balance quantile, whose biases are fitted to the last step's K")
+            raise InputError("top_k_choices must be without initial_top_k and quantile, fitted to one K")
 
 
 TRAINING = {                                                      # what a preset sets beside the sizes
@@ -529,13 +505,11 @@ def resolve(typed):
 
     What was not typed comes from that run, else from what --init_from names, else from the preset.  What a
     run of an older version did not save has its default."""
-    typed = typed | {name: os.path.normpath(typed[name]) for name in ("out", "data", "init_from")
-                     if name in typed}
-    values, source, tunes, default = preset_values(typed.get("preset")), typed.get("init_from"), False, ""
-    if source:
-        tunes = "data" in typed and data.holds_chats(typed["data"])
-        default = parallel.run_folder(source).name + ("-chat" if tunes else "-next")
-    out = Path(typed.get("out", f"out/{default or values['preset']}"))
+    typed = typed | {name: os.path.normpath(typed[name]) for name in {"out", "data", "init_from"} & {*typed}}
+    values, source = preset_values(typed.get("preset")), typed.get("init_from")
+    tunes = bool(source) and "data" in typed and data.holds_chats(typed["data"])
+    name = f"{parallel.run_folder(source).name}-{'chat' if tunes else 'next'}" if source else values["preset"]
+    out = Path(typed.get("out", f"out/{name}"))
     exists = (out / "settings.json").exists()
     if exists:
         values |= saved_values(out)
@@ -546,8 +520,7 @@ def resolve(typed):
             print(f"changed: {name} {values[name]} -> {typed[name]}")
     elif out.name.startswith("step-") or out.exists() and any(
             path.stat().st_size for path in out.iterdir() if path.name != "settings.tmp"):
-        raise InputError(f"{out} is not empty and not a directory of train.py, or named like a checkpoint; "
-                         "choose another --out")
+        raise InputError(f"{out} is not empty and no run, or named like a checkpoint; choose another --out")
     elif source:
         values |= inherited_values(source, typed)
         values["lr"] *= CHAT_LR if tunes else 1
@@ -610,27 +583,17 @@ def open_same_corpus(s, plan):
     """-> Corpus, on every rank; one of each node compares it with that of rank 0."""
     corpus = data.open_corpus(s.data, s.seq_len, s.seed)
     first = parallel.rank_of_start() > 0 and os.environ.get("LOCAL_RANK") == "0"
-    if first and corpus.checksums() != (plan.data_sha256, plan.val_sha256):
+    if first and corpus.checksums() != plan.sha256:
         raise InputError(f"{s.data} on this node, {platform.node()}, is not that of rank 0's node")
     return corpus
 
 
-class Plan(NamedTuple):
-    """What all ranks need to start."""
-
-    settings: Settings
-    config: ModelConfig
-    device: str
-    data_sha256: str
-    val_sha256: str             # None if nothing is held out
-    exists: bool                # whether the run does
-    steps: list                 # of its checkpoints
-    source: str                 # the folder whose weights a new one starts from, or ""
-
-
 def make_plan(argv, world):
-    """Resolve settings, data and checkpoints, on rank 0 -> Plan.  Prepares the corpus if it is missing.
-    InputError for what the user has to change."""
+    """Resolve settings, data and checkpoints, on rank 0 -> what all ranks need to start: settings, config,
+    device, sha256 of training and held-out tokens (None: nothing is held out), whether the run exists, steps
+    of its checkpoints, and source, the folder whose weights a new one starts from, or "".
+
+    Prepares the corpus if it is missing.  InputError for what the user has to change."""
     typed = parse(argv)
     s, config, exists, tunes = resolve(typed)
     device = parallel.pick_device(s.device)
@@ -641,7 +604,7 @@ def make_plan(argv, world):
         print("preparing the corpus, once:")
         data.prepare(s.data, [Path(s.data).name])
     corpus = data.open_corpus(s.data, s.seq_len, s.seed)
-    sha256, val_sha256 = corpus.checksums()
+    sha256 = corpus.checksums()
     if tunes and "steps" not in typed:
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
     if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
@@ -655,13 +618,14 @@ def make_plan(argv, world):
     for other in [s.out] * exists + [parallel.run_folder(source)] * bool(source):
         evaluation.same_tokenizer(other, corpus.file.parent)
     saved = parallel.read_settings(s.out) if exists else {}
-    if exists and (saved.get("data_sha256"), saved.get("val_sha256", val_sha256)) != (sha256, val_sha256):
+    if exists and (saved.get("data_sha256"), saved.get("val_sha256", sha256[1])) != sha256:
         raise InputError(f"data {s.data} is not what {s.out} was made with; choose another --out")
     if not steps and any(Path(s.out).glob("step-*.corrupt*")):
         raise InputError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
     if source and not parallel.is_hf(source):
         source = str(parallel.newest(source))
-    return Plan(s, config, device, sha256, val_sha256, exists, steps, source)
+    return SimpleNamespace(settings=s, config=config, device=device, sha256=sha256, exists=exists,
+                           steps=steps, source=source)
 
 
 @torch.no_grad()
@@ -712,8 +676,9 @@ def grown(name, config, old, weights, noise, seed):
     return w + change * is_copy.view(-1, *[1] * (w.dim() - 1))
 
 
-def compute_dtype(s, config, device):
-    """The dtype of the matrix products.  Says what the device cannot do, and what is done instead."""
+def precision(s, config, device):
+    """-> dtype of the matrix products, whether the model is compiled.  Says what the device cannot do, and
+    what is done instead.  InputError if the model cannot be compiled and was asked to."""
     cuda, dtype = device.startswith("cuda"), torch.float32
     if s.dtype == "bfloat16" or s.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(
             including_emulation=False):
@@ -726,18 +691,12 @@ def compute_dtype(s, config, device):
         # attention sums the gradient of its queries in no fixed order, unless told otherwise
         torch.use_deterministic_algorithms(s.deterministic)
         torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
-    return dtype
-
-
-def compiles(s, device, dtype):
-    """Whether the model is compiled.  InputError if it cannot be and was asked to."""
-    if s.compile == "true" and dtype != torch.bfloat16:
+    compiled = s.compile == "true" or s.compile == "auto" and cuda and dtype == torch.bfloat16
+    if compiled and dtype != torch.bfloat16:
         raise InputError("compile (true) needs --dtype bfloat16")
-    compiled = s.compile == "true" or (s.compile == "auto" and device.startswith("cuda")
-                                       and dtype == torch.bfloat16)
     if compiled:
         print("the first steps compile the model, which takes a while")
-    return compiled
+    return dtype, compiled
 
 
 def open_log(run, plan, stack):
@@ -764,8 +723,8 @@ def open_directory(run, plan, stack):
     s, out = run.settings, Path(run.settings.out)
     before = parallel.read_settings(out) if plan.exists else {}
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
-                "data_sha256": plan.data_sha256, "val_sha256": plan.val_sha256,
-                "wandb_id": before.get("wandb_id") or uuid.uuid4().hex}
+                "data_sha256": plan.sha256[0], "val_sha256": plan.sha256[1],
+                "wandb_id": before.get("wandb_id") or os.urandom(16).hex()}
     if not before or run.step < s.steps:                          # nothing new trains in a complete run
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     if run.corpus.encoding and not (out / "encoding.json").exists():
@@ -799,8 +758,7 @@ def commit():
         command = ["git", "-C", str(Path(__file__).parent), *args]
         return subprocess.run(command, capture_output=True, text=True)
     if shutil.which("git") and not git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout
-        return git("rev-parse", "HEAD").stdout.strip() + (" + changes" if changed else "")
+        return git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= + changes").stdout.strip()
 
 
 def device_name(device):
@@ -812,15 +770,16 @@ def device_name(device):
 # --- what is shown ----------------------------------------------------------------------------------------
 
 def explain(error, run):
-    """Why a run ended, if it was for memory or for another process, for which torch has no classes."""
-    text = " ".join(str(error).split())
+    """End with one line if it was for memory or for another process, for which torch has no classes."""
+    text, rank = " ".join(str(error).split()), parallel.rank_of_start()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return ("out of memory; --accumulate makes micro-batches smaller, --activation_checkpointing true "
-                "keeps less of them")
+        data.fail(f"rank {rank}: out of memory; --accumulate makes micro-batches smaller, "
+                  "--activation_checkpointing true keeps less of them", 1)
     step = f"after step {run.step}" if run else "at the start"
     lost = "gloo/transport|Connection (closed|reset) by peer|Timed out waiting"
     if isinstance(error, torch.distributed.DistError) or "RANK" in os.environ and re.search(lost, text):
-        return f"{step} another process did not answer ({text[:200]}); what was saved before is whole"
+        data.fail(f"rank {rank}: {step} another process did not answer ({text[:200]}); what was saved before "
+                  "is whole", 1)
 
 
 def introduce(run):
@@ -837,9 +796,8 @@ def introduce(run):
           f"{s.steps:,} steps of {s.batch_size * s.seq_len:,} tokens, an epoch is "
           f"{text.n_windows / s.batch_size:,.2f} steps; Ctrl-C saves and ends, the same command resumes")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0              # not on Windows
-    cores = os.cpu_count() or 1
-    if run.device == "cpu" and torch.get_num_threads() > 1 and load > cores:
-        print(f"the load is {load:.0f} on {cores} cores: OMP_NUM_THREADS=1 may be faster")
+    if run.device == "cpu" and torch.get_num_threads() > 1 and load > (os.cpu_count() or 1):
+        print(f"the cores are busy (load {load:.0f}): OMP_NUM_THREADS=1 may be faster")
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")

@@ -108,8 +108,8 @@ def our_run(config, batch, seq_len, dtype, device, **changes):
                        warmup=0, decay=0, **changes)
     model = parallel.build_model(config, parallel.SINGLE_PROCESS, device, dtype, 0)
     masters = parallel.MasterWeights(model, dtype)
-    parallel.compile_and_recompute(model, masters, train.compiles(s, device, dtype),
-                                   s.activation_checkpointing)
+    _, compiled = train.precision(s, config, device)
+    parallel.compile_and_recompute(model, masters, compiled, s.activation_checkpointing)
     optimizer = parallel.make_optimizer(
         masters, s.optimizer, s.lr, (s.beta1, s.beta2), s.weight_decay, s.momentum)
     corpus = train.Corpus(Tokens(config.vocab_size, seq_len))

@@ -466,7 +466,8 @@ def test_groups_keep_a_factor_of_their_own():
 def test_an_ignored_hangup_stays_ignored():
     """As under nohup."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with train.Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = train.stop_on_signals(stack)
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.signal(signal.SIGHUP, old) is signal.SIG_IGN and not stop.requested
 
@@ -538,17 +539,17 @@ def test_a_device_without_bf16_trains_in_fp32_unless_asked_and_nothing_else_comp
                                  (True, "float32", torch.float32), (True, "auto", torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation, native=native: native or including_emulation)
-        assert train.compute_dtype(Settings(dtype=asked), small(n_expert=1), "cuda") == dtype
-        assert train.compiles(Settings(), "cuda", dtype) == (dtype == torch.bfloat16)
-    assert train.compute_dtype(Settings(), small(n_expert=1), "cpu") == torch.float32
-    assert not train.compiles(Settings(), "cpu", torch.bfloat16)
+        assert train.precision(Settings(dtype=asked), small(n_expert=1), "cuda") == (
+            dtype, dtype == torch.bfloat16)
+    assert train.precision(Settings(), small(n_expert=1), "cpu") == (torch.float32, False)
+    assert train.precision(Settings(dtype="bfloat16"), small(n_expert=1), "cpu") == (torch.bfloat16, False)
 
 
 @pytest.mark.parametrize("width, dtype, said", [
     (8, "float32", ""), (6, "float32", "the experts run one after the other"),
     (6, "float32", "widths must be multiples of 4"), (12, "bfloat16", "widths must be multiples of 8")])
 def test_widths_that_grouped_mm_refuses_are_said(capsys, width, dtype, said):
-    train.compute_dtype(Settings(dtype=dtype), small(d_expert=width), "cpu")
+    train.precision(Settings(dtype=dtype), small(d_expert=width), "cpu")
     out = capsys.readouterr().out
     assert said in out and bool(said) == bool(out)
 
