@@ -394,15 +394,14 @@ def draw_curves(Figure, runs):
         high, low = noise_floor(run.tokens_per_step, E, run.top_k[layer])
         top.axhspan(100 * low, 100 * high, color="0.85", label=f"chance in a step of {run.name}")
         top.axhline(100 * zipf_bound(run.top_share, E, 1), color="k", ls=":", label="Zipf bound, K = 1")
-        for color, run in enumerate(runs):
-            load, order = run.statistics.load[layer].sort(descending=True)
+        for color, one in enumerate(runs):
+            load, order = one.statistics.load[layer].sort(descending=True)
             for name, side, style in ("most", "load_max", "-"), ("least", "load_min", "--"):
-                top.plot([row["step"] for row in run.rows], [100 * row[side][layer] for row in run.rows],
-                         style, color=f"C{color}", lw=1, label=f"{run.name}, {name} used expert")
-            for name, y, style in ("load", load, "-"), ("p", run.statistics.prob_sum[layer, order], ":"):
+                top.plot([row["step"] for row in one.rows], [100 * row[side][layer] for row in one.rows],
+                         style, color=f"C{color}", lw=1, label=f"{one.name}, {name} used expert")
+            for name, y, style in ("load", load, "-"), ("p", one.statistics.prob_sum[layer, order], ":"):
                 bottom.plot(100 * y / y.mean(dtype=float) - 100, style, color=f"C{color}", lw=1,
-                            label=f"{run.name}, {name}")
-        run = runs[0]
+                            label=f"{one.name}, {name}")
         top.set(title=f"layer {layer % len(run.top_k)}", xlabel="step", ylabel="load, % from a fair share")
         top.set_yscale("symlog", linthresh=300, linscale=3)
         bottom.set(xlabel="experts, sorted by load on held-out text", ylabel="% from a fair share")
