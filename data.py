@@ -728,10 +728,9 @@ def read_chat(record):
         raise ValueError(f"it is not one of {forms}; text is read without --chats")
     if record.get("system"):
         messages = [{"role": "system", "content": record["system"]}, *messages]
-    for name in UNSUPPORTED:
-        for part in (record, *messages):
-            if part.get(name) not in (None, 1, "", [], {}):
-                raise ValueError(f"{name} {str(part[name])[:40]} is not supported")
+    for name, part in itertools.product(UNSUPPORTED, (record, *messages)):
+        if part.get(name) not in (None, 1, "", [], {}):
+            raise ValueError(f"{name} {str(part[name])[:40]} is not supported")
     chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     for number, (role, content) in enumerate(chat, 1):
         if str(role) not in ROLES:
