@@ -795,14 +795,11 @@ def new_folder(path):
             os.rename(Path(tmp) / path.name, path)
 
 
-class Parser(argparse.ArgumentParser):
+def make_parser(**kwargs):
     """argparse with exact names only, and one-line errors."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        fail(message)
+    parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
+    parser.formatter_class, parser.error = argparse.RawDescriptionHelpFormatter, fail
+    return parser
 
 
 def fail(message, code=2):
@@ -854,7 +851,7 @@ def one_line_errors(rank=0):
 
 
 def main(argv=None):
-    parser = Parser(prog="data.py", description=__doc__)
+    parser = make_parser(prog="data.py", description=__doc__)
     parser.add_argument("--source", nargs="+", action="extend", metavar="PATH", help="files, folders, or a "
                         "word: stdlib (the default), installed, or functions (the default with --chats)")
     parser.add_argument("--chats", action="store_true", help="the sources are conversations: {messages}, "

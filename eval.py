@@ -621,8 +621,8 @@ def average_command(args):
 # --- command line -----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = data.Parser(prog="eval.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = data.make_parser(prog="eval.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=data.make_parser)
 
     def command(name, function, run="--ckpt", **kwargs):
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)

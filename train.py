@@ -478,11 +478,11 @@ def parse(argv):
 
     def numbers(text):
         return [int(n) for n in text.split(",")]
-    first = data.Parser(add_help=False)
+    first = data.make_parser(add_help=False)
     first.add_argument("--preset")
     values, groups, flags = preset_values(first.parse_known_args(argv)[0].preset), {}, {}
-    parser = data.Parser(prog="train.py", usage="train.py [--SETTING VALUE ..]", description=__doc__,
-                         argument_default=argparse.SUPPRESS)
+    parser = data.make_parser(prog="train.py", usage="train.py [--SETTING VALUE ..]", description=__doc__,
+                              argument_default=argparse.SUPPRESS)
     for field in (*dataclasses.fields(Settings), *dataclasses.fields(ModelConfig)):
         group, help = field.metadata["help"].split(": ", 1)
         groups[group] = groups.get(group) or parser.add_argument_group(group)
