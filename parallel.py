@@ -336,14 +336,12 @@ class MasterWeights:
 
 def make_optimizer(masters, kind, lr, betas, weight_decay, momentum=0.95):
     """adamw or muon.  Matrices decay, norms do not.  The state exists at once: checkpoints load in place."""
-    matrices, norms, muon, muon_pairs = ({"params": [], "weight_decay": weight_decay} for _ in range(4))
-    norms["weight_decay"] = 0.0
-    muon |= {"momentum": momentum, "parts": 1}
-    muon_pairs |= {"momentum": momentum, "parts": 2}              # two matrices side by side
+    matrices, norms = ({"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0))
+    muon, muon_pairs = (matrices | {"params": [], "momentum": momentum, "parts": parts} for parts in (1, 2))
     for name, p in masters.named.items():
         group = matrices if p.dim() > 1 else norms
         if kind == "muon" and p.dim() > 1 and name.endswith(("qkv.weight", "out.weight", "w_in", "w_out")):
-            group = muon_pairs if name.endswith("w_in") else muon
+            group = muon_pairs if name.endswith("w_in") else muon           # two matrices side by side
         group["params"].append(p)
     groups = [group for group in (matrices, norms, muon, muon_pairs) if group["params"]]
     optimizer = Muon(groups, lr=lr, betas=betas, fused=True)
