@@ -92,17 +92,16 @@ def write_folder(folder, request):
     if name == "bpe" and any(path.suffix == ".bin" for path in files):
         raise InputError("token files need the --tokenizer that made them, as in --tokenizer gpt2")
     if name == "bpe":                                      # on every n-th block, some 16M characters
-        documents = read_documents(files, request, "reading", defaultdict(list))
+        blocks = read_blocks(files, request, "reading", defaultdict(list))
         texts = ("".join(text for _, text in content) if chats else content
-                 for held_out, _, content in documents if not held_out)
-        blocks = (text[at:at + BLOCK] for text in texts for at in range(0, len(text), BLOCK))
+                 for held_out, _, _, content in blocks if not held_out)
         stride = max(1, n_bytes(files) // BPE_CHARS)
-        encoding = build_encoding(name, vocab_size, itertools.islice(blocks, 0, None, stride))
+        encoding = build_encoding(name, vocab_size, itertools.islice(texts, 0, None, stride))
     save_encoding(encoding, folder / "encoding.json")
     count = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     writers = {split: TokenWriter(folder / f"{split}.bin", encoding.n_vocab, chats) for split in count}
-    documents = read_documents(files, request, "writing", problems, encoding)
-    for held_out, is_new, tokens, size in encode_documents(encoding, documents):
+    blocks = read_blocks(files, request, "writing", problems, encoding)
+    for held_out, is_new, tokens, size in encode_blocks(encoding, blocks):
         split = "val" if held_out else "train"
         writers[split].write(tokens)
         count[split].update(documents=int(is_new), bytes=size, tokens=len(tokens))
@@ -134,10 +133,10 @@ def file_sha256(path):
 
 # --- from files to documents ------------------------------------------------------------------------------
 
-def read_documents(files, request, label, problems, encoding=None):
-    """Yield (held out?, not the rest of another?, content) of every document.  content is a text, the tokens
-    of a token file, or a conversation [(role, text)].  `problems` collects what cannot be read; InputError
-    if that is more than 1 % of the files or of the documents.
+def read_blocks(files, request, label, problems, encoding=None):
+    """Yield (held out?, a new document?, behind <|endoftext|>?, content) of all documents, long ones in
+    blocks.  content is a text, the tokens of a token file, or a conversation [(role, text)].  `problems`
+    collects what cannot be read; InputError if that is more than 1 % of the files or of the documents.
 
     One in twenty is held out, by a hash of its content: equal ones fall on one side.  A document with more
     than a 300th of all bytes is parted: its last twentieth is held out."""
@@ -163,12 +162,13 @@ def read_documents(files, request, label, problems, encoding=None):
                 break
             continue
         n += 1
+        parts = [(hashlib.sha256(raw).digest() < b"\x0d", True, content)]            # 13 of 256
         if len(raw) > large and not chats:
             cut = len(content) - len(content) // 20
-            yield False, True, content[:cut]
-            yield True, False, content[cut:]
-        else:
-            yield hashlib.sha256(raw).digest() < b"\x0d", True, content              # 13 of 256
+            parts = [(False, True, content[:cut]), (True, False, content[cut:])]
+        for held_out, is_new, part in parts:
+            for at in range(0, len(part), BLOCK):
+                yield held_out, is_new and at == 0, at == 0, part[at:at + BLOCK]
     for kind, total in (("files", len(files)), ("documents", n + len(problems["documents"]))):
         bad, examples = len(problems[kind]), "; ".join(problems[kind][:5])
         if bad > 0.01 * total:
@@ -312,12 +312,12 @@ def python_files(word):
             if not LEFT_OUT & set(path.relative_to(root).parts)]
 
 
-def encode_documents(encoding, documents):
-    """Yield (held out?, new document?, tokens, bytes of text) of all documents in order, long ones in blocks.
-    Threads encode (tiktoken releases Python's lock), each eight blocks at a time."""
+def encode_blocks(encoding, blocks):
+    """Yield (held out?, a new document?, tokens, bytes of text) of all blocks in order.  Threads encode
+    (tiktoken releases Python's lock), each eight blocks at a time."""
     end_of_text = np.array([encoding.n_vocab + END_OF_TEXT], np.uint32)
 
-    def encode_block(held_out, is_new, content, begins):
+    def encode_block(held_out, is_new, begins, content):
         if isinstance(content, list):                      # a conversation
             return held_out, is_new, encode_chat(encoding, content), sum(len(t.encode()) for _, t in content)
         if isinstance(content, str):
@@ -326,8 +326,6 @@ def encode_documents(encoding, documents):
         else:                                              # tokens already
             tokens, size = content, len(encoding.decode_bytes(content.tolist()))
         return held_out, is_new, np.concatenate([end_of_text[:begins], tokens]), size
-    blocks = ((held_out, is_new and at == 0, content[at:at + BLOCK], at == 0)
-              for held_out, is_new, content in documents for at in range(0, len(content), BLOCK))
     n_threads, ahead = torch.get_num_threads(), deque()
     with ThreadPoolExecutor(n_threads) as pool:
         while batch := list(itertools.islice(blocks, 8)):
