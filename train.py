@@ -501,7 +501,7 @@ def parse(argv):
 
 
 def resolve(typed):
-    """Typed settings -> Settings, ModelConfig, whether the run in --out exists, whether it tunes on chats.
+    """Typed settings -> Settings, ModelConfig, settings.json of a run in --out, whether it tunes on chats.
 
     What was not typed comes from that run, else from what --init_from names, else from the preset.  What a
     run of an older version did not save has its default."""
@@ -510,8 +510,8 @@ def resolve(typed):
     tunes = bool(source) and "data" in typed and data.holds_chats(typed["data"])
     name = f"{parallel.run_folder(source).name}-{'chat' if tunes else 'next'}" if source else values["preset"]
     out = Path(typed.get("out", f"out/{name}"))
-    exists = (out / "settings.json").exists()
-    if exists:
+    saved = parallel.read_settings(out) if (out / "settings.json").exists() else {}
+    if saved:
         values |= saved_values(out)
         for name in sorted(name for name in typed if name != "out" and typed[name] != values[name]):
             if name in (*SIZES, "preset", "init_from", "optimizer", "seed", "batch_size", "seq_len"):
@@ -536,7 +536,7 @@ def resolve(typed):
     s.check(config)
     if "lbl_coef" in typed and not router.BALANCE[s.balance]:
         raise InputError(f"lbl_coef has no meaning for balance {s.balance}, which is no loss; leave it out")
-    return s, config, exists, tunes and not exists
+    return s, config, saved, tunes and not saved
 
 
 def saved_values(out):
@@ -590,12 +590,12 @@ def open_same_corpus(s, plan):
 
 def make_plan(argv, world):
     """Resolve settings, data and checkpoints, on rank 0 -> what all ranks need to start: settings, config,
-    device, sha256 of training and held-out tokens (None: nothing is held out), whether the run exists, steps
-    of its checkpoints, and source, the folder whose weights a new one starts from, or "".
+    device, sha256 of training and held-out tokens (None: nothing is held out), saved (settings.json of a run
+    that exists), steps of its checkpoints, and source, the folder whose weights a new one starts from, or "".
 
     Prepares the corpus if it is missing.  InputError for what the user has to change."""
     typed = parse(argv)
-    s, config, exists, tunes = resolve(typed)
+    s, config, saved, tunes = resolve(typed)
     device = parallel.pick_device(s.device)
     parallel.check_layout(world, s.ep, s.replicate, config.n_expert, device)
     if s.wandb:
@@ -607,7 +607,7 @@ def make_plan(argv, world):
     sha256 = corpus.checksums()
     if tunes and "steps" not in typed:
         s.steps = -(-CHAT_EPOCHS * corpus.train.n_windows // s.batch_size)
-    if not (exists or s.init_from or "vocab_size" in typed):      # round up for the matrix products
+    if not (saved or s.init_from or "vocab_size" in typed):      # round up for the matrix products
         config.vocab_size = -(-corpus.vocab_size // 64) * 64
     largest = max(int(each.tokens.max()) for each in (corpus.train, corpus.val) if each)
     needed = max(corpus.vocab_size, largest + 1)
@@ -615,16 +615,15 @@ def make_plan(argv, world):
         raise InputError(f"vocab_size ({config.vocab_size}) is below the {needed} of {s.data}")
     steps = parallel.checkpoints(s.out)
     source = s.init_from if s.init_from and not steps else ""
-    for other in [s.out] * exists + [parallel.run_folder(source)] * bool(source):
+    for other in [s.out] * bool(saved) + [parallel.run_folder(source)] * bool(source):
         evaluation.same_tokenizer(other, corpus.file.parent)
-    saved = parallel.read_settings(s.out) if exists else {}
-    if exists and (saved.get("data_sha256"), saved.get("val_sha256", sha256[1])) != sha256:
+    if saved and (saved.get("data_sha256"), saved.get("val_sha256", sha256[1])) != sha256:
         raise InputError(f"data {s.data} is not what {s.out} was made with; choose another --out")
     if not steps and any(Path(s.out).glob("step-*.corrupt*")):
         raise InputError(f"no checkpoint of {s.out} is whole, only .corrupt ones; choose another --out")
     if source and not parallel.is_hf(source):
         source = str(parallel.newest(source))
-    return SimpleNamespace(settings=s, config=config, device=device, sha256=sha256, exists=exists,
+    return SimpleNamespace(settings=s, config=config, device=device, sha256=sha256, saved=saved,
                            steps=steps, source=source)
 
 
@@ -714,18 +713,17 @@ def open_log(run, plan, stack):
         if isinstance(error, BlockingIOError):
             raise InputError(f"{out} is in use by another process") from None
         print(f"no lock protects {out} here: let no other process train it", file=sys.stderr)
-    if (plan.exists, plan.steps) != ((out / "settings.json").exists(), parallel.checkpoints(out)):
+    if (bool(plan.saved), plan.steps) != ((out / "settings.json").exists(), parallel.checkpoints(out)):
         raise InputError(f"another process has changed {out} meanwhile; start again")
 
 
 def open_directory(run, plan, stack):
     """Write what a run's directory holds beside its checkpoints, and cut the log back to the checkpoint."""
     s, out = run.settings, Path(run.settings.out)
-    before = parallel.read_settings(out) if plan.exists else {}
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
                 "data_sha256": plan.sha256[0], "val_sha256": plan.sha256[1],
-                "wandb_id": before.get("wandb_id") or os.urandom(16).hex()}
-    if not before or run.step < s.steps:                          # nothing new trains in a complete run
+                "wandb_id": plan.saved.get("wandb_id") or os.urandom(16).hex()}
+    if not plan.saved or run.step < s.steps:                          # nothing new trains in a complete run
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     if run.corpus.encoding and not (out / "encoding.json").exists():
         encoding = (run.corpus.file.parent / "encoding.json").read_text(encoding="utf-8")
