@@ -723,7 +723,7 @@ def open_directory(run, plan, stack):
     settings = {"settings": dataclasses.asdict(s), "model": dataclasses.asdict(run.config),
                 "data_sha256": plan.sha256[0], "val_sha256": plan.sha256[1],
                 "wandb_id": plan.saved.get("wandb_id") or os.urandom(16).hex()}
-    if not plan.saved or run.step < s.steps:                          # nothing new trains in a complete run
+    if not plan.saved or run.step < s.steps:                      # nothing new trains in a complete run
         parallel.write_durably(out / "settings.json", json.dumps(settings, indent=1))
     if run.corpus.encoding and not (out / "encoding.json").exists():
         encoding = (run.corpus.file.parent / "encoding.json").read_text(encoding="utf-8")
