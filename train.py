@@ -183,27 +183,24 @@ def train_step(run, step, stop=None):
     micro-batches only ever add up.  The balance loss of a micro-batch sees those before it in the step, of
     all ranks, so that its gradient is that of the whole step's loss if accumulate is 1.
 
-    The device is waited for once (and at every exchange of tokens), before the update; the next batch is cut
-    while it computes."""
+    It waits for the device once (and at every exchange of tokens), and cuts the next batch before."""
     s, model, layout = run.settings, run.model, run.layout
     # what a fork draws, as for dropout, is a function of the step, too
     torch.manual_seed(zlib.crc32(f"{s.seed}, step {step}, rank {layout.rank}".encode()))
-    top_k = top_k_at(step, s, run.config)
-    if s.top_k_choices:
-        top_k = router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer)
+    top_k = (router.drawn_top_k(step, s.seed, s.top_k_choices, run.config.n_layer) if s.top_k_choices
+             else top_k_at(step, s, run.config))
     ready = run.next_batch and run.next_batch[0] == step
     _, parts, counts = run.next_batch if ready else load_batch(run, step)
     n_targets, n_tokens = map(sum, zip(*counts))
-    loss, nonfinite, sums, tokens_so_far = 0.0, 0, None, 0        # over micro-batches and ranks
+    loss, flags, sums, tokens_so_far = 0.0, 0, None, 0            # over micro-batches and ranks
     for m, ((tokens, targets, *doc), (_, n)) in enumerate(zip(parts, counts)):
         out = model(tokens, targets, top_k, *doc)
-        bad = out.loss.new_zeros(layout.world)
-        bad[layout.rank] = ~out.loss.isfinite()
-        flag = out.loss.new_full((), stop is not None and stop.requested)
-        micro_loss, flag, bad, *micro = parallel.all_sum(layout, [out.loss, flag, bad, *out.statistics])
+        mine = out.loss.new_zeros(layout.world + 1)               # whose loss is not finite; who is to stop
+        mine[layout.rank], mine[-1] = ~out.loss.isfinite(), stop is not None and stop.requested
+        micro_loss, mine, *micro = parallel.all_sum(layout, [out.loss, mine, *out.statistics])
         micro = router.Statistics(*micro)
         sums = router.Statistics(*map(torch.add, sums, micro)) if sums else micro
-        loss, nonfinite, tokens_so_far = loss + micro_loss, nonfinite + bad, tokens_so_far + n
+        loss, flags, tokens_so_far = loss + micro_loss, flags + mine, tokens_so_far + n
         objective = out.loss / max(1, n_targets)
         if router.BALANCE[s.balance] and s.lbl_coef:
             seen, n_seen = (micro, n) if s.lbl_scope == "micro" else (sums, tokens_so_far)
@@ -216,7 +213,7 @@ def train_step(run, step, stop=None):
     norm = parallel.clip_gradients(run.masters, s.clip, layout)
     loss = loss / max(1, n_targets)
     run.next_batch = load_batch(run, step + 1) if step + 1 < s.steps else None
-    loss_now, norm_now, flag = torch.stack([loss, norm, flag]).tolist()
+    loss_now, norm_now, *nonfinite, stop_now = torch.cat([torch.stack([loss, norm]), flags]).tolist()
     skipped = reason_to_skip(run, loss_now, norm_now, nonfinite)
     if not skipped:
         for group in run.optimizer.param_groups:                  # a group of a fork may have its own factor
@@ -226,7 +223,7 @@ def train_step(run, step, stop=None):
         move_biases(run, sums, top_k)
     run.optimizer.zero_grad()
     return SimpleNamespace(step=step, top_k=top_k, n_tokens=n_tokens, loss=loss, statistics=sums, norm=norm,
-                           skipped=skipped, stop=bool(flag))
+                           skipped=skipped, stop=stop_now > 0)
 
 
 def move_biases(run, sums, top_k):
@@ -251,8 +248,8 @@ def top_k_at(step, s, config):
                                  config.n_layer)
 
 
-def reason_to_skip(run, loss, norm, nonfinite):
-    """Why a step must not change the weights, or None.  nonfinite [world]: 1 where a rank's loss is not.
+def reason_to_skip(run, loss, norm, nonfinite_by_rank):
+    """Why a step must not change the weights, or None.  nonfinite_by_rank: how many of its losses are not.
 
     A spike has a loss or norm `spike` standard deviations above the mean of the last 128 finite ones.  Those
     that were skipped count too, so that a lasting change of level is soon the new level."""
@@ -267,8 +264,8 @@ def reason_to_skip(run, loss, norm, nonfinite):
     if spike:
         return f"its loss and gradient norm ({loss:.4g}, {norm:.4g}) are a spike"
     if not finite:
-        ranks = nonfinite.nonzero().flatten().tolist() if run.layout.world > 1 else []
-        of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        ranks = ", ".join(str(rank) for rank, n in enumerate(nonfinite_by_rank) if n and run.layout.world > 1)
+        of = f" of rank {ranks}" if ranks else ""
         return f"the {'gradient' if math.isfinite(loss) else 'loss'}{of} is not finite"
 
 
