@@ -140,7 +140,7 @@ def read_blocks(files, request, label, problems, encoding=None):
 
     One in twenty is held out, by a hash of its content: equal ones fall on one side.  A document with more
     than a 300th of all bytes is parted: its last twentieth is held out."""
-    large, n, chats, field = n_bytes(files) / 300, 0, request["chats"], request["field"]
+    large, n, n_inside, chats, field = n_bytes(files) / 300, 0, 0, request["chats"], request["field"]
     for where, record in read_records(files, request, label, problems, encoding):
         try:
             if isinstance(record, bytes):
@@ -162,6 +162,7 @@ def read_blocks(files, request, label, problems, encoding=None):
                 break
             continue
         n += 1
+        n_inside += b"<|endoftext|>" in raw and not chats
         parts = [(hashlib.sha256(raw).digest() < b"\x0d", True, content)]            # 13 of 256
         if len(raw) > large and not chats:
             cut = len(content) - len(content) // 20
@@ -169,6 +170,8 @@ def read_blocks(files, request, label, problems, encoding=None):
         for held_out, is_new, part in parts:
             for at in range(0, len(part), BLOCK):
                 yield held_out, is_new and at == 0, at == 0, part[at:at + BLOCK]
+    if n_inside and encoding:
+        print(f"note: {n_inside:,} documents have <|endoftext|> inside a line, as text", file=sys.stderr)
     for kind, total in (("files", len(files)), ("documents", n + len(problems["documents"]))):
         bad, examples = len(problems[kind]), "; ".join(problems[kind][:5])
         if bad > 0.01 * total:
@@ -221,7 +224,7 @@ def read_file(path, file, request, encoding):
     elif name.endswith(".txt") and start.startswith((b"<!doctype html", b"<html")):
         raise ValueError("it is a page of HTML: save its text instead")
     elif name.endswith(TEXT_SUFFIXES):
-        parts = itertools.groupby(file, lambda line: line.rstrip(b"\r\n") == b"<|endoftext|>")
+        parts = itertools.groupby(file, lambda line: line.strip(b" \r\n\xef\xbb\xbf") == b"<|endoftext|>")
         texts = (b"".join(lines).decode("utf-8-sig") for separates, lines in parts if not separates)
         yield from ((f"document {i}", text) for i, text in enumerate(texts, 1))
     elif start.startswith(b"["):                           # whatever its suffix: not lines, but a list
@@ -362,7 +365,8 @@ def make_encoding(name, pattern, ranks):
     if len(set(ranks.values())) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("it lacks one of the 256 bytes, or gives two tokens one number")
     special = {token: max(ranks.values()) + 1 + i for i, token in enumerate(SPECIAL)}
-    hard = "a B\t\r\n  '9\u00e9 \u65e5\u672c\U0001f642_#<|end|>\0\u2028\ufeff"
+    hard = ("a B\t\r\n  '9\u00e9 \u65e5\u672c\U0001f642_#<|end|>\0\u2028\ufeff"       # each Unicode category
+            "\u01c5\u02b0\u0301\u0903\u20dd\u2167\u00b2-()\u00ab\u00bb$^\u2029\ue000\u0378")
     try:
         encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         fits = encoding.decode(encoding.encode_ordinary(hard)) == hard
@@ -449,11 +453,12 @@ def load_encoding(path):
 def read_hf_tokenizer(saved):
     """The content of a tokenizer.json -> pattern, ranks, if it is byte-level BPE as GPT-2's or Qwen's.
 
-    Tokens keep their numbers; ours replace its special tokens and come last.  Text is not brought to NFC."""
-    model, normalizer = saved["model"], (saved.get("normalizer") or {"type": "NFC"})["type"]
-    if (model["type"], normalizer) != ("BPE", "NFC"):
-        raise ValueError(f"it is {model['type']} or changes text ({normalizer})")
-    match saved["pre_tokenizer"].get("pretokenizers", [saved["pre_tokenizer"]]):
+    Tokens keep their numbers; ours replace its special tokens and come last."""
+    model, normalizer = saved["model"], (saved.get("normalizer") or {"type": ""})["type"]
+    if model.get("type", "BPE") != "BPE" or normalizer not in ("", "NFC"):       # old files have no type
+        raise ValueError(f"it is {model.get('type')} or changes text ({normalizer})")
+    splits = saved["pre_tokenizer"] or {}
+    match [{"use_regex": True} | part for part in splits.get("pretokenizers", [splits])]:      # nor this
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             pattern = GPT2_PATTERN
         case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
@@ -470,6 +475,8 @@ def read_hf_tokenizer(saved):
     words = [token["content"] for token in saved.get("added_tokens", []) if not token.get("special", True)]
     if words:
         print(f"note: what it adds, {' '.join(words[:9])}, is read as text here", file=sys.stderr)
+    if normalizer:
+        print("note: it brings text to NFC, which is not done here", file=sys.stderr)
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     made = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
     if made != sorted(made) or len(set(made)) != len(vocab) - 256:
@@ -685,11 +692,13 @@ CHAT_TEMPLATE = ("<|endoftext|>{% for message in messages %}{{ '<|' + message['r
                  "{% endgeneration %}{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-# what would change what is learned: must be absent, empty or 1
-UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "image", "images", "audio", "audios",
-               "video", "videos", "thinking", "reasoning", "reasoning_content", "context", "system_prompt",
-               "chosen", "rejected", "rejected_response", "weight", "train", "trainable", "train_on_turn",
-               "train_detail", "loss", "loss_mask", "mask", "masked", "label", "kto_tag")
+# what would change what is learned: must be absent, empty or 0, these first ones absent, empty or 1
+LEARNED = ("weight", "train", "trainable", "train_on_turn", "training", "loss", "loss_mask", "calculate_loss",
+           "label", "kto_tag")
+UNSUPPORTED = (*LEARNED, "mask", "masked", "train_detail", "chosen", "rejected", "rejected_response", "tools",
+               "functions", "tool_calls", "function_call", "function_calls", "image", "images", "audio",
+               "audios", "video", "videos", "thinking", "reasoning", "reasoning_content", "context",
+               "documents", "system_prompt", "system_message", "chat_template_kwargs")
 
 
 def encode_chat(encoding, chat, answer=False):
@@ -713,7 +722,8 @@ def read_chat(record):
     """A record in one of FORMS, perhaps with a "system" -> [(role, content)].  ValueError: what is wrong."""
     found = [name for name in FORMS if isinstance(record, dict) and record.get(name)]
     if found == ["instruction"]:
-        question = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        question = "\n\n".join(part for part in (record["instruction"], record.get("input"))
+                               if part not in (None, ""))
         turns = [*(record.get("history") or []), [question, record.get("output")]]
         if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
             raise ValueError("history is not a list of [question, answer]")
@@ -727,7 +737,7 @@ def read_chat(record):
     if record.get("system"):
         messages = [{"role": "system", "content": record["system"]}, *messages]
     for name, part in itertools.product(UNSUPPORTED, (record, *messages)):
-        if part.get(name) not in (None, 1, "", [], {}):
+        if part.get(name) not in (None, int(name in LEARNED), "", [], {}):
             raise ValueError(f"{name} {str(part[name])[:40]} is not supported")
     chat = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     for number, (role, content) in enumerate(chat, 1):

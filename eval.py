@@ -47,9 +47,10 @@ def load_run(ckpt, device="cpu", folder=None):
         raise InputError(f"checkpoint {path} is corrupt: smaller than the model of its settings.json")
     if folder:
         same_tokenizer(run_folder(ckpt), folder)
-        if saved.get("val_sha256") not in (None, data.file_sha256(Path(folder) / "val.bin")):
-            print(f"note: {ckpt} may have trained on text that {folder} holds out: its own was another",
-                  file=sys.stderr)
+        own = saved.get("val_sha256") in (None, data.file_sha256(Path(folder) / "val.bin"))
+        if not own or saved["settings"].get("init_from"):
+            print(f"note: {ckpt}{', or what it began with,' * own} may have trained on text that {folder} "
+                  "holds out", file=sys.stderr)
     top_k = data.read_json(path / "meta.json", "that of a checkpoint of this model",       # as it was trained
                            lambda meta: saved["config"].layer_top_k(list(map(int, meta["top_k"]))))
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32        # as training computes

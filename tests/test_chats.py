@@ -179,7 +179,7 @@ AB, GOOD = [("user", "a"), ("assistant", "b")], messages(("user", "a"), ("assist
 ALPACA = {"instruction": "do", "output": "done"}
 FORMS = [
     (messages(*AB, ("user", " c\n")), [*AB, ("user", " c\n")]),
-    *((GOOD | field, AB) for field in ({"weight": 1}, {"tools": []}, {"system": None}, {"id": 7})),
+    *((GOOD | field, AB) for field in ({"weight": 1}, {"tools": []}, {"system": None}, {"masked": 0})),
     (GOOD | {"system": "s"}, [("system", "s"), *AB]),
     *((ALPACA | field, [("user", "do"), ("assistant", "done")]) for field in ({}, {"input": None})),
     (ALPACA | {"input": "this"}, [("user", "do\n\nthis"), ("assistant", "done")]),
@@ -202,6 +202,7 @@ BAD = {
     '{"messages": []}': "it is not one of",
     '{"messages": [{"role": "user", "content": "a"}], "instruction": "a"}': "it is not one of",
     '{"messages": ["a"]}': "it is not one of",
+    '{"instruction": "a", "input": 0, "output": "b"}': "expected str",
     **{json.dumps(ALPACA | {"history": turns}): "history is not a list of"
        for turns in ([["a"]], ["ab", "cd"])},
     '{"conversations": [{"from": "observation", "value": "a"}]}': "role 'observation' is unknown",
@@ -219,6 +220,7 @@ BAD = {
     ({"tools": [{"name": "clock"}]}, "tools"), ({"label": False}, "label False is not"),
     ({"image": "a.png"}, "image a.png is not"), ({"trainable": False}, "trainable False is not"),
     ({"mask": [0, 1]}, "mask [0, 1] is not"), ({"train_on_turn": False}, "train_on_turn False is not"),
+    ({"masked": True}, "masked True is not"), ({"chat_template_kwargs": {"xml_tools": [1]}}, "chat_template"),
     ({"system": ["s"]}, "message 1 (system) is no text"))}
 
 

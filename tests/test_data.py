@@ -113,15 +113,16 @@ def test_long_texts_of_any_lines_are_cut_and_encoded(tmp_path, line):
     assert train + val == text and share(meta) == pytest.approx(0.05, abs=0.002)
 
 
-def test_lines_that_are_endoftext_part_documents(tmp_path):
-    """As in TinyStories; elsewhere it stays text."""
+def test_lines_that_are_endoftext_part_documents(tmp_path, capsys):
+    """As in TinyStories; elsewhere it stays text, which is said."""
     stories = [f"story {i}\n<|endoftext|> is text here\n" for i in range(400)]
     save(tmp_path / "a.txt", "<|endoftext|>\n".join(stories))
-    save(tmp_path / "b.txt", "one\r\n<|endoftext|>\r\ntwo <|endoftext|>\nis text")
+    save(tmp_path / "b.txt", "\ufeff<|endoftext|>\none\r\n<|endoftext|> \r\ntwo <|endoftext|>\nis text")
     meta = prepare(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt")
     assert meta["train"]["documents"] + meta["val"]["documents"] == 402
     train, val = both(tmp_path / "out")
     assert Counter(train + val) == Counter([*stories, "one\r\n", "two <|endoftext|>\nis text"])
+    assert "401 documents have <|endoftext|> inside a line" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

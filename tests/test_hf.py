@@ -244,6 +244,13 @@ def test_a_text_is_prepared_with_a_tokenizer_of_hugging_face(tokenizers, tmp_pat
         theirs.save_pretrained(tmp_path / name)
         found = data.load_encoding(tmp_path / name / "tokenizer.json")
         assert found._mergeable_ranks == ours._mergeable_ranks and found._pat_str == ours._pat_str
+    if "gpt2" in tokenizers:                                      # its own file is older, and lacks two names
+        saved = json.loads((tmp_path / "gpt2/tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+        saved["model"].pop("type")
+        saved["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        (tmp_path / "gpt2/tokenizer.json").write_text(json.dumps(saved))
+        assert data.load_encoding(tmp_path / "gpt2")._pat_str == data.GPT2_PATTERN
+        assert "brings text to NFC, which is not done here" in capsys.readouterr().err
     texts = write_corpus(tmp_path / "text")
     data.prepare(tmp_path / "prepared", [str(texts)], tokenizer=str(tmp_path / "bytes/tokenizer.json"))
     data.prepare(tmp_path / "known", [str(texts)], tokenizer="bytes")
