@@ -273,7 +273,7 @@ def cross_entropy(x, weight, targets):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Output head and cross-entropy of x [N, D], weight [V, D], targets [N] (-1: none), some rows at a time:
-    the [N, V] logits never exist (3.3 GB for 4,096 tokens at a vocabulary of 200,064).  The gradient is
+    the [N, V] logits never exist (52 GB for 65,536 tokens at a vocabulary of 200,064).  The gradient is
     computed beside the loss: no chunk is computed twice."""
 
     @staticmethod

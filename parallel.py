@@ -209,20 +209,23 @@ def shard(model, layout, dtype):
     if layout.world == 1:
         return
     copies = ("replicate",) if layout.replicate > 1 else ()
-    dense, edp, n = layout.dense[(*copies, "shard")], layout.moe[(*copies, "edp")], layout.moe["edp"].size()
+    dense, edp = layout.dense[(*copies, "shard")], layout.moe[(*copies, "edp")]
     policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+
+    def along(n):       # stacked matrices in a dim that n ranks divide, since FSDP shards only dim 0 unevenly
+        return lambda p: Shard(next((dim for dim in (1, 2) if p.dim() == 3 and p.shape[dim] % n == 0), 0))
     for block in model.blocks:
         experts = block.moe.experts
         if layout.ep > 1:                                         # a rank keeps E / ep whole experts
             experts.exchange = expert_exchange(layout.moe["ep"])
             for name, p in list(experts.named_parameters()):
                 mine = distribute_tensor(p.detach(), layout.moe["ep"], [Shard(0)], src_data_rank=None)
-                experts.register_parameter(name, nn.Parameter(mine))
-        # ep has split dim 0; edp splits a dim that it divides, since FSDP shards only dim 0 unevenly
-        fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=lambda p: Shard(
-            next((dim for dim in (1, 2) if p.shape[dim] % n == 0), 0)))
-        matrices = [m for m in block.modules() if isinstance(m, (nn.Linear, Experts)) and m is not experts]
-        fully_shard(matrices, mesh=dense, mp_policy=policy)
+                experts.register_parameter(name, nn.Parameter(mine, p.requires_grad))
+        fully_shard(experts, mesh=edp, mp_policy=policy, shard_placement_fn=along(layout.moe["edp"].size()))
+        matrices = [m for name, m in block.named_modules() if isinstance(m, (nn.Linear, Experts))
+                    and m is not experts and "router" not in name]             # which stay in fp32
+        fully_shard(matrices, mesh=dense, mp_policy=policy,
+                    shard_placement_fn=along(layout.dense["shard"].size()))
     fully_shard([model.embed, model.head], mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense)
     for module in model.modules():
@@ -301,11 +304,12 @@ class MasterWeights:
     master's in fp32, so that micro-batches do not round.  Routers and norms stay fp32; FSDP casts shards."""
 
     def __init__(self, model, dtype=torch.float32):
-        self.named, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())   # biases
-        self.copies = []
+        self.model, self.named, self.copies = model, dict(model.named_parameters()), []
         for name, p in model.named_parameters() if dtype == torch.bfloat16 else ():
             if p.dim() > 1 and "router" not in name and not isinstance(p, DTensor):
                 self.add_master(name, p, dtype)
+
+    buffers = property(lambda self: dict(self.model.named_buffers()))        # biases, and what a fork assigns
 
     def add_master(self, name, p, dtype):
         """Give p a master in fp32, and let p itself be the copy."""
@@ -424,11 +428,13 @@ def training_state(masters, optimizer=None):
 
 
 def differing_ranks(layout, masters):
-    """Ranks whose parameters differ from the first replica's: one flipped bit changes a checksum."""
-    tensors = [local(t) for t in (masters.named | masters.buffers).values()]
-    sums = torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+    """Ranks whose parameters differ from the first replica's, or whose buffers from rank 0's: one flipped bit
+    changes a checksum."""
+    tensors = list((masters.named | masters.buffers).values())
+    sums = torch.stack([local(t).reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors])
     everyone, n_shard = gather(layout, sums.tolist()), layout.world // layout.replicate
-    return [rank for rank in range(layout.world) if everyone[rank] != everyone[rank % n_shard]]
+    return [rank for rank, its in enumerate(everyone) if its != [
+        everyone[rank % n_shard if isinstance(t, DTensor) else 0][i] for i, t in enumerate(tensors)]]
 
 
 def run_folder(ckpt):

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-GATES = ("softmax", "sigmoid", "normalized")
+GATES = ("softmax", "sigmoid", "normalized")                      # scores from 0 to 1, as count_margins needs
 
 
 class Statistics(NamedTuple):
@@ -51,7 +51,7 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores E experts for each token and keeps the top K.
 
-    Computed in fp32 (or wider): rounding the scores to bf16 flips choices between near-equal experts.
+    Computed in fp32 or wider (on a GPU the product is TF32): bf16 flips choices between near-equal scores.
 
     At K = 1, p / (sum of the chosen p) is the constant 1: the router gets no gradient.  So a gate is one of
 
@@ -163,7 +163,8 @@ def balance_objective(balance, global_sums, n_tokens, local_sums):
     gradient crosses a collective."""
     loss, names = BALANCE[balance]
     sums = [getattr(global_sums, name).detach() for name in names]
-    leaves = {name: t.requires_grad_() for name, t in zip(names, sums) if t.is_floating_point()}  # in place
+    leaves = {name: t.requires_grad_() for name, t in zip(names, sums)        # in place
+              if getattr(local_sums, name).requires_grad}
     slopes = torch.autograd.grad(loss(*sums, n_tokens).sum(), list(leaves.values()))
     return sum((slope * getattr(local_sums, name)).sum() for name, slope in zip(leaves, slopes))
 

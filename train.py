@@ -328,7 +328,8 @@ def utilisation(run, top_k, tokens_per_s):
 def write_row(run, row):
     """A line of log.jsonl, in which null stands for what is not finite."""
     if run.log:
-        run.log.write((re.sub("NaN|-?Infinity", "null", json.dumps(row)) + "\n").encode())
+        row_text = re.sub(r"(?<=[ \[])(NaN|-?Infinity)(?=[],}])", "null", json.dumps(row))
+        run.log.write((row_text + "\n").encode())
     if run.wandb and "loss" in row:
         run.wandb.log(row, step=row["step"])
 
@@ -433,8 +434,8 @@ class Settings:
             if type(value) in (int, float) and not (0 < value < 2 ** 63 or value == 0 and name in may_be_0):
                 least = "0 or more" if name in may_be_0 else "above 0"
                 raise InputError(f"{name} must be {least}, got {value}")
-            if name in fractions and value > 1:
-                raise InputError(f"{name} must be at most 1, got {value}")
+            if name in fractions and value > 1 or name in ("beta1", "beta2") and value == 1:
+                raise InputError(f"{name} must be {'below' if value == 1 else 'at most'} 1, got {value}")
         for name in ("initial_top_k", "top_k_choices"):
             if not all(type(k) is int and 1 <= k <= config.n_expert for k in getattr(self, name)):
                 raise InputError(f"{name} ({getattr(self, name)}) must be 1 to {config.n_expert} (n_expert)")
@@ -679,17 +680,18 @@ def precision(s, config, device):
     if s.dtype == "bfloat16" or s.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(
             including_emulation=False):
         dtype = torch.bfloat16
-    why = grouped_mm_limitation(dtype, device.split(":")[0], (config.d_model, config.d_expert))
-    if why and config.n_expert > 1:
+    why = config.n_expert > 1 and grouped_mm_limitation(
+        dtype, device.split(":")[0], (config.d_model, config.d_expert))
+    if why:
         print(f"the experts run one after the other, which is slower: grouped_mm refuses ({why})")
     if cuda:
         torch.set_float32_matmul_precision("high")                # TF32 for the products that stay fp32
         # attention sums the gradient of its queries in no fixed order, unless told otherwise
         torch.use_deterministic_algorithms(s.deterministic)
         torch.backends.cuda.enable_cudnn_sdp(not s.deterministic)
-    compiled = s.compile == "true" or s.compile == "auto" and cuda and dtype == torch.bfloat16
-    if compiled and dtype != torch.bfloat16:
-        raise InputError("compile (true) needs --dtype bfloat16")
+    compiled = s.compile == "true" or s.compile == "auto" and cuda and dtype == torch.bfloat16 and not why
+    if compiled and (why or dtype != torch.bfloat16):
+        raise InputError("compile (true) needs --dtype bfloat16" + f" and other widths: {why}" * bool(why))
     if compiled:
         print("the first steps compile the model, which takes a while")
     return dtype, compiled
@@ -793,6 +795,9 @@ def introduce(run):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0              # not on Windows
     if run.device == "cpu" and torch.get_num_threads() > 1 and load > (os.cpu_count() or 1):
         print(f"the cores are busy (load {load:.0f}): OMP_NUM_THREADS=1 may be faster")
+    if s.balance not in ("loss-free", "quantile") and any(
+            block.moe.router.bias.any() for block in run.model.blocks):
+        print(f"the selection biases stay as they are: balance {s.balance} does not move them")
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")

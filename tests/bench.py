@@ -138,7 +138,7 @@ class AllCopied(parallel.MasterWeights):
     """MasterWeights for transformers in bf16: routers and norms have copies too, as its code wants them."""
 
     def __init__(self, model, dtype):
-        self.named, self.copies, self.buffers = dict(model.named_parameters()), [], {}
+        self.model, self.named, self.copies = model, dict(model.named_parameters()), []
         for name, p in model.named_parameters() if dtype != torch.float32 else ():
             self.add_master(name, p, dtype)
 

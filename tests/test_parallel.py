@@ -15,9 +15,10 @@ from conftest import rows, small, small_run, train_until
 from test_exact import make_run, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_module
 import parallel
 import train
-from model import Model
+from model import Experts, Model
 from parallel import (
     SINGLE_PROCESS,
     checkpoints,
@@ -26,6 +27,7 @@ from parallel import (
     save_checkpoint,
     training_state,
 )
+from router import Router
 
 
 def build(dtype=torch.float32, seed=0, kind="adamw", **changes):
@@ -310,6 +312,48 @@ def test_a_rank_never_holds_more_than_its_shard_and_a_parameter_twice(ranks):
     ranks.stop()                                                  # new ones have no memory to use again
     for grown, total, largest in (a.value for a in ranks(4, memory_of_start, layout=(4, 1))):
         assert total > 400e6 and largest > 64e6 and total / 5 < grown < total / 4 + 2.2 * largest
+
+
+# --- what forks are made of -------------------------------------------------------------------------------
+
+class ForkedRouter(Router):
+    """A gate of two layers, with statistics that are assigned anew, on every rank its own."""
+
+    def __init__(self, d_model, *args):
+        super().__init__(d_model, *args)
+        self.first = torch.nn.Linear(d_model, d_model, bias=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h, *args, **kwargs):
+        self.seen = self.seen + h.detach().float().norm()
+        hidden = self.first(h.float())
+        self.precision = hidden.dtype
+        return super().forward(hidden, *args, **kwargs)
+
+
+def forked(grid):
+    """-> what became of it in bf16, with frozen experts and a shared one; ranks that differ."""
+    init = Model.init_parameter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "Router", ForkedRouter)
+        patch.setattr(Model, "init_parameter", lambda self, name, t, seed: t.fill_(0.1) if name.endswith(
+            ("first.weight", "seen", "steps")) else init(self, name, t, seed))
+        patch.setattr(Experts, "__init__", lambda self, config, real=Experts.__init__: (
+            real(self, config), self.requires_grad_(config.n_expert == 1))[0])
+        run = make_run(grid, torch.bfloat16, shared=True)
+    train.train_step(run, 0)
+    moe = run.model.blocks[0].moe
+    saved = parallel.training_state(run.masters)["model.blocks.0.moe.router.seen"]
+    return (moe.router.precision, any(p.requires_grad for p in moe.experts.parameters()),
+            torch.equal(saved, moe.router.seen), moe.shared.w_in.to_local().shape[1:],
+            parallel.differing_ranks(grid, run.masters))
+
+
+def test_forks_are_on_many_processes_what_they_are_on_one(ranks):
+    """Frozen stays frozen, routers stay in fp32, buffers are saved and compared, large parameters sharded."""
+    for answer in ranks(4, forked, layout=(2, 1)):
+        assert answer.value == (torch.float32, False, True, (4, 24), [1, 2, 3])
 
 
 # --- checkpoints of any grid ------------------------------------------------------------------------------

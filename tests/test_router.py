@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small
 
+import router as router_module
 from model import Model
 from router import (
     GATES,
@@ -117,6 +118,14 @@ def test_balance_losses_equal_their_definitions_per_layer():
         assert lbl[layer].item() == pytest.approx(E * sum(a * b for a, b in zip(f, p)), rel=1e-12)
         assert top1[layer].item() == pytest.approx(E * sum(a * a for a in p) / top, rel=1e-12)
     assert load_balancing_loss(torch.zeros(L, E), torch.zeros(L, E), 1).tolist() == [0] * L       # no tokens
+
+
+def test_a_loss_without_a_gradient_is_an_error(monkeypatch):
+    """As of a fork that takes a statistic for the log."""
+    monkeypatch.setitem(router_module.BALANCE, "entropy", (lambda entropy, n: -entropy / n, ("entropy_sum",)))
+    sums = make_router("softmax")(torch.randn(9, 5, dtype=torch.float64), 1).statistics
+    with pytest.raises(RuntimeError, match="grad"):
+        router_module.balance_objective("entropy", sums, 9, sums)
 
 
 def test_bias_moves_towards_the_starved_and_never_into_the_weights():

@@ -311,8 +311,10 @@ def test_a_continued_model_computes_what_it_computed(corpus, tmp_path, capsys, d
     before = rows(tmp_path / "first")[3]["val_loss"]
     train.main(["--init_from", str(tmp_path / "first/step-4"), "--balance", "lbl", "--steps", "1", "--out",
                 str(tmp_path / "next"), "--data", str(corpus), "--dtype", dtype])
-    start = float(re.findall(r"step 0: held out ([\d.]+)", capsys.readouterr().out)[-1])
+    shown = capsys.readouterr().out
+    start = float(re.findall(r"step 0: held out ([\d.]+)", shown)[-1])
     assert start == pytest.approx(before, abs=error)
+    assert "the selection biases stay as they are: balance lbl" in shown
 
 
 def test_keep_and_convert_start_from_the_same_weights(corpus, tmp_path):
@@ -507,11 +509,11 @@ def test_the_log_is_also_shown_elsewhere(corpus, tmp_path, monkeypatch, capsys):
 
 def test_numbers_that_are_not_finite_are_null_in_the_log_and_no_text(tmp_path):
     run = make_run()
-    row = {"step": 1, "loss": math.nan, "norms": [math.inf, 0.5]}
+    row = {"step": 1, "loss": math.nan, "norms": [-math.inf, 0.5], "out": "out/NaN-1"}
     with open(tmp_path / "log.jsonl", "a+b", buffering=0) as run.log:
         train.write_row(run, row)
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
-        "step": 1, "loss": None, "norms": [None, 0.5]}
+        "step": 1, "loss": None, "norms": [None, 0.5], "out": "out/NaN-1"}
     with torch.no_grad():
         for p in run.masters.named.values():
             p.fill_(float("nan"))
@@ -541,6 +543,9 @@ def test_a_device_without_bf16_trains_in_fp32_unless_asked_and_nothing_else_comp
                             lambda including_emulation, native=native: native or including_emulation)
         assert train.precision(Settings(dtype=asked), small(n_expert=1), "cuda") == (
             dtype, dtype == torch.bfloat16)
+    assert train.precision(Settings(), small(d_expert=12), "cuda") == (torch.bfloat16, False)
+    with pytest.raises(ValueError, match="other widths: in bfloat16 widths must be multiples of 8"):
+        train.precision(Settings(dtype="bfloat16", compile="true"), small(d_expert=12), "cpu")
     assert train.precision(Settings(), small(n_expert=1), "cpu") == (torch.float32, False)
     assert train.precision(Settings(dtype="bfloat16"), small(n_expert=1), "cpu") == (torch.bfloat16, False)
 
