@@ -181,7 +181,7 @@ def test_schedule_of_active_experts(step, steps, initial, target, switch, n_laye
 # --- quantile balancing -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("gate", GATES)
 def test_quantile_biases_are_quantiles(K, gate):
     """Against torch.quantile of all margins, to the width of a bin; parts of the tokens add up."""
     router = Router(16, 12, gate)
