@@ -69,7 +69,7 @@ def rank_of_start():
 def init_distributed(timeout=120):
     """Form one group of the processes that torchrun started -> Layout.
 
-    torchrun --max-restarts over several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."""
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 saves a minute after torchrun --max-restarts over several nodes."""
     told = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if int(os.environ.get(name) or 1) > 1 and not told:

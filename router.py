@@ -53,7 +53,8 @@ class Router(nn.Module):
 
     Computed in fp32 or wider (on a GPU the product is TF32): bf16 flips choices between near-equal scores.
 
-    At K = 1, p / (sum of the chosen p) is the constant 1: the router gets no gradient.  So a gate is one of
+    At K = 1, p / (sum of the chosen p) is the constant 1: the language-model loss gives no gradient.  So a
+    gate is one of
 
       softmax      the plain probability p_k, softmax taken over ALL experts and never renormalised
                    (Switch Transformer, arXiv 2101.03961, eq. 2)

@@ -795,8 +795,8 @@ def introduce(run):
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0              # not on Windows
     if run.device == "cpu" and torch.get_num_threads() > 1 and load > (os.cpu_count() or 1):
         print(f"the cores are busy (load {load:.0f}): OMP_NUM_THREADS=1 may be faster")
-    if s.balance not in ("loss-free", "quantile") and any(
-            block.moe.router.bias.any() for block in run.model.blocks):
+    moved = not router.BALANCE[s.balance] and s.balance != "none"
+    if not moved and any(block.moe.router.bias.any() for block in run.model.blocks):
         print(f"the selection biases stay as they are: balance {s.balance} does not move them")
     if run.corpus.has_chats:
         print(f"{len(text.spans):,} conversations in {text.n_windows:,} sequences; of those longer than "

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")                     # as train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "0")                     # several processes share the cores
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ class SharedExpert(MoE):
 
 
 def make_run(grid, dtype, documents=False, chosen=(), recomputed=False, shared=False, **changes):
-    """A run without files, as train.start makes it."""
+    """A run without files, as train.main makes it."""
     names = ("n_expert", "top_k", "gate", "tie_embeddings", "d_model", "d_expert")
     config = small(**SIZES | {k: changes.pop(k) for k in names if k in changes})
     s = Settings(**dict(seq_len=12, batch_size=12, lr=1e-2, steps=10, warmup=0) | changes)

@@ -405,7 +405,7 @@ def failing_save(grid, out, name, rank):
     ("torch.distributed.checkpoint.FileSystemWriter.write_data", 1), ("parallel.checksums", 1),
     ("parallel.fsync", 0), ("os.rename", 0)])
 def test_a_save_that_fails_on_one_rank_fails_on_all(ranks, tmp_path, name, rank):
-    """On a real full disk: test_train.py."""
+    """On a real full disk: test_faults.py."""
     answers = ranks(3, failing_save, tmp_path, name, rank, layout=(1, 1))
     said = [a.value for a in answers if a.value != "2"]           # the others: SystemExit(2)
     assert len(said) == 1 and [p.name for p in tmp_path.iterdir()] == ["step-1"]
