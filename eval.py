@@ -407,7 +407,7 @@ def draw_curves(Figure, runs):
         top.set_yscale("symlog", linthresh=300, linscale=3)
         bottom.set(xlabel="experts, sorted by load on held-out text", ylabel="% from a fair share")
         for axis in (top, bottom):
-            axis.legend(loc="upper right", fontsize=8)
+            axis.legend(loc="best", fontsize=8)
     figure.suptitle("Zipf bound: if routers see the token alone, one expert takes all of the commonest token,"
                     "\nand the most used is above this line.  With attention they can do better.", size=10)
     return figure
