@@ -305,7 +305,7 @@ def traffic(config, world, ep, replicate, rows, micro=1, size=4, recomputed=Fals
 
 # what `scale` takes for given: an H100's bf16 peak and links as published, in one direction
 GPU, NODE, NET = 989e12, 450e9, 50e9                              # FLOP/s, bytes/s in a node, between nodes
-SHARE = 0.47                # of a large product's rate: a layer of the paper's, bf16, one expert; on a CPU
+SHARE = 0.51      # of a large product's rate: `step --sizes paper --top_k 1` on a CPU, fp32, one thread
 
 
 def bench_scale(args):
