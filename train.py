@@ -515,7 +515,8 @@ def resolve(typed):
             if name in (*SIZES, "preset", "init_from", "optimizer", "seed", "batch_size", "seq_len"):
                 raise InputError(f"{out} was made with {name} {values[name]}, not {typed[name]}; leave out "
                                  f"--{name} to resume it, or choose another --out")
-            print(f"changed: {name} {values[name]} -> {typed[name]}")
+            print(f"changed: {name} {values[name]} -> {typed[name]}"
+                  + ", with all schedules, the learning rate's too" * (name == "steps"))
     elif out.name.startswith("step-") or out.exists() and any(
             path.stat().st_size for path in out.iterdir() if path.name != "settings.tmp"):
         raise InputError(f"{out} is not empty and no run, or named like a checkpoint; choose another --out")

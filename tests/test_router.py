@@ -194,7 +194,7 @@ def test_quantile_biases_are_quantiles(K, gate):
         h.chunk(7), [K] * 7, mask.chunk(7))))
     assert margins.sum(-1).tolist() == [int(mask.sum())] * 12
     logits = h[mask] @ router.weight.T
-    score = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
+    score = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)      # and that of your gate
     limit = (score + router.bias).sort(-1, descending=True).values[:, K:K + 1]
     want = torch.quantile((limit - score).double(), K / 12, dim=0)
     torch.testing.assert_close(quantile_bias(margins, K), (want - want.mean()).float(), rtol=0.03, atol=2e-3)
