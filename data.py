@@ -278,8 +278,8 @@ def find_files(sources, chats, folder=None):
             raise InputError(f"source {source} is empty, or missing")
         if not ours:
             what = ", ".join(sorted({path.suffix or path.name for path in there})[:9])
-            raise InputError(f"source {source}: {what} is not a format that data.py reads: no file ends in "
-                             f"one of {', '.join(suffixes)}; {NOT_READ}")
+            raise InputError(f"source {source}: {what} is not a format that data.py reads" + " as chats" * chats
+                             + f": no file ends in one of {', '.join(suffixes)}; {NOT_READ}")
         found |= {os.path.realpath(path): path for path in ours}
         others |= {os.path.realpath(path): path for path in there}
     kinds = Counter("linked folder" if path.is_dir() else path.suffix or "without a suffix"

@@ -130,7 +130,8 @@ def check_shared(layout, out):
 def check_layout(world, ep, replicate, n_expert, device):
     """InputError if so many processes cannot be laid out, or do not have a device each."""
     if world % (ep * replicate):
-        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})")
+        raise InputError(f"ep x replicate ({ep} x {replicate}) must divide the number of processes ({world})"
+                         "; --ep 1 --replicate 1 fit any")
     if n_expert % ep:
         raise InputError(f"ep ({ep}) must divide n_expert ({n_expert})")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -445,7 +446,7 @@ def run_folder(ckpt):
 def newest(ckpt):
     """The newest step-N folder of a run directory; a step-N folder is itself."""
     steps = checkpoints(ckpt)
-    if not steps and Path(ckpt) == run_folder(ckpt):
+    if not steps and (Path(ckpt) == run_folder(ckpt) or not Path(ckpt).is_dir()):
         raise InputError(f"{ckpt} has no checkpoint")
     return Path(ckpt) / f"step-{steps[-1]}" if steps else Path(ckpt)
 

@@ -804,7 +804,8 @@ def introduce(run):
               f"{s.seq_len} tokens {text.n_cut:,} are cut, {text.n_left_out:,} left out")
     n, epochs = text.n_windows, s.steps * s.batch_size / text.n_windows
     if s.batch_size > n and not run.step:
-        print(f"warning: a step has all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit")
+        print(f"warning: a step has all {n:,} sequences more than once; --batch_size {-(-n // 8)} would fit, "
+              "with another --out")
     elif epochs > 4 and not run.corpus.has_chats and not run.step:
         print(f"warning: {epochs:.0f} epochs: after some four, text is learned by heart; "
               f"--steps {max(1, 4 * n // s.batch_size)} would fit")
@@ -843,7 +844,7 @@ def report(run, seconds):
                 run.model, corpus.encoding, prompt, min(s.sample_tokens, s.seq_len),
                 top_k_at(run.step - 1, s, run.config))
             print("\nsample:\n" + "".join(texts))
-    print(f"\n{run.step} steps, {seconds / 60:.1f} minutes: {s.out}/log.jsonl and step-{run.step}; try next\n"
+    print(f"\n{s.out}/step-{run.step} and log.jsonl, {seconds / 60:.1f} minutes since the start; try next\n"
           f"  python eval.py routing {s.out}\n  python eval.py loss --ckpt {s.out}\n"
           f"  python eval.py {'chat' if chats else 'sample'} --ckpt {s.out}")
 

@@ -101,6 +101,7 @@ ON_A_RUN = {
     "eval.py sample --ckpt run --prompt " + 99 * "word,": "trained on 16 at a time",
     "eval.py loss --ckpt run --top_k 1,99": "top_k must be from 1 to 6",
     "eval.py routing run --data small/val.bin": "takes a folder",
+    "eval.py loss --ckpt run/step-7": "run/step-7 has no checkpoint",
     "train.py --data small/val.bin": "small/val.bin is held-out text"}
 SAMPLE = "eval.py sample --ckpt run"
 CASES = [
