@@ -43,7 +43,7 @@ TOKENIZERS = ("bpe", "bytes", "gpt2", "o200k_base")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")                  # .json: chats only
 NOT_READ = ("turn tables and .json into .jsonl (an object a line), pages into .txt; .json is read with "
-            "--chats, a token file (.bin) if it is named itself, with its --tokenizer")
+            "--chats, text without, a token file (.bin) if it is named itself, with its --tokenizer")
 SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = range(-5, 0)   # their ids, as offsets from the vocabulary's size
 BLOCK = 1 << 18                    # characters encoded at a time; tiktoken overflows at 2 ** 19 spaces
@@ -278,8 +278,8 @@ def find_files(sources, chats, folder=None):
             raise InputError(f"source {source} is empty, or missing")
         if not ours:
             what = ", ".join(sorted({path.suffix or path.name for path in there})[:9])
-            raise InputError(f"source {source}: {what} is not a format that data.py reads" + " as chats" * chats
-                             + f": no file ends in one of {', '.join(suffixes)}; {NOT_READ}")
+            raise InputError(f"source {source}: {what} is not a format that data.py reads: no file ends in "
+                             f"one of {', '.join(suffixes)}; {NOT_READ}")
         found |= {os.path.realpath(path): path for path in ours}
         others |= {os.path.realpath(path): path for path in there}
     kinds = Counter("linked folder" if path.is_dir() else path.suffix or "without a suffix"
