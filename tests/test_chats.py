@@ -179,7 +179,8 @@ AB, GOOD = [("user", "a"), ("assistant", "b")], messages(("user", "a"), ("assist
 ALPACA = {"instruction": "do", "output": "done"}
 FORMS = [
     (messages(*AB, ("user", " c\n")), [*AB, ("user", " c\n")]),
-    *((GOOD | field, AB) for field in ({"weight": 1}, {"tools": []}, {"system": None}, {"masked": 0})),
+    *((GOOD | field, AB) for field in ({"weight": 1}, {"tools": []}, {"system": None}, {"id": 7})),
+    (GOOD | {"masked": False}, AB),
     (GOOD | {"system": "s"}, [("system", "s"), *AB]),
     *((ALPACA | field, [("user", "do"), ("assistant", "done")]) for field in ({}, {"input": None})),
     (ALPACA | {"input": "this"}, [("user", "do\n\nthis"), ("assistant", "done")]),
