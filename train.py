@@ -348,7 +348,7 @@ def save_checkpoint(run):
     ranks = parallel.differing_ranks(run.layout, run.masters) if run.layout.world > 1 else []
     if ranks:
         why = (f"the run ends at step {run.step}: the weights of rank {', '.join(map(str, ranks))} are not "
-               "those of the first replica; what was saved before is whole")
+               "those of the first replica (buffers: of rank 0); what was saved before is whole")
         parallel.on_rank_0(run.layout, partial(data.fail, why, 1))
     s = run.settings
     if not (Path(s.out) / "settings.json").exists():
