@@ -107,6 +107,11 @@ def test_a_run_and_data_that_may_not_belong_together_are_noted(finished, corpus,
     (out / "encoding.json").unlink()
     evaluation.load_run(out, folder=corpus)
     assert capsys.readouterr().err == f"note: {out} has no tokenizer; its own must be that of {corpus}\n"
+    shutil.copy(finished / "encoding.json", out)
+    settings = (out / "settings.json").read_text().replace('"init_from": ""', '"init_from": "base"')
+    (out / "settings.json").write_text(settings)
+    evaluation.load_run(out, folder=corpus)
+    assert "run, or what it began with, may have trained on text that" in capsys.readouterr().err
 
 
 def test_a_row_for_each_top_k(finished, capsys):
